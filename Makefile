@@ -1,0 +1,45 @@
+# make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
+# make test   .venv and the tests
+# make lint   ruff, and the format
+# make clean  remove what runs and builds left (not .venv)
+
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= runs/demo
+SEED ?= 1
+
+.PHONY: demo test lint clean smoke
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# A stage that is complete is skipped, one that was interrupted is resumed: `make demo` may be repeated at any time.
+# rm learns from all training items and is the one the report is about; PPO optimises rm-a, which has seen half of them,
+# so that the judge can have the other half.
+demo: .venv/installed
+	$(BIN)/python train_sft.py --out $(RUN)/sft --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --out $(RUN)/rm --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --out $(RUN)/rm-a --part a --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --out $(RUN)/judge --part b --seed $$(($(SEED) + 100)) --resume
+	$(BIN)/python train_ppo.py --out $(RUN)/ppo --seed $(SEED) --reward-model $(RUN)/rm-a --monitor $(RUN)/judge --resume
+	$(BIN)/python -m minirlhf.evaluate --run $(RUN)
+	$(BIN)/python -m minirlhf.report $(RUN)
+
+# The three stages in seconds, on generated sentences: does everything run?
+smoke: .venv/installed
+	$(BIN)/python train_sft.py --preset smoke --overwrite
+	$(BIN)/python train_rm.py --preset smoke --overwrite
+	$(BIN)/python train_ppo.py --preset smoke --overwrite
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,7 @@
+"""minirlhf: reinforcement learning from human feedback, small enough to read in a day."""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line with its remedy; scripts print it and exit with code 2."""

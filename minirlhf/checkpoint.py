@@ -1,0 +1,140 @@
+"""Atomic, pickle-free checkpoints and exact resume [D21]. A run's folder OUT holds:
+
+step-000120/   model.safetensors, config.json, tokenizer.*, metrics.jsonl so far; to resume: trainer.safetensors, .json
+latest, best   relative symlinks to whole step folders, so that OUT can be moved; `latest` is flipped last
+config.json …  links through `latest`: OUT itself reads as a checkpoint folder"""
+
+import json
+import os
+import random
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minirlhf import UserError
+from minirlhf.tokenizer import Tokenizer
+
+
+def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer: Tokenizer,
+         trainer: dict | None = None, keep: int = 1) -> Path:  # fmt: skip
+    """Write OUT/step-XXXXXX, flip `latest`, then remove all but `keep` steps and the one `best` leads to. Killed at any
+    moment it leaves the old checkpoint or the new one, whole. `trainer`: {'tensors': dict, 'state': for JSON}."""
+    out, name = Path(out), f"step-{step:06d}"
+    final, new = out / name, out / f".{name}.{uuid.uuid4().hex[:8]}"
+    new.mkdir(parents=True)
+    parts = [("model.safetensors", state, "config.json", config)]
+    parts += [("trainer.safetensors", trainer["tensors"], "trainer.json", trainer["state"])] if trainer else []
+    for tensor_file, tensors, json_file, document in parts:  # clones: safetensors refuses shared memory
+        clones = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(clones, new / tensor_file, {"format": "pt"})  # the tag is what transformers looks for
+        (new / json_file).write_text(json.dumps(document, indent=1))
+    tokenizer.save(new)
+    if (out / "metrics.jsonl").is_file():
+        shutil.copyfile(out / "metrics.jsonl", new / "metrics.jsonl")
+    for path in [*new.iterdir(), new]:
+        _fsync(path)
+    followers = [link for link in ("best", "latest") if name in (out / link).resolve().name]
+    if final.exists():  # one folder cannot replace another at once: its links lead to hard links meanwhile
+        shutil.copytree(final, f"{new}.old", copy_function=os.link)
+        for link in followers:
+            point(out, link, f"{new.name}.old")
+        os.rename(final, f"{new}.gone")
+    os.rename(new, final)
+    for file in ("model.safetensors", "config.json", "tokenizer.tiktoken", "tokenizer.json"):
+        point(out, file, f"latest/{file}")
+    for link in [*followers, "latest"]:
+        point(out, link, name)
+    older = sorted((path.name for path in out.glob("step-*") if path.name < name), reverse=True)
+    kept = {name, (out / "best").resolve().name, *older[: keep - 1]}  # not the later steps of an abandoned run
+    for path in [path for path in out.glob("*step-*") if path.name not in kept]:
+        shutil.rmtree(path.rename(f"{new}.{path.name}"))  # renamed first: whatever bears a step's name is whole
+    return final
+
+
+def point(out: Path, name: str, step: int | str) -> None:
+    """Make the symlink OUT/`name` ('best' or 'latest') lead to the saved `step`, or to a relative path, at once."""
+    temporary = Path(out, f".{name}.tmp")
+    temporary.unlink(missing_ok=True)
+    os.symlink(f"step-{step:06d}" if isinstance(step, int) else step, temporary)
+    os.replace(temporary, Path(out, name))
+    _fsync(Path(out))
+
+
+def resolve(path: str | Path, remedy: str = "train that stage first or fix the path") -> Path:
+    """The real folder of one checkpoint: where `latest` leads if `path` is a run folder, else `path` itself."""
+    for folder in Path(path) / "latest", Path(path):
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+    raise UserError(f"{path}: no checkpoint here (no config.json, no latest): {remedy}")
+
+
+def load_config(path: str | Path) -> dict:
+    """config.json of the checkpoint at `path`: a run folder, a step folder or a link to one."""
+    return _read(resolve(path) / "config.json")
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """Weights of the checkpoint at `path`, on the CPU."""
+    return _read(resolve(path) / "model.safetensors")
+
+
+def load_trainer(path: str | Path) -> tuple[dict[str, Tensor], dict] | None:
+    """The tensors and the state that `save` was given as `trainer`; None if it was given none."""
+    file = resolve(path) / "trainer.json"
+    return (_read(file.with_suffix(".safetensors")), _read(file)) if file.exists() else None
+
+
+def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:
+    """UserError unless `tokenizer` is the one that the checkpoint with this config was trained with."""
+    if config.get("tokenizer", {}).get("hash") != tokenizer.hash:
+        raise UserError("tokenizer does not match the checkpoint: use the one in the checkpoint's own folder")
+
+
+def pack_optimizer(opt: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict]:
+    """State of `opt` (AdamW: step, exp_avg, exp_avg_sq) as tensors '{prefix}{index}.{key}', all else for JSON."""
+    state, groups = opt.state_dict()["state"], opt.state_dict()["param_groups"]
+    tensors = {f"{prefix}{i}.{key}": value for i, slots in state.items() for key, value in slots.items()}
+    return tensors, {"groups": groups, "keys": {i: list(slots) for i, slots in state.items()}}
+
+
+def unpack_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
+    """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order."""
+    state = {int(i): {k: tensors[f"{prefix}{i}.{k}"] for k in keys} for i, keys in saved["keys"].items()}
+    opt.load_state_dict({"state": state, "param_groups": saved["groups"]})
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict]:
+    """All global generators as (tensors, JSON): torch (rng.0 the CPU, rng.1 … the GPUs); Python, legacy NumPy."""
+    kind, key, *rest = np.random.get_state()
+    tensors = {f"rng.{i}": own for i, own in enumerate([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])}
+    return tensors, {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest]}
+
+
+def set_rng_state(tensors: dict[str, Tensor], saved: dict) -> None:
+    """Undo `rng_state`; a GPU that was not there keeps its own state."""
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(saved["numpy"]))
+    torch.set_rng_state(tensors["rng.0"])
+    for i in range(torch.cuda.device_count()):
+        torch.cuda.set_rng_state(tensors.get(f"rng.{i + 1}", torch.cuda.get_rng_state(i)), i)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _read(file: Path) -> dict:
+    try:
+        return json.loads(file.read_bytes()) if file.suffix == ".json" else load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if file.exists() else "missing (a pickle, .bin or .pt, is never read)"
+        raise UserError(f"{file}: {reason}: take another step folder or train again") from error

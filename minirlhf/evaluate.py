@@ -1,0 +1,214 @@
+"""The tuned policy against the SFT model, on test prompts that no stage has seen, with the same seeds.
+
+    python -m minirlhf.evaluate --run runs/demo           # prints the table, writes runs/demo/results.json
+
+Four writers continue the same prompts: the SFT model, best-of-4 and best-of-16 of its samples (picked by the reward model
+that PPO optimised), and the PPO policy.  Three readers compare each with one SFT sample: that reward model, an independent
+judge (other items, other seed), and the VADER lexicon.  A policy can win everywhere by degenerating: read KL, distinct-n,
+length and the samples beside the win rates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minirlhf import baselines, checkpoint, data, ppo, stats, training
+from minirlhf.model import GPT
+from minirlhf.rollout import generate, response_logprobs
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    run: Path = Path("runs/demo")
+    """Folder of the stages; the options below default to folders in it."""
+    sft: Path | None = None
+    """Default: RUN/sft."""
+    policy: Path | None = None
+    """Default: RUN/ppo."""
+    reward_model: Path | None = None
+    """The one that PPO optimised.  Default: the one the policy's checkpoint names."""
+    judge: Path | None = None
+    """A reward model that shares no item with it.  Default: RUN/judge, if there is one."""
+    report_model: Path | None = None
+    """The reward model whose test report goes into results.json.  Default: RUN/rm."""
+    prompts: int = 512
+    """Test prompts (fewer if there are not so many)."""
+    best_of: tuple[int, ...] = (4, 16)
+    """Rows for best-of-n of the SFT model."""
+    samples: int = 8
+    """Prompts shown with both continuations."""
+    seed: int = 1
+
+
+@dataclasses.dataclass
+class Texts:
+    """What one writer wrote: N responses to N prompts."""
+
+    tokens: Tensor  # [N, T]
+    mask: Tensor  # [N, T]
+    responses: Tensor  # [N, R]
+    response_mask: Tensor  # [N, R]
+
+    def __getitem__(self, rows: Tensor) -> Texts:
+        return Texts(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+
+
+@torch.no_grad()
+def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokenizer, machine, seed: int) -> Texts:
+    """Continue prompts at the policy's own setting (temperature, length, --stop), 64 at a time."""
+    longest = max(map(len, prompts))
+    parts = []
+    for i in range(0, len(prompts), 64):
+        training.seed_everything(seed, i)
+        queries, query_mask = data.collate(prompts[i : i + 64], tokenizer.pad, side="left", multiple_of=longest)
+        queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
+        responses, response_mask = generate(
+            model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,
+            forbidden=None if setting["stop"] else tokenizer.eot,
+        )  # fmt: skip
+        parts.append((torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1), responses, response_mask))
+    return Texts(*(torch.cat(p) for p in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def kl_and_entropy(texts: Texts, policy: GPT, ref: GPT, setting: dict, eos: int) -> tuple[Tensor, Tensor]:
+    """Nats a sequence from ref to policy [N], estimated on the policy's own samples [D1], and summed entropies [N]."""
+    P = texts.tokens.shape[1] - texts.responses.shape[1]
+    forbidden = None if setting["stop"] else eos
+    kl, entropy = [], []
+    for tokens, mask in zip(texts.tokens.split(64), texts.mask.split(64), strict=True):
+        logprobs, entropies = response_logprobs(policy, tokens, mask, P, setting["temperature"], forbidden)
+        ref_logprobs, _ = response_logprobs(ref, tokens, mask, P, setting["temperature"], forbidden)
+        kl.append(ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1))
+        entropy.append(entropies.sum(1))
+    return torch.cat(kl), torch.cat(entropy)
+
+
+def looks(texts: Texts, eos: int) -> dict[str, float]:
+    """What the responses look like, without any reader: lengths count the EOS, n-grams do not."""
+    rows = [row[keep & (row != eos)].tolist() for row, keep in zip(texts.responses, texts.response_mask, strict=True)]
+    ended = ((texts.responses == eos) & texts.response_mask).any(1)
+    return {f"distinct_{n}": stats.distinct_n(rows, n) for n in (1, 2, 3)} | {
+        "mean_length": texts.response_mask.sum(1).float().mean().item(),
+        "eos_rate": ended.float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def read(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[float]]:
+    """Every reader's scores [N] of the whole texts."""
+    chunks = list(zip(texts.tokens.split(64), texts.mask.split(64), strict=True))
+    found = {name: torch.cat([model(t, m)[0] for t, m in chunks]).tolist() for name, model in models.items()}
+    lexicon = baselines.vader_lexicon([tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)])
+    return found | ({"lexicon": lexicon} if lexicon is not None else {})
+
+
+def compare(scores: dict[str, list[float]], base: dict[str, list[float]]) -> dict:
+    """Mean score of each reader, and how often it prefers the writer to the SFT sample on the same prompt [D24]."""
+    row = {}
+    for name, values in scores.items():
+        rate, low, high = stats.win_rate(values, base[name])
+        row |= {name: sum(values) / len(values), f"{name}_win_rate": rate, f"{name}_win_rate_interval": [low, high]}
+    return row
+
+
+def evaluate(config: Config) -> dict:
+    """The table as a dict: sft_samples, best_of_n, ppo (one row each), samples, prompts, seed, versions."""
+    run = config.run
+    policy_dir = checkpoint.resolve(config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy")
+    about = checkpoint.load_config(policy_dir)
+    setting, tokenizer = about["training"], Tokenizer.load(policy_dir)
+    sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
+    machine = training.setup_machine(config.seed)
+    models = {"score": config.reward_model or about["reward_model"]}
+    if config.judge or (run / "judge" / "latest").exists():
+        models["judge"] = config.judge or run / "judge"
+    models = {name: checkpoint.load_reward(path, tokenizer).to(machine.device).eval() for name, path in models.items()}
+    sft, policy = (checkpoint.load_gpt(folder).to(machine.device).eval() for folder in (sft_dir, policy_dir))
+
+    source = data.load(setting["data"], setting["skip_bad"], data_dir=setting["data_dir"])
+    records = source.select("test", source.genres_among([setting["genre"]])).records
+    prompts = data.prompts_of(records, tokenizer, setting["prompt_tokens"])
+    prompts = [prompts[i] for i in data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)]
+
+    # One SFT sample that everyone is compared with, and n more to choose from; the policy under the first one's seeds.
+    drawn = [write(sft, prompts, setting, tokenizer, machine, config.seed + k)
+             for k in tqdm(range(1 + max(config.best_of)), "SFT samples", leave=False)]  # fmt: skip
+    tuned = write(policy, prompts, setting, tokenizer, machine, config.seed)
+    read_drawn = [read(d, models, tokenizer) for d in drawn]
+    base, base_scores, tuned_scores = drawn[0], read_drawn[0], read(tuned, models, tokenizer)
+
+    def row(texts: Texts, scores: dict[str, list[float]], kl: float, entropy: float | None) -> dict:
+        return compare(scores, base_scores) | {"kl": kl, "entropy": entropy} | looks(texts, tokenizer.eot)
+
+    kl, entropy = kl_and_entropy(tuned, policy, sft, setting, tokenizer.eot)
+    _, base_entropy = kl_and_entropy(base, sft, sft, setting, tokenizer.eot)
+    a_token = lambda x, texts: (x.sum() / texts.response_mask.sum()).item()
+    best_of_n = {}
+    for n in config.best_of:
+        pick = torch.tensor([r["score"] for r in read_drawn[1 : n + 1]]).argmax(0).tolist()  # by PPO's own reward model
+        texts = Texts(*(torch.stack([getattr(drawn[1 + k], f.name)[i] for i, k in enumerate(pick)])
+                        for f in dataclasses.fields(Texts)))  # fmt: skip
+        scores = {name: [read_drawn[1 + k][name][i] for i, k in enumerate(pick)] for name in base_scores}
+        best_of_n[str(n)] = row(texts, scores, ppo.best_of_n_kl(n), None)  # [D20]
+    show = lambda texts, i: tokenizer.decode(texts.responses[i][texts.response_mask[i]].tolist())
+    return {
+        "sft_samples": row(base, base_scores, 0.0, a_token(base_entropy, base)),
+        "best_of_n": best_of_n,
+        "ppo": row(tuned, tuned_scores, kl.mean().item(), a_token(entropy, tuned)),
+        "samples": [
+            {"prompt": tokenizer.decode(prompts[i]), "sft": show(base, i), "ppo": show(tuned, i), "kl": kl[i].item(),
+             "score_sft": base_scores["score"][i], "score_ppo": tuned_scores["score"][i]}
+            for i in range(min(config.samples, len(prompts)))
+        ],
+        "prompts": len(prompts),
+        "seed": about["training"]["seed"],
+        "versions": training.versions(),
+    }  # fmt: skip
+
+
+def collect(run: Path, results: dict, report_model: Path) -> dict:
+    """Add what the earlier stages measured: results.json is the whole run on one page."""
+    found = {"sft": {}, "rm": {}} | results
+    for name, folder in (("sft", run / "sft"), ("rm", report_model), ("rm_optimised", run / "rm-a"), ("judge", run / "judge")):
+        if (folder / "config.json").exists():
+            found[name] = checkpoint.load_config(folder).get("results", {})
+    if (run / "ppo" / "config.json").exists():
+        found["ppo"] = found["ppo"] | checkpoint.load_config(run / "ppo").get("results", {})
+    return found
+
+
+def print_table(results: dict) -> None:
+    rows = {"SFT": results["sft_samples"]}
+    rows |= {f"best of {n}": row for n, row in results["best_of_n"].items()} | {"PPO": results["ppo"]}
+    columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy", "distinct_1", "distinct_2",
+               "distinct_3", "mean_length", "eos_rate"]  # fmt: skip
+    columns = [c for c in columns if c in results["ppo"]]
+    print(f"\n{results['prompts']} test prompts, one SFT sample each to win against")
+    print(f"{'':12s}" + "".join(f"{c.replace('_win_rate', ' wins').replace('_', ' '):>14s}" for c in columns))
+    for name, row in rows.items():
+        print(f"{name:12s}" + "".join(f"{row[c]:14.3f}" if row[c] is not None else f"{'':14s}" for c in columns))
+    print()
+    for s in results["samples"]:
+        print(f"{s['prompt']!r}\n   SFT {s['score_sft']:+.2f}         {s['sft']!r}\n   PPO {s['score_ppo']:+.2f} kl {s['kl']:4.1f} "
+              f"{s['ppo']!r}")  # fmt: skip
+
+
+def main() -> None:
+    config = training.parse_config({"demo": Config()}, __doc__)
+    results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
+    target = config.run / "results.json"
+    checkpoint.write_atomically(target, json.dumps(results, indent=1))
+    print_table(results)
+    print(f"\nwritten to {target}")
+
+
+if __name__ == "__main__":
+    training.run_script(main)

@@ -1,0 +1,107 @@
+"""Sampling from the policy, and the record of what was sampled.
+
+Dimension key: B sequences, P prompt (left-padded), R response (right-padded), T = P + R, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kernels import token_logprobs
+from minirlhf.model import GPT, KVCache, ValueModel
+
+
+@dataclass
+class Rollout:
+    """One batch of experience.  Everything off `response_mask` is 0."""
+
+    prompts: Tensor  # [B, P] left-padded
+    prompt_mask: Tensor  # [B, P] True = real
+    responses: Tensor  # [B, R] right-padded
+    response_mask: Tensor  # [B, R] True = counts; the EOS counts
+    logprobs: Tensor  # [B, R] of the policy that sampled, recomputed by the update's own forward [D18]
+    ref_logprobs: Tensor  # [B, R] of the frozen reference
+    values: Tensor  # [B, R] V(s_t), read before token t [D8]
+    scores: Tensor  # [B] of the reward function, once a response
+
+    def __getitem__(self, rows: Tensor) -> Rollout:
+        return Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.cat([self.prompts, self.responses], 1)  # [B, T]
+
+    @property
+    def mask(self) -> Tensor:
+        return torch.cat([self.prompt_mask, self.response_mask], 1)  # [B, T]
+
+
+def response_hidden(model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
+    """Hidden states [B, R, C] from which the response tokens are predicted: those of the tokens one place before."""
+    left_padded = not bool(mask[:, 0].all())
+    return model(tokens[:, :-1], mask[:, :-1] if left_padded else None)[:, prompt_len - 1 :]
+
+
+def forbid(logits: Tensor, token: int | None) -> Tensor:
+    """Take one token out of the distribution.  Sampler, policy and reference must all do it, or KL is no KL [D2]."""
+    if token is None:
+        return logits
+    return logits.index_fill(-1, torch.tensor([token], device=logits.device), float("-inf"))
+
+
+def response_logprobs(
+    model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int, temperature: float, forbidden: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, R] of the responses in tokens [B, T].
+
+    The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
+    """
+    logits = forbid(model.logits(response_hidden(model, tokens, mask, prompt_len)), forbidden)
+    return token_logprobs(logits, tokens[:, prompt_len:], temperature, mask[:, prompt_len:])
+
+
+def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
+    """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8]."""
+    return model(tokens[:, :-1], mask[:, :-1])[:, prompt_len - 1 :]
+
+
+def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """One token [B] from logits [B, V] by inverting the cumulative distribution (multinomial is far slower on CPU)."""
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    total = cdf[:, -1:].contiguous()
+    u = torch.rand(total.shape, generator=generator, device=cdf.device) * total
+    # Below the total, the first entry above u has a positive probability; u itself may have been rounded up to it.
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cdf, u, right=True).squeeze(1)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, prompts: Tensor, prompt_mask: Tensor, max_new: int, temperature: float, eos: int, pad: int,
+    generator: torch.Generator | None = None, forbidden: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Continue prompts [B, P] (left-padded) by up to max_new tokens -> responses, response_mask [B, R = max_new].
+
+    A response ends with its EOS, which counts, or is cut off.  The whole distribution is sampled: no top-k, no top-p, or
+    the sampler would not be the policy and KL estimates could stay negative [D2].  temperature 0 takes the best token.
+    """
+    B, P = prompts.shape
+    cache = KVCache(model, B, P + max_new)
+    responses = torch.full((B, max_new), pad, dtype=torch.long, device=prompts.device)
+    lengths = torch.full((B,), max_new, dtype=torch.long, device=prompts.device)
+    running = torch.ones(B, dtype=torch.bool, device=prompts.device)
+    new, new_mask = prompts, prompt_mask
+    for t in range(max_new):
+        logits = forbid(model.logits(model(new, new_mask, cache)[:, -1]), forbidden)
+        token = sample(logits, temperature, generator) if temperature > 0 else logits.argmax(-1)
+        responses[:, t] = torch.where(running, token, pad)
+        lengths = torch.where(running & (token == eos), t + 1, lengths)
+        running = running & (token != eos)
+        if not running.any():
+            break
+        new, new_mask = token[:, None], running[:, None]
+    mask = torch.arange(max_new, device=prompts.device) < lengths[:, None]  # from lengths, never from the tokens [D6]
+    return responses, mask

@@ -1,0 +1,358 @@
+"""Checkpoints: whole or absent at every moment; exact resume; links that survive a move; faults told in one line."""
+
+import json
+import os
+import pickle
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from minirlhf import UserError, checkpoint
+from minirlhf.tokenizer import Tokenizer
+
+OLD, NEW = Tokenizer({bytes([b]): b for b in range(256)}), Tokenizer.train(["abc abd"], 260)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """No waiting for the disk: a killed process loses no writes, only a power cut would."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def write(out, step, tokenizer, **more):
+    """A checkpoint whose every file bears the tokenizer's vocab size, so that a mix of two shows."""
+    mark = tokenizer.vocab_size
+    config = {"mark": mark, "tokenizer": {"hash": tokenizer.hash}}
+    trainer = {"tensors": {"mark": torch.tensor(mark)}, "state": {"mark": mark}}
+    out.mkdir(exist_ok=True)
+    (out / "metrics.jsonl").write_text(f"{mark}\n")
+    return checkpoint.save(out, step, {"w": torch.full((3, 2), float(mark))}, config, tokenizer, trainer, **more)
+
+
+def read(path):
+    """The one mark that all files of a checkpoint bear."""
+    config, (tensors, state) = checkpoint.load_config(path), checkpoint.load_trainer(path)
+    tokenizer = Tokenizer.load(checkpoint.resolve(path))
+    checkpoint.check_tokenizer(config, tokenizer)
+    marks = {config["mark"], tensors["mark"].item(), state["mark"], tokenizer.vocab_size}
+    marks |= set(checkpoint.load_state(path)["w"].flatten().tolist())
+    marks.add(int((checkpoint.resolve(path) / "metrics.jsonl").read_text()))
+    (mark,) = marks
+    return mark
+
+
+def listing(out):
+    return sorted(p.name for p in out.iterdir())
+
+
+RUN = ["best", "config.json", "latest", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
+
+
+def test_save_and_load(tmp_path):
+    out = tmp_path / "runs" / "demo"
+    (tmp_path / "runs").mkdir()
+    assert write(out, 120, OLD) == out / "step-000120"
+    assert listing(out) == sorted([*RUN[1:], "step-000120"])
+    assert listing(out / "step-000120") == sorted(["trainer.json", "trainer.safetensors", *RUN[1:2], *RUN[3:]])
+    for path in (out, str(out), out / "latest", out / "step-000120"):
+        assert read(path) == OLD.vocab_size
+        assert checkpoint.resolve(path) == (out / "step-000120").resolve()
+    assert json.loads((out / "config.json").read_text()) == checkpoint.load_config(out)  # OUT reads as a checkpoint
+
+
+def test_without_a_trainer_there_is_nothing_to_resume(tmp_path):
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(1)}, {}, OLD)
+    assert checkpoint.load_trainer(tmp_path) is None
+
+
+def test_tensors_that_share_memory_or_are_not_contiguous_come_back(tmp_path):
+    base = torch.arange(12.0).view(3, 4)
+    state = {
+        "a": base,
+        "tied": base,
+        "transposed": base.T,
+        "part": base[1:],
+        "half": base.bfloat16(),
+        "n": torch.tensor(7),
+    }
+    checkpoint.save(tmp_path, 1, state | {"grad": base.clone().requires_grad_()}, {}, OLD)
+    loaded = checkpoint.load_state(tmp_path)
+    assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in state.items())
+
+
+class Crash(BaseException):
+    """Not an Exception: like a kill, nothing may catch it."""
+
+
+def crash_at(monkeypatch, n):
+    """Raise Crash at the n-th call, counted over all calls that change the disk, before it or (half done) in it."""
+    calls = 0
+
+    def breaking(function, partly=None):
+        def wrapper(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                if partly:
+                    partly(*args)
+                raise Crash
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def remove_half(path, **kwargs):
+        for file in sorted(Path(path).iterdir())[::2]:
+            file.unlink()
+
+    for name in ("replace", "rename", "fsync", "symlink", "link", "mkdir"):
+        monkeypatch.setattr(os, name, breaking(getattr(os, name)))
+    monkeypatch.setattr(shutil, "rmtree", breaking(shutil.rmtree, remove_half))
+    monkeypatch.setattr(
+        Path, "write_text", breaking(Path.write_text, lambda path, text: path.open("w").write(text[:5]))
+    )
+    monkeypatch.setattr(Path, "write_bytes", breaking(Path.write_bytes, lambda path, data: path.touch()))
+    half = lambda tensors, path, metadata: Path(path).write_bytes(b"\x08\x00")  # noqa: E731
+    monkeypatch.setattr(checkpoint, "save_file", breaking(checkpoint.save_file, half))
+
+
+@pytest.mark.parametrize("before, step", [(None, 2), (1, 2), (2, 2), (3, 2)], ids=["first", "next", "same", "earlier"])
+def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, step):
+    old, new = OLD.vocab_size, NEW.vocab_size
+    seen = []
+    for n in range(1, 200):
+        out = tmp_path / str(n)
+        if before is not None:
+            write(out, before, OLD)
+            checkpoint.point(out, "best", before)
+        with pytest.MonkeyPatch.context() as patch:
+            crash_at(patch, n)
+            try:
+                write(out, step, NEW)
+                crashed = False
+            except Crash:
+                crashed = True
+        if before is None and not (out / "latest").exists():
+            assert crashed
+            with pytest.raises(UserError, match="no checkpoint"):
+                checkpoint.resolve(out)
+            seen.append(None)
+        else:
+            seen.append(read(out))
+            assert seen[-1] in (old, new)
+            if before is not None:
+                assert read(out / "best") in ((old, new) if before == step else (old,))
+        for folder in out.glob("step-*"):
+            assert read(folder) in (old, new)  # whatever bears a step's name is whole
+        write(out, step, NEW)  # the next save works and cleans up
+        write(out, step, NEW)
+        assert read(out) == new and not list(out.glob(".*"))
+        shutil.rmtree(out)
+        if not crashed:
+            break
+    assert n > 15 and seen[-1] == new and seen[0] == (old if before else None)
+    assert sorted(seen, key=lambda mark: mark == new) == seen  # once new, always new
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_D21_files_reach_the_disk_before_their_name_and_the_name_before_latest(tmp_path, monkeypatch, same):
+    write(tmp_path, 1, OLD)
+    synced, events = set(), []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    rename, replace = os.rename, os.replace
+
+    def renaming(source, target):
+        if Path(target).name.startswith("step-"):
+            assert {p.stat().st_ino for p in [Path(source), *Path(source).iterdir()]} <= synced
+            synced.clear()
+            events.append("name")
+        rename(source, target)
+
+    def replacing(source, target):
+        if Path(target).name == "latest" and "name" in events:
+            assert tmp_path.stat().st_ino in synced
+            events.append("latest")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "rename", renaming)
+    monkeypatch.setattr(os, "replace", replacing)
+    write(tmp_path, 1 if same else 2, NEW)
+    assert events[:2] == ["name", "latest"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("same", [False, True])
+def test_D21_a_killed_process_leaves_a_whole_checkpoint(tmp_path, same):
+    """A real SIGKILL at a random moment of saves in a loop, not an exception."""
+    out = tmp_path / "run"
+    write(out, 0, OLD)
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            try:
+                for i in range(1, 10**6):
+                    write(out, 5 if same else i, (OLD, NEW)[i % 2])
+            finally:
+                os._exit(1)
+        time.sleep(random.uniform(0.01, 0.15))
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        assert read(out) in (OLD.vocab_size, NEW.vocab_size)
+        for folder in out.glob("step-*"):
+            read(folder)
+
+
+def test_older_steps_go_but_the_linked_stay(tmp_path):
+    for step in (1, 2):
+        write(tmp_path, step, OLD)
+    assert listing(tmp_path) == sorted([*RUN[1:], "step-000002"])
+    checkpoint.point(tmp_path, "best", 2)
+    for step in (3, 4):
+        write(tmp_path, step, NEW)
+    assert listing(tmp_path) == sorted([*RUN, "step-000002", "step-000004"])
+    assert read(tmp_path / "best") == OLD.vocab_size and read(tmp_path) == NEW.vocab_size
+    checkpoint.point(tmp_path, "best", 4)
+    for step in (5, 6, 7):
+        write(tmp_path, step, NEW, keep=2)
+    assert [name for name in listing(tmp_path) if name.startswith("step")] == [f"step-00000{i}" for i in (4, 6, 7)]
+    write(tmp_path, 5, OLD)  # a run taken up again from an earlier step: its abandoned future goes
+    assert [name for name in listing(tmp_path) if name.startswith("step")] == ["step-000004", "step-000005"]
+    assert read(tmp_path) == OLD.vocab_size
+
+
+def test_the_same_step_again_takes_its_links_along(tmp_path):
+    write(tmp_path, 7, OLD)
+    checkpoint.point(tmp_path, "best", 7)
+    write(tmp_path, 7, NEW)
+    assert read(tmp_path) == read(tmp_path / "best") == NEW.vocab_size
+    assert os.readlink(tmp_path / "best") == os.readlink(tmp_path / "latest") == "step-000007"
+    assert listing(tmp_path) == sorted([*RUN, "step-000007"])
+
+
+def test_a_moved_run_still_reads(tmp_path):
+    write(tmp_path / "a", 3, NEW)
+    checkpoint.point(tmp_path / "a", "best", 3)
+    (tmp_path / "else").mkdir()
+    shutil.move(tmp_path / "a", tmp_path / "else" / "b")
+    moved = tmp_path / "else" / "b"
+    assert read(moved) == read(moved / "best") == NEW.vocab_size
+    assert (moved / "model.safetensors").is_file() and Tokenizer.load(moved).hash == NEW.hash
+    assert read(write(moved, 4, OLD)) == OLD.vocab_size
+    assert not any(os.path.isabs(os.readlink(p)) for p in moved.iterdir() if p.is_symlink())
+
+
+@pytest.mark.parametrize("file, load", [
+    ("model.safetensors", checkpoint.load_state), ("trainer.safetensors", checkpoint.load_trainer),
+    ("trainer.json", checkpoint.load_trainer), ("config.json", checkpoint.load_config),
+])  # fmt: skip
+@pytest.mark.parametrize("damage", ["truncated", "empty", "pickle"])
+def test_damaged_files_are_told_in_one_line(tmp_path, file, load, damage):
+    write(tmp_path, 1, OLD)
+    path = (tmp_path / "step-000001" / file).resolve()
+    data = path.read_bytes()
+    path.write_bytes({"truncated": data[:-3], "empty": b"", "pickle": pickle.dumps({"w": 1})}[damage])
+    with pytest.raises(UserError) as error:
+        load(tmp_path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message and "another step folder" in message
+
+
+def test_pickles_are_never_read(tmp_path, monkeypatch):
+    folder = write(tmp_path, 1, OLD)
+    (folder / "model.safetensors").unlink()
+    torch.save({"w": torch.ones(1)}, folder / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
+    monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("pickle.load was called"))
+    with pytest.raises(UserError, match=r"model.safetensors: missing \(a pickle, .bin or .pt, is never read\)"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_no_checkpoint_names_the_path_and_the_remedy(tmp_path):
+    os.symlink("step-000009", tmp_path / "latest")
+    for path in (tmp_path, tmp_path / "none", __file__):
+        with pytest.raises(UserError, match="no checkpoint here .*: train that stage first") as error:
+            checkpoint.load_config(path)
+        assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="run train_sft.py first"):
+        checkpoint.resolve(tmp_path, "run train_sft.py first")
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    write(tmp_path, 1, NEW)
+    checkpoint.check_tokenizer(checkpoint.load_config(tmp_path), NEW)
+    for config in (checkpoint.load_config(tmp_path), {}):
+        with pytest.raises(UserError, match="tokenizer does not match the checkpoint"):
+            checkpoint.check_tokenizer(config, OLD)
+
+
+def build():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() < 2]},
+    ]
+    groups[1]["weight_decay"] = 0.0
+    return model, torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.95), eps=1e-5, weight_decay=0.1)
+
+
+def train(model, opt, steps):
+    """A few steps that draw from every generator; the losses, exactly."""
+    losses = []
+    for _ in range(steps):
+        x = torch.rand(5, 4) * random.random() + float(np.random.standard_normal()) + random.gauss(0, 1)
+        loss = model(x).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        for group in opt.param_groups:
+            group["lr"] *= 0.9
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_D21_resume_continues_bit_for_bit(tmp_path, steps):
+    model, opt = build()
+    random.seed(1), np.random.seed(1)
+    train(model, opt, steps)  # an odd number of normal draws leaves half of a pair in NumPy's and Python's generators
+    tensors, state = checkpoint.pack_optimizer(opt, "opt.")
+    rng_tensors, rng = checkpoint.rng_state()
+    trainer = {"tensors": tensors | rng_tensors, "state": {"opt": state, "rng": rng}}
+    checkpoint.save(tmp_path, steps, model.state_dict(), {}, OLD, trainer)
+    losses = train(model, opt, 4)
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+
+    again, opt_again = build()
+    for p in again.parameters():
+        p.data.fill_(9.0)
+    train(again, opt_again, 2)
+    again.load_state_dict(checkpoint.load_state(tmp_path))
+    tensors, state = checkpoint.load_trainer(tmp_path)
+    checkpoint.unpack_optimizer(opt_again, tensors, state["opt"], "opt.")
+    checkpoint.set_rng_state(tensors, state["rng"])
+    assert train(again, opt_again, 4) == losses
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert [g["lr"] for g in opt_again.param_groups] == [g["lr"] for g in opt.param_groups]
+    assert [g["weight_decay"] for g in opt_again.param_groups] == [0.1, 0.0]
+
+
+def test_D21_two_optimizers_do_not_mix():
+    (model, opt), (other, opt_other) = build(), build()
+    train(model, opt, 1), train(other, opt_other, 3)
+    packed = {}
+    states = {}
+    for prefix, each in (("policy", opt), ("policy_value", opt_other)):
+        tensors, states[prefix] = checkpoint.pack_optimizer(each, prefix)
+        assert not packed.keys() & tensors.keys()
+        packed |= tensors
+    for prefix, each in (("policy", opt), ("policy_value", opt_other)):
+        fresh = build()[1]
+        checkpoint.unpack_optimizer(fresh, packed, json.loads(json.dumps(states[prefix])), prefix)
+        for own, loaded in zip(each.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True):
+            assert all(torch.equal(own[key], loaded[key]) for key in ("step", "exp_avg", "exp_avg_sq"))

@@ -1,0 +1,177 @@
+"""The GPT and the scalar models: padding, cache, dropout, initialisation."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minirlhf import UserError
+from minirlhf.model import (
+    GPT,
+    POOLINGS,
+    GPTConfig,
+    KVCache,
+    RewardEnsemble,
+    RewardModel,
+    ValueModel,
+    critic_from,
+    disable_dropout,
+    last_real,
+    position_ids,
+)
+
+SMALL = GPTConfig(vocab_size=50, context=32, n_layer=2, n_head=2, n_embd=16)
+
+
+def mask_of(rows):
+    return torch.tensor(rows, dtype=torch.bool)
+
+
+def test_D6_positions_count_real_tokens():
+    masks = mask_of([[0, 0, 1, 1, 1, 0], [1, 0, 0, 1, 1, 1]])
+    assert position_ids(masks[:1, :5]).tolist() == [[0, 0, 0, 1, 2]]
+    assert position_ids(masks[1:]).tolist() == [[0, 1, 1, 1, 2, 3]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), left=st.integers(0, 5), right=st.integers(0, 5), n=st.integers(1, 8))
+def test_D6_amount_side_and_content_of_padding_change_nothing(seed, left, right, n):
+    torch.manual_seed(seed)
+    model = GPT(SMALL).eval()
+    text = torch.randint(50, (1, n))
+    junk = torch.randint(50, (1, left + right))
+    padded = torch.cat([junk[:, :left], text, junk[:, left:]], 1)
+    mask = torch.zeros_like(padded, dtype=torch.bool)
+    mask[:, left : left + n] = True
+    got = model(padded, mask)[:, left : left + n]
+    torch.testing.assert_close(got, model(text), atol=2e-6, rtol=1e-5)
+    if left == 0:  # right padding needs no mask at all
+        torch.testing.assert_close(model(padded)[:, :n], model(text), atol=2e-6, rtol=1e-5)
+
+
+def test_D6_poisoned_padding_reaches_no_output_and_no_gradient():
+    torch.manual_seed(0)
+    model = ValueModel(SMALL, "last+mean").eval()
+    tokens, mask = torch.randint(1, 50, (2, 7)), mask_of([[0, 0, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0, 0]])
+    tokens[~mask] = 0
+    clean = model(tokens, mask)
+    clean.sum().backward()
+    gradient = model.backbone.blocks[0].qkv.weight.grad.clone()
+    model.zero_grad()
+    with torch.no_grad():
+        model.backbone.wte.weight[0] = float("nan")  # only padding has token 0
+    poisoned = model(tokens, mask)
+    poisoned.sum().backward()
+    assert torch.equal(clean, poisoned)
+    assert torch.equal(gradient, model.backbone.blocks[0].qkv.weight.grad)
+    assert (poisoned[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_cached_decoding_equals_the_full_forward(left):
+    torch.manual_seed(0)
+    model = GPT(SMALL).eval()
+    tokens = torch.randint(50, (3, 9))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[0, :left] = False
+    full = model(tokens, mask)
+    cache = KVCache(model, 3, 9)
+    parts = [model(tokens[:, :4], mask[:, :4], cache)]
+    parts += [model(tokens[:, t : t + 1], mask[:, t : t + 1], cache) for t in range(4, 9)]
+    torch.testing.assert_close(torch.cat(parts, 1)[mask], full[mask], atol=2e-6, rtol=1e-5)
+
+
+def test_the_future_cannot_be_seen():
+    torch.manual_seed(0)
+    model = GPT(SMALL).eval()
+    tokens = torch.randint(50, (1, 8))
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 50
+    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5])
+
+
+def test_init_is_gpt2s():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=500, context=64, n_layer=4, n_head=4, n_embd=128))
+    block = model.blocks[0]
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert block.mlp_out.weight.std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    hidden = torch.randn(2, 3, 128)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.wte.weight.T)  # tied head
+
+
+def test_D5_dropout_is_off_in_train_mode_too():
+    torch.manual_seed(0)
+    model = ValueModel(GPTConfig(50, 32, 2, 2, 16, dropout=0.5)).train()
+    tokens, mask = torch.randint(50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    assert not torch.equal(model(tokens, mask), model(tokens, mask))
+    disable_dropout(model)
+    assert model.training
+    assert torch.equal(model(tokens, mask), model(tokens, mask))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_D15_score_is_read_at_the_last_real_token(pooling):
+    torch.manual_seed(0)
+    model = RewardModel(SMALL, pooling).eval()
+    tokens, mask = torch.randint(50, (3, 8)), mask_of([[1] * 8, [1] * 3 + [0] * 5, [0, 0, 1, 1, 1, 0, 0, 0]])
+    assert last_real(mask).tolist() == [7, 2, 4]
+    scores = model(tokens, mask)
+    alone = [model(tokens[i : i + 1, m], torch.ones(1, int(m.sum()), dtype=torch.bool)) for i, m in enumerate(mask)]
+    torch.testing.assert_close(scores, torch.cat(alone), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_D13_a_critic_from_the_reward_model_scores_whole_texts_alike(pooling):
+    torch.manual_seed(0)
+    reward_model = RewardModel(SMALL, pooling).eval()
+    reward_model.gain.fill_(0.7)
+    reward_model.bias.fill_(-1.3)
+    critic = critic_from(reward_model)
+    tokens, mask = torch.randint(50, (2, 6)), mask_of([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]])
+    values = critic(tokens, mask)
+    torch.testing.assert_close(values[[0, 1], last_real(mask)], reward_model(tokens, mask), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(values, reward_model.values(tokens, mask), atol=1e-6, rtol=1e-5)
+
+
+def test_D13_head_init():
+    torch.manual_seed(0)
+    model = ValueModel(GPTConfig(50, 8, 1, 4, 512), "last+mean")
+    assert model.out.weight.std().item() == pytest.approx(1 / math.sqrt(513), rel=0.1)
+    assert model.fc.weight.std().item() == pytest.approx(1 / math.sqrt(1025), rel=0.02)
+    assert not model.out.bias.any() and not model.fc.bias.any()
+
+
+def test_D14_the_affine_transform_is_applied_and_saved_with_the_model():
+    torch.manual_seed(0)
+    model = RewardModel(SMALL).eval()
+    tokens, mask = torch.randint(50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    before = model(tokens, mask)
+    model.gain.fill_(2.0)
+    model.bias.fill_(0.5)
+    torch.testing.assert_close(model(tokens, mask), 2 * before + 0.5)
+    assert {"gain", "bias"} <= model.state_dict().keys()
+
+
+def test_ensemble_gives_mean_and_disagreement():
+    torch.manual_seed(0)
+    model = RewardEnsemble(SMALL, members=3).eval()
+    tokens, mask = torch.randint(50, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
+    each = torch.stack([m(tokens, mask) for m in model.members])
+    mean, spread = model(tokens, mask)
+    torch.testing.assert_close(mean, each.mean(0))
+    torch.testing.assert_close(spread, ((each - each.mean(0)) ** 2).mean(0).sqrt())
+    assert (RewardEnsemble(SMALL).eval()(tokens, mask)[1] == 0).all()
+
+
+def test_errors_name_the_remedy():
+    with pytest.raises(UserError, match="does not divide by n_head"):
+        GPTConfig(50, n_head=3, n_embd=16)
+    with pytest.raises(UserError, match="context of 32.*--context"):
+        GPT(SMALL)(torch.zeros(1, 33, dtype=torch.long))
+    with pytest.raises(UserError, match="unknown pooling"):
+        ValueModel(SMALL, "first")

@@ -1,0 +1,316 @@
+"""PPO's equations against the numbers of the papers and of the details' register."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import gae, token_logprobs
+from minirlhf.masked import masked_mean, whiten
+from minirlhf.ppo import (
+    adapt_kl_coef,
+    apply_missing_eos,
+    best_of_n_kl,
+    explained_variance,
+    kl_estimates,
+    linear_decay,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+)
+
+NAN = math.nan
+some = settings(max_examples=30, deadline=None)
+seeds = st.integers(0, 2**31)
+
+
+def real(*lengths, R=4):
+    """A response mask with these lengths."""
+    return torch.arange(R) < torch.tensor(lengths)[:, None]
+
+
+def near(got, want, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(got), torch.tensor(want), atol=tolerance, rtol=0)
+
+
+def batch(seed, B=4, R=6):
+    """new_logprobs, logprobs, advantages, new_values, values, returns, mask [B, R]; float64."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.arange(R) < torch.randint(0, R + 1, (B, 1), generator=g)
+    tensors = torch.randn(6, B, R, dtype=torch.float64, generator=g)
+    return [*tensors.unbind(), mask]
+
+
+# The three-token world of D1: policy p, reference q.
+P, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.5, 0.3])
+
+
+def test_D1_values_by_enumeration():
+    k1, k2, k3 = kl_estimates(P.log(), Q.log())
+    near(k1, [0.916291, -0.510826, -0.405465])
+    near(k2, [0.419795, 0.130472, 0.082201], 2e-6)
+    near(k3, [0.316291, 0.155841, 0.094535])
+    near((P * k1).sum(), 0.223805)
+    near((P * k3).sum(), 0.223805)
+    near((P * k2).sum(), 0.265479)
+    near(kl_estimates(P.log(), P.log())[2], [0.0, 0.0, 0.0], 0)  # k3 of equal policies is exactly 0
+
+
+@pytest.mark.parametrize(
+    "estimator, use, want",
+    [
+        (0, "reward", [0.346243, -0.220389, -0.125854]),  # the true gradient
+        (1, "loss", [0.346243, -0.220389, -0.125854]),  # the true gradient
+        (2, "reward", [0.046243, -0.020389, -0.025854]),  # wrong, though its value is unbiased
+        (1, "reward", [0.077158, -0.040502, -0.036656]),  # wrong
+        (2, "loss", [0.3, -0.2, -0.1]),  # the gradient of KL(q || p)
+    ],
+)
+def test_D1_gradients_by_enumeration(estimator, use, want):
+    logits = P.log().requires_grad_()
+    logprobs, _ = token_logprobs(logits.expand(3, 3), torch.arange(3))
+    k = kl_estimates(logprobs, Q.log())[estimator]
+    surrogate = k.detach() * logprobs if use == "reward" else k
+    (P * surrogate).sum().backward()
+    near(logits.grad, want)
+
+
+def test_D1_true_gradient_through_shaped_rewards_and_the_policy_loss():
+    """The whole path: each token of the vocabulary sampled once, weighted by its probability."""
+    logits = P.log().requires_grad_()
+    new_logprobs, _ = token_logprobs(logits.expand(3, 1, 3), torch.arange(3)[:, None])
+    mask = real(1, 1, 1, R=1)
+    logprobs = new_logprobs  # a caller who forgot to detach gets constants all the same
+    rewards = shape_rewards(torch.zeros(3), logprobs, Q.log()[:, None], mask, kl_coef=1.0)
+    assert not rewards.requires_grad
+    loss, _ = policy_loss(new_logprobs, logprobs.detach(), rewards * P[:, None], mask, 0.2, denominator=1)
+    loss.backward()
+    near(logits.grad, [0.346243, -0.220389, -0.125854])
+
+
+def test_D7_score_lands_on_the_last_real_token():
+    mask = real(4, 2, 1, 0)
+    logprobs = torch.zeros(4, 4).masked_fill(~mask, NAN)
+    ref_logprobs = torch.tensor([[-0.5, 0.0, -1.0, 0.25]]).expand(4, 4)
+    rewards = shape_rewards(torch.tensor([1.0, 2.0, 3.0, NAN]), logprobs, ref_logprobs, mask, 0.2)
+    want = [[-0.1, 0.0, -0.2, 1.05], [-0.1, 2.0, 0.0, 0.0], [2.9, 0.0, 0.0, 0.0], [0.0] * 4]
+    near(rewards, want)  # the last row has no token: its score is nowhere
+    assert shape_rewards(torch.ones(2), *torch.zeros(2, 2, 0), real(0, 0, R=0), 0.1).shape == (2, 0)
+
+
+@some
+@given(seeds, st.floats(0, 2))
+def test_D7_rows_sum_to_score_minus_kl(seed, kl_coef):
+    logprobs, ref_logprobs, _, _, _, _, mask = batch(seed)
+    scores = torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
+    rewards = shape_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
+    kl = torch.where(mask, logprobs - ref_logprobs, 0.0).sum(1)
+    want = torch.where(mask.any(1), scores - kl_coef * kl, 0.0)
+    torch.testing.assert_close(rewards.sum(1), want)
+    score_alone = shape_rewards(scores, logprobs, ref_logprobs, mask, 0.0)
+    assert ((score_alone != 0).sum(1) == mask.any(1)).all()  # exactly once
+
+
+def test_D8_from_scores_to_advantages():
+    """D8's numbers by way of shaping: score 1, kl_coef .1, k1 = 1, 0, 1, 0; padding changes nothing."""
+    want = [0.251725, 0.4755, 0.29, 0.2]
+    for R in (4, 7):
+        pad = [NAN] * (R - 4)
+        k1 = torch.tensor([[1.0, 0.0, 1.0, 0.0, *pad]])
+        rewards = shape_rewards(torch.ones(1), k1, torch.zeros(1, R), real(4, R=R), 0.1)
+        near(rewards[:, :4], [[-0.1, 0.0, -0.1, 1.0]])
+        values = torch.tensor([[0.5, 0.4, 0.6, 0.8, *pad]])
+        advantages, returns = gae(rewards, values, mask=real(4, R=R))
+        near(advantages, [want + [0.0] * (R - 4)])
+        near(returns, [[0.751725, 0.8755, 0.89, 1.0] + [0.0] * (R - 4)])
+
+
+def test_D8_returns_are_made_before_whitening():
+    rewards, values = torch.tensor([[-0.1, 0.0, -0.1, 1.0]]), torch.tensor([[0.5, 0.4, 0.6, 0.8]])
+    advantages, returns = gae(rewards, values)
+    white = whiten(advantages, real(4))
+    near(returns, [[0.751725, 0.8755, 0.89, 1.0]])
+    near(masked_mean(white, real(4)), 0.0)
+    assert (white + values - returns).abs().max() > 0.5  # whitened advantages are no basis for returns
+
+
+@pytest.mark.parametrize(
+    "mode, penalty, want",
+    [
+        ("replace", -1.0, [2.0, -1.0, 0.5, -1.0]),
+        ("subtract", 1.0, [2.0, 2.0, 0.5, -1.5]),
+        ("none", 1.0, [2.0, 3.0, 0.5, -0.5]),
+    ],
+)
+def test_D9_two_conventions(mode, penalty, want):
+    scores, has_eos = torch.tensor([2.0, 3.0, 0.5, -0.5]), torch.tensor([True, False, True, False])
+    near(apply_missing_eos(scores, has_eos, penalty, mode), want, 0)
+    assert torch.equal(scores, torch.tensor([2.0, 3.0, 0.5, -0.5]))
+
+
+def test_D9_cases():
+    """Empty, EOS first, EOS exactly at the limit, several EOS, cut off; EOS belongs to its response."""
+    E, x = 9, 1
+    responses = torch.tensor([[0, 0, 0], [E, 0, 0], [x, x, E], [x, E, E], [x, x, x]])
+    mask = real(0, 1, 3, 2, 3, R=3)  # the second EOS of row 3 was never sampled: it is not in the mask
+    has_eos = (mask & (responses == E)).any(1)
+    scores = torch.tensor([NAN, 1.0, 2.0, 3.0, 4.0])
+    zeros = torch.zeros(5, 3)
+    shaped = shape_rewards(apply_missing_eos(scores, has_eos, -1.0, "replace"), zeros, zeros, mask, 0.1)
+    near(shaped, [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 3.0, 0.0], [0.0, 0.0, -1.0]], 0)
+    shaped = shape_rewards(apply_missing_eos(scores, has_eos, 0.5, "subtract"), zeros, zeros, mask, 0.1)
+    near(shaped.sum(1), [0.0, 1.0, 2.0, 3.0, 3.5], 0)
+
+
+def test_D9_unknown_mode_is_refused():
+    with pytest.raises(ValueError, match="'replace', 'subtract' or 'none', not 'subtrakt'"):
+        apply_missing_eos(torch.zeros(1), torch.ones(1, dtype=torch.bool), 1.0, "subtrakt")
+
+
+@pytest.mark.parametrize(
+    "kl, want", [(12.0, 0.150192), (6.6, 0.150096), (6.0, 0.15), (3.0, 0.149808), (60.0, 0.150192)]
+)
+def test_D11_adaptive_kl_coefficient(kl, want):
+    assert adapt_kl_coef(0.15, kl, target=6.0, n=64, horizon=10000) == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, want, clipped, slope",
+    [
+        (1.0, 1.5, -1.2, 1.0, 0.0),
+        (1.0, 0.5, -0.5, 0.0, -0.5),
+        (-1.0, 1.5, 1.5, 0.0, 1.5),
+        (-1.0, 0.5, 0.8, 1.0, 0.0),
+    ],
+)
+def test_D12_policy_loss(advantage, ratio, want, clipped, slope):
+    new = torch.tensor([[math.log(ratio), NAN]], requires_grad=True)
+    loss, stats = policy_loss(new, torch.zeros(1, 2), torch.full((1, 2), advantage), real(1, R=2), 0.2)
+    loss.backward()
+    near(loss, want)
+    near(new.grad, [[slope, 0.0]])  # a clipped token pushes no further
+    near(stats["clipfrac"], clipped, 0)
+    near(stats["ratio"], ratio)
+    near(stats["approxkl"], math.log(ratio) ** 2 / 2)
+    assert not any(s.requires_grad for s in stats.values())
+
+
+@pytest.mark.parametrize(
+    "clip, want, clipped, slope",
+    [(0.2, 0.32, 1.0, 0.0), (1.0, 0.125, 0.0, -0.5), (None, 0.125, 0.0, -0.5)],
+)
+def test_D12_value_loss(clip, want, clipped, slope):
+    """Old 0, new .5, return 1: clipped around the rollout's value, .5 * max(.25, .64)."""
+    new = torch.tensor([[0.5, NAN]], requires_grad=True)
+    loss, clipfrac = value_loss(new, torch.zeros(1, 2), torch.ones(1, 2), real(1, R=2), clip)
+    loss.backward()
+    near(loss, want)
+    near(clipfrac, clipped, 0)
+    near(new.grad, [[slope, 0.0]])
+
+
+@some
+@given(seeds)
+def test_D12_nothing_is_counted_as_clipped_inside_the_range(seed):
+    g = torch.Generator().manual_seed(seed)
+    values, returns = torch.randn(2, 8, 9, generator=g)
+    new_values = values + 0.19 * (2 * torch.rand(8, 9, generator=g) - 1)
+    mask = torch.ones(8, 9, dtype=torch.bool)
+    loss, clipfrac = value_loss(new_values, values, returns, mask, 0.2)
+    assert clipfrac == 0 and torch.equal(loss, value_loss(new_values, values, returns, mask, None)[0])
+    near(policy_loss(values, values, returns, mask, 0.2)[1]["clipfrac"], 0.0, 0)
+
+
+def test_D12_explained_variance():
+    returns, values = torch.tensor([[1.0, 2, 3, 4, NAN]]), torch.tensor([[1.5, 1.5, 3.5, 3.5, NAN]])
+    mask = real(4, R=5)
+    near(explained_variance(values, returns, mask), 0.8)
+    near(explained_variance(returns, returns, mask), 1.0)
+    for constant in (0.0, 0.1, 1e4):  # in fp32 a thousand times .1 does not average to .1
+        flat = torch.full((1, 1000), constant)
+        assert explained_variance(torch.randn(1, 1000), flat, flat == constant) == 0
+    assert explained_variance(values, returns, real(0, R=5)) == 0
+
+
+def test_D16_linear_decay():
+    assert [linear_decay(u, 4) for u in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    for update in (-1, 4):
+        with pytest.raises(ValueError, match=r"0\.\.3"):
+            linear_decay(update, 4)
+
+
+@pytest.mark.parametrize("parts, want", [(((1, 1.0), (9, 4.0)), 3.7), (((2, 1.0), (8, 3.0)), 2.6)])
+def test_D17_parts_of_unequal_size_add_up(parts, want):
+    """Micro-batches (or ranks) of n tokens with mean loss m; a mean of means would give 2.5 and 2."""
+    total = sum(n for n, _ in parts)
+    policy, value, means = 0.0, 0.0, []
+    for n, m in parts:
+        zeros, mask = torch.zeros(1, 9), real(n, R=9)
+        policy += policy_loss(zeros, zeros, torch.full((1, 9), -m), mask, 0.2, total)[0]
+        value += value_loss(zeros, zeros, torch.full((1, 9), (2 * m) ** 0.5), mask, 0.2, torch.tensor(total))[
+            0
+        ]
+        means.append(policy_loss(zeros, zeros, torch.full((1, 9), -m), mask, 0.2)[0])
+    near(policy, want)
+    near(value, want)
+    assert abs(sum(means) / len(means) - want) > 0.5
+
+
+@some
+@given(seeds, st.sampled_from([1, 2, 4]))
+def test_D17_gradients_and_statistics_do_not_depend_on_the_split(seed, pieces):
+    new, old, advantages, new_values, values, returns, mask = batch(seed)
+    new.requires_grad_(), new_values.requires_grad_()
+    whole, stats = policy_loss(new, old, advantages, mask, 0.2)
+    whole_value, clipfrac = value_loss(new_values, values, returns, mask, 0.2)
+    want = torch.autograd.grad(whole + whole_value, (new, new_values))
+    summed, loss = dict.fromkeys(("value", *stats), 0.0), 0.0
+    for part in torch.arange(4).chunk(pieces):  # a part may well have no token at all
+        p, s = policy_loss(new[part], old[part], advantages[part], mask[part], 0.2, mask.sum())
+        v, c = value_loss(new_values[part], values[part], returns[part], mask[part], 0.2, mask.sum())
+        loss = loss + p + v
+        for name, x in {**s, "value": c}.items():
+            summed[name] += x
+    for a, b in zip(torch.autograd.grad(loss, (new, new_values)), want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    for name, x in {**stats, "value": clipfrac}.items():
+        torch.testing.assert_close(summed[name], x)
+
+
+@pytest.mark.parametrize("n, want", [(1, 0.0), (4, 0.6363), (16, 1.8351), (64, 3.1745)])
+def test_D20_best_of_n_kl(n, want):
+    assert best_of_n_kl(n) == pytest.approx(want, abs=5e-5)
+
+
+@some
+@given(seeds)
+def test_D22_padding_reaches_no_number_and_no_gradient(seed):
+    *tensors, mask = batch(seed)
+    scores = torch.ones(4, dtype=torch.float64)
+
+    def everything(new, old, advantages, new_values, values, returns):
+        new, new_values = new.clone().requires_grad_(), new_values.clone().requires_grad_()
+        loss, stats = policy_loss(new, old, advantages, mask, 0.2)
+        vf_loss, clipfrac = value_loss(new_values, values, returns, mask, 0.2)
+        (loss + vf_loss).backward()
+        rewards = shape_rewards(scores, old, new.detach(), mask, 0.1)
+        variance = explained_variance(values, returns, mask)
+        numbers = [loss, *stats.values(), vf_loss, clipfrac, rewards, variance, *gae(rewards, values, mask)]
+        return [x.detach() for x in (*numbers, new.grad, new_values.grad)]
+
+    clean = everything(*tensors)
+    for junk in (NAN, math.inf, 1e30):
+        poisoned = everything(*(t.masked_fill(~mask, junk) for t in tensors))
+        assert all(x.isfinite().all() for x in poisoned)
+        assert all(torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))
+
+
+def test_D22_no_real_token_gives_zero_not_nan():
+    empty = real(0, 0)
+    new = torch.full((2, 4), NAN, requires_grad=True)
+    loss, stats = policy_loss(new, new.detach(), new.detach(), empty, 0.2)
+    vf_loss, clipfrac = value_loss(new, new.detach(), new.detach(), empty, 0.2, denominator=0)
+    (loss + vf_loss).backward()
+    assert loss == vf_loss == clipfrac == 0 and not any(stats.values()) and not new.grad.any()

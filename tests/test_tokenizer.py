@@ -1,0 +1,228 @@
+"""The tokenizer: training against a slow oracle, encoding against plain merging, round trips, files and faults."""
+
+import base64
+import json
+from collections import Counter
+
+import pytest
+import regex
+import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken.load import load_tiktoken_bpe
+
+from minirlhf import UserError
+from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer, merge
+
+TEXTS = [
+    "the cat sat on the mat, the cat's hat",
+    "aaaa aaab abab babab",
+    "naïve café 你好你好 🙂🙂",
+    "it's 2024, isn't it?",
+]
+BYTES = {bytes([b]): b for b in range(256)}
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+FEW_LETTERS = st.lists(st.text("ab c", max_size=12), max_size=5)  # overlaps, ties and two roads to one token
+ORIGINAL = r"'s|'t|'re|'ve|'m|'ll|'re|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # openai/gpt-2, encoder.py
+
+
+def naive_encode(word, ranks):
+    """BPE as the papers write it: scan for the lowest rank, join one pair, scan again."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        best = None
+        for i in range(len(parts) - 1):
+            rank = ranks.get(parts[i] + parts[i + 1])
+            if rank is not None and (best is None or rank < ranks[parts[best] + parts[best + 1]]):
+                best = i
+        if best is None:
+            return parts
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+
+
+def naive_train(texts, vocab_size):
+    """The definition, without any bookkeeping: encode everything, count everything, take the best, start again."""
+    ranks = dict(BYTES)
+    words = [word.encode() for text in texts for word in regex.findall(GPT2_PATTERN, text)]
+    while len(ranks) < vocab_size - 2:
+        counts = Counter()
+        for word in words:
+            parts = naive_encode(word, ranks)
+            counts.update(a + b for a, b in zip(parts, parts[1:], strict=False))
+        if not counts:
+            break
+        ranks[min(counts, key=lambda token: (-counts[token], token))] = len(ranks)
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 300)
+
+
+def test_training_equals_the_slow_definition(tokenizer):
+    assert list(tokenizer.ranks.items()) == list(naive_train(TEXTS, 300).items())
+    assert tokenizer.vocab_size == 300 and len(tokenizer.ranks) == 298
+
+
+@settings(max_examples=60, deadline=None)
+@given(FEW_LETTERS)
+def test_training_equals_the_slow_definition_on_hard_words(texts):
+    assert Tokenizer.train(texts, 275).ranks == naive_train(texts, 275)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FEW_LETTERS, ANY_TEXT | st.text("abc '", max_size=30))
+def test_tiktoken_encodes_as_plain_merging(texts, text):
+    trained = Tokenizer.train(texts + TEXTS, 290)
+    words = [word.encode() for word in regex.findall(GPT2_PATTERN, text)]
+    expected = [trained.ranks[part] for word in words for part in naive_encode(word, trained.ranks)]
+    assert trained.encode(text) == expected
+    assert [naive_encode(w, trained.ranks) for w in words] == [
+        merge([w[i : i + 1] for i in range(len(w))], trained.ranks) for w in words
+    ]
+
+
+def test_training_is_deterministic_and_blind_to_the_order_of_texts(tokenizer):
+    again = Tokenizer.train(iter(TEXTS[::-1]), 300)
+    assert again.hash == tokenizer.hash and again.ranks == tokenizer.ranks
+    assert Tokenizer.train(TEXTS, 299).hash != tokenizer.hash
+    assert Tokenizer(tokenizer.ranks, r"\S+|\s+").hash != tokenizer.hash
+
+
+def test_training_that_runs_out_of_pairs_stops_and_says_so(capsys):
+    trained = Tokenizer.train(["abc abc"], 1000)
+    assert list(trained.ranks)[256:] == [b"ab", b"abc", b" abc"]  # ab before bc: the smaller of equals
+    assert trained.vocab_size == 261 and "261 tokens, not 1000" in capsys.readouterr().err
+    assert [trained.token_str(i) for i in trained.encode("abc abc")] == ["abc", " abc"]
+    assert Tokenizer.train([], 300).vocab_size == 258
+    with pytest.raises(UserError, match="vocab_size 257"):
+        Tokenizer.train(TEXTS, 257)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ANY_TEXT | st.text(st.sampled_from(" \t\n\r\x85\u3000\u00a0'sdrelvt1!a\ufeff\u0301🙂")))
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.eot for i in ids)
+    assert regex.findall(GPT2_PATTERN, text) == regex.findall(ORIGINAL, text)
+
+
+def test_lone_surrogates_become_the_replacement_character(tokenizer):
+    assert tokenizer.decode(tokenizer.encode("a\ud800b\udc00")) == "a\ufffdb\ufffd"
+    assert tokenizer.decode(tokenizer.encode("\ud83d\ude42")) == "🙂"  # a pair, as JSON escapes may leave it
+    assert Tokenizer.train(["\ud800\ud800 x"], 262).ranks == Tokenizer.train(["\ufffd\ufffd x"], 262).ranks
+
+
+def test_text_like_a_special_token_is_plain_text(tokenizer):
+    for text in ("<|endoftext|>", "a<|pad|>b", "<|endoftext|><|pad|>"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and not {tokenizer.eot, tokenizer.pad} & set(ids)
+
+
+def test_decode_drops_pad_and_eot_and_shows_broken_characters(tokenizer):
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.decode([tokenizer.pad, *ids, tokenizer.eot, tokenizer.pad]) == "the cat"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert [tokenizer.token_str(i) for i in (0x41, 0x0A, 0x1B, 0xC3)] == ["A", r"\n", r"\x1b", r"\xc3"]
+    assert (tokenizer.token_str(tokenizer.eot), tokenizer.token_str(tokenizer.pad)) == ("<|endoftext|>", "<|pad|>")
+
+
+def test_batch_equals_one_by_one(tokenizer):
+    assert tokenizer.encode_batch(TEXTS) == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_D6_pad_is_never_eot(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.tiktoken").rename(tmp_path / "alone.tiktoken")
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=ORIGINAL, mergeable_ranks=tokenizer.ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
+    for each in tokenizer, Tokenizer.load(tmp_path / "alone.tiktoken"), Tokenizer.load("gpt2"):
+        n = len(each.ranks)
+        assert (each.eot, each.pad, each.vocab_size) == (n, n + 1, n + 2)  # GPT-2: 50256, 50257, 50258
+        assert each.specials == {"<|endoftext|>": n, "<|pad|>": n + 1}
+    assert Tokenizer.load("gpt2").pattern == ORIGINAL
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    odd = Tokenizer(tokenizer.ranks, r"\S+|\s+")
+    odd.save(tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    assert sorted(p.name for p in folder.iterdir()) == ["tokenizer.json", "tokenizer.tiktoken"]
+    for source in (folder, str(folder), folder / "tokenizer.tiktoken"):
+        loaded = Tokenizer.load(source)
+        assert (loaded.hash, loaded.pattern, loaded.ranks) == (odd.hash, odd.pattern, odd.ranks)
+    (folder / "tokenizer.json").unlink()
+    assert Tokenizer.load(folder / "tokenizer.tiktoken").pattern == GPT2_PATTERN  # any .tiktoken: GPT-2's split
+
+
+def test_file_is_the_public_format(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    assert load_tiktoken_bpe(str(tmp_path / "tokenizer.tiktoken")) == tokenizer.ranks
+
+
+def test_an_interrupted_save_leaves_the_old_files(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        Tokenizer.train(TEXTS, 290).save(tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def lines(*changes):
+    """A .tiktoken file of the 256 bytes; each change is (line, new text), None deletes."""
+    rows = [b"%s %d" % (base64.b64encode(t), r) for t, r in BYTES.items()]
+    for number, text in changes:
+        rows[number - 1] = text
+    return b"\n".join(row for row in rows if row is not None)
+
+
+@pytest.mark.parametrize("content, where", [
+    (b"", ":1: not 'base64 rank': b''"),
+    (lines((3, b"!!!! 2")), ":3: not 'base64 rank'"),
+    (lines((3, b"AgI=")), ":3: not 'base64 rank': b'AgI='"),
+    (lines((3, b"Ag== two")), ":3: not 'base64 rank'"),
+    (lines((3, b"Ag== 2 2")), ":3: not 'base64 rank'"),
+    (lines((3, b"Ag== 1")), ":3: expected a new token, rank 2"),
+    (lines((3, b"AQ== 2")), ":3: expected a new token, rank 2"),
+    (lines((3, None)), ":3: expected a new token, rank 2"),
+    (lines((256, None)), ":255: no token for the byte b'\\\\xff'"),
+    (lines((3, b"\x80\x02K\x01. 2")), ":3: not 'base64 rank'"),
+])  # fmt: skip
+def test_a_malformed_file_is_told_by_its_line(tmp_path, content, where):
+    file = tmp_path / "bad.tiktoken"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"bad.tiktoken{where}") as error:
+        Tokenizer.load(file)
+    assert "\n" not in str(error.value) and "restore" in str(error.value)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"hash": "0" * 64}, "hash"), ({"pattern": r"\S+|\s+"}, "hash"), ({"pattern": "("}, "json:1: "),
+    ({"pattern": 3}, "json:1: "), ({"format": "other"}, "format"), (None, "json:1: "),
+])  # fmt: skip
+def test_metadata_that_do_not_fit_are_refused(tokenizer, tmp_path, change, reason):
+    tokenizer.save(tmp_path)
+    meta = tmp_path / "tokenizer.json"
+    meta.write_text("[1" if change is None else json.dumps(json.loads(meta.read_text()) | change))
+    with pytest.raises(UserError, match=reason) as error:
+        Tokenizer.load(tmp_path)
+    assert "\n" not in str(error.value) and str(meta) in str(error.value)
+
+
+def test_missing_files_and_no_network_are_one_line_with_a_remedy(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    for source in (tmp_path, tmp_path / "none.tiktoken", tmp_path / "none"):
+        with pytest.raises(UserError, match="no such file; give a tokenizer"):
+            Tokenizer.load(source)
+
+    def offline(name):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="tokenizer gpt2: .*TIKTOKEN_CACHE_DIR") as error:
+        Tokenizer.load("gpt2")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,375 @@
+"""Stage 3: tune the language model with PPO against the reward model.
+
+    python train_ppo.py                                   # after train_sft.py and train_rm.py
+    python train_ppo.py --preset smoke                    # seconds, to see that it runs
+    python train_ppo.py --reward rm --reward minirlhf.rewards:repetition:-0.5
+    torchrun --nproc-per-node 8 train_ppo.py --out runs/big/ppo --init runs/big/sft --reward-model runs/big/rm
+
+PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the reward model's score
+arrives at the last token and a penalty for leaving the reference model arrives at every one.  Deliberate departures:
+- the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy (Ziegler);
+- gradients of policy and value model are clipped apart, so that a large value loss cannot slow the policy down;
+- the sampler draws from the whole distribution; there is no top-k or top-p to switch on [D2];
+- every step's randomness is a function of (seed, iteration, rank), so a resumed run is the same run [D21].
+
+Numbers in brackets are the README's register of implementation details.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kernels import gae
+from minirlhf import UserError, checkpoint, data, ppo, rewards, training
+from minirlhf.masked import masked_mean, whiten
+from minirlhf.model import GPT, RewardModel, ValueModel, disable_dropout
+from minirlhf.rollout import Rollout, generate, response_logprobs, response_values
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: Literal["smoke", "demo", "gpt2"] = "demo"
+    """Named settings; any option given beside it wins."""
+    out: Path = Path("runs/demo/ppo")
+    """Where checkpoints and metrics go.  Earlier stages are looked for beside it (sft, rm)."""
+    init: Path | None = None
+    """SFT checkpoint: the policy's start and the frozen reference.  Default: OUT/../sft."""
+    reward_model: Path | None = None
+    """Reward-model checkpoint.  Default: OUT/../rm."""
+    monitor: Path | None = None
+    """A second reward model that is only logged, never optimised: the judge."""
+    reward: tuple[str, ...] = ("rm",)
+    """rm, or package.module:function, each with an optional :WEIGHT; the score is their weighted sum."""
+    data: str = "vader"
+    """Where prompts come from: vader (built in), toy, or a file or folder (.jsonl, .jsonl.gz, .txt)."""
+    data_dir: Path | None = None
+    """Cache folder of the built-in dataset."""
+    genre: str = "movies"
+    """Which sentences of a dataset with genres become prompts."""
+    skip_bad: bool = False
+    """Count and skip malformed rows instead of stopping."""
+    resume: bool = False
+    """Go on from OUT's newest checkpoint, bit for bit [D21]."""
+    overwrite: bool = False
+    """Start again even if OUT holds a run."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    seed: int = 1
+
+    # Rollout
+    iterations: int = 100
+    """PPO updates: one rollout and its epochs each."""
+    batch: int = 64
+    """Responses a rollout, over all ranks (Ziegler: 512)."""
+    prompt_tokens: int = 4
+    """A text without a prompt of its own is cut after this many tokens."""
+    response_tokens: int = 24
+    """Longest response (Ziegler: 24)."""
+    temperature: float = 0.8
+    """Of the sampler and of every log-probability [D3] (Ziegler: .7)."""
+    stop: bool = True
+    """--no-stop takes the end-of-text token out of policy and reference: every response has full length."""
+
+    # Reward
+    kl_coef: float = 0.1
+    """Reward points a nat (Ziegler: .15)."""
+    kl_target: float | None = None
+    """Nats a sequence that an adaptive kl_coef steers to [D11]; none keeps it fixed (Ziegler: 6)."""
+    kl_horizon: int = 10_000
+    """Episodes over which the adaptive kl_coef moves (Ziegler)."""
+    missing_eos: Literal["none", "replace", "subtract"] = "none"
+    """A response without EOS: its score is replaced by the penalty (Ziegler), or lowered by it (TRL) [D9]."""
+    missing_eos_penalty: float = 1.0
+    """Replaced by minus this, or lowered by this."""
+    whiten_rewards: bool = False
+    """Divide rewards by their standard deviation, mean kept [D10] (Ziegler: yes; with a critic from the reward model, no)."""
+
+    # Update
+    epochs: int = 4
+    """Passes over a rollout (Ziegler)."""
+    minibatch: int = 16
+    """Responses an optimiser step, over all ranks."""
+    microbatch: int | None = None
+    """Responses a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
+    lr: float = 3e-4
+    """Learning rate, linear to 0 over the iterations [D16]."""
+    value_lr: float = 3e-4
+    """The value model's, decayed alike."""
+    adam_eps: float = 1e-5
+    """[D16]"""
+    clip_range: float = 0.2
+    """Of the ratio (Schulman et al. 2017)."""
+    clip_range_value: float | None = 0.2
+    """Of the value around the rollout's [D12]; none: unclipped."""
+    ent_coef: float = 0.0
+    """Entropy bonus."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    """GAE (Schulman et al. 2016)."""
+    whiten_advantages: bool = True
+    """Centre and scale over the rollout [D10]."""
+    value_init: Literal["reward", "sft"] = "reward"
+    """The value model starts as the reward model (Stiennon), or as the SFT model with a zero head (Ziegler) [D13]."""
+    max_grad_norm: float = 1.0
+    """Of policy and value model, each."""
+    max_approxkl: float | None = None
+    """Leave the remaining minibatches of a rollout when one's approxkl passes this."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively."""
+    save_every: int = 25
+    """Iterations between checkpoints."""
+
+    def __post_init__(self):
+        for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
+            b, s = getattr(self, big), getattr(self, small)
+            if s is not None and b % s:
+                raise UserError(f"--{big} {b} does not divide by --{small} {s}")
+        for name in ("temperature", "lr", "iterations", "epochs", "prompt_tokens", "response_tokens"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        if not self.stop and self.missing_eos != "none":
+            raise UserError("--no-stop never samples the end of text: --missing-eos must be none")
+
+
+PRESETS = {
+    "demo": Config(),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8, epochs=2,
+                    response_tokens=12),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, batch=512, minibatch=64, microbatch=16,
+                   lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
+}  # fmt: skip
+
+
+def show_samples(prompts: list[str], responses: list[str], scores: torch.Tensor, kl: torch.Tensor, kl_coef: float) -> None:
+    """Three episodes as lm-human-preferences prints them: query, response, score, KL, and what PPO maximises."""
+    for prompt, response, score, nats in list(zip(prompts, responses, scores.tolist(), kl.tolist(), strict=True))[:3]:
+        tqdm.write(f"  {prompt!r} -> {response!r}\n    score {score:+.2f}  kl {nats:.1f}  total {score - kl_coef * nats:+.2f}")
+
+
+def main() -> None:
+    config = training.parse_config(PRESETS, __doc__)
+    out = config.out
+    todo = training.claim(out, config, config.resume, config.overwrite)
+    if todo == "skip":
+        print(f"{out} is complete: nothing to do (--overwrite to run it again)")
+        return
+
+    # Setup: the policy and its frozen reference, the reward model and a value model started from it.
+    sft_dir = checkpoint.resolve(config.init or out.parent / "sft", "run train_sft.py first, or name one with --init")
+    machine = training.setup_machine(config.seed)
+    precision = training.pick_precision(config.precision)
+    sft_config, tokenizer = checkpoint.load_config(sft_dir), Tokenizer.load(sft_dir)
+    checkpoint.check_tokenizer(sft_config, tokenizer)
+    eos, pad = tokenizer.eot, tokenizer.pad
+    policy, ref = (checkpoint.load_gpt(sft_dir).to(machine.device) for _ in range(2))
+
+    reward_functions = rewards.load_rewards(list(config.reward))
+    load_reward = lambda path, remedy: checkpoint.load_reward(  # noqa: E731
+        checkpoint.resolve(path, remedy), tokenizer
+    ).to(machine.device)
+    remedy = "run train_rm.py first, or name one with --reward-model"
+    reward_dir = config.reward_model or out.parent / "rm"
+    reward_model = load_reward(reward_dir, remedy)
+    judge = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else None
+    if config.value_init == "reward":
+        value_model = critic_from(reward_model.members[0])  # [D13]
+    else:
+        value_model = ValueModel(policy.config)
+        value_model.backbone.load_state_dict(policy.state_dict())
+        torch.nn.init.zeros_(value_model.out.weight)
+    value_model.to(machine.device)
+    for model in (policy, ref, reward_model, value_model, *([judge] if judge else [])):
+        disable_dropout(model)  # [D5]
+    for model in (ref, reward_model, *([judge] if judge else [])):
+        model.requires_grad_(False)
+
+    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    held_out = source.select("val", source.genres_among([config.genre])).records  # the test split is for evaluate.py
+    prompts = data.prompts_of(held_out, tokenizer, config.prompt_tokens)
+    longest = max(map(len, prompts)) + config.response_tokens
+    for name, model in (("policy", policy), ("reward model", reward_model.members[0].backbone)):
+        if longest > model.config.context:
+            raise UserError(f"{config.data}: prompt and response reach {longest} tokens, over the {name}'s context of "
+                            f"{model.config.context}: lower --response-tokens or --prompt-tokens, or shorten the prompts")  # fmt: skip
+    forbidden = None if config.stop else eos
+    policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
+    value_optimizer = training.adamw([value_model], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
+    kl_coef, first, seconds = config.kl_coef, 0, 0.0
+
+    trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
+    if trainer_state is not None:
+        tensors, state = trainer_state
+        policy.load_state_dict(checkpoint.load_state(out))
+        value_model.load_state_dict(checkpoint.strip(tensors, "value."))
+        checkpoint.unpack_optimizer(policy_optimizer, tensors, state["policy_optimizer"], "policy_optimizer.")
+        checkpoint.unpack_optimizer(value_optimizer, tensors, state["value_optimizer"], "value_optimizer.")
+        kl_coef, first, seconds = state["kl_coef"], state["iteration"], state["seconds"]
+    log = training.MetricLogger(out, machine, config.tensorboard, keep_until=first)
+
+    def save(iteration: int, complete: bool) -> None:
+        policy_tensors, policy_state = checkpoint.pack_optimizer(policy_optimizer, "policy_optimizer.")
+        value_tensors, value_state = checkpoint.pack_optimizer(value_optimizer, "value_optimizer.")
+        value_weights = {f"value.{k}": v for k, v in value_model.state_dict().items()}
+        if machine.rank == 0:
+            checkpoint.save(
+                out, iteration, policy.state_dict(),
+                training.describe("ppo", policy, config, iteration, complete, tokenizer,
+                                  reward_model=str(reward_dir), results={"seconds": seconds}),
+                tokenizer,
+                {"tensors": value_weights | policy_tensors | value_tensors,
+                 "state": {"iteration": iteration, "kl_coef": kl_coef, "seconds": seconds, "policy_optimizer": policy_state,
+                           "value_optimizer": value_state}},
+            )  # fmt: skip
+
+    local_batch, local_minibatch = (training.exact_div(n, machine.world, f"--{name} over {machine.world} processes")
+                                    for name, n in (("batch", config.batch), ("minibatch", config.minibatch)))  # fmt: skip
+    microbatch = config.microbatch or local_minibatch
+    if machine.rank == 0:
+        print(f"{len(prompts)} prompts; {config.iterations} iterations of {config.batch} responses; {precision} on "
+              f"{machine.device}")  # fmt: skip
+    bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, disable=machine.rank > 0)
+    with training.Interrupt() as interrupt:
+        for iteration in bar:
+            start, times = time.perf_counter(), {}
+            training.seed_everything(config.seed, iteration, machine.rank)  # [D21]
+
+            # 1. Rollout: a batch of prompts, continued by the policy.
+            with training.stopwatch(times, "time/rollout"), machine.autocast(precision):
+                order = data.cursor(len(prompts), config.batch, config.seed, iteration)
+                rows = order[machine.rank * local_batch : (machine.rank + 1) * local_batch]
+                queries, query_mask = data.collate([prompts[i] for i in rows], pad, side="left", multiple_of=1)
+                queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
+                P = queries.shape[1]
+                responses, response_mask = generate(
+                    policy, queries, query_mask, config.response_tokens, config.temperature, eos, pad, forbidden=forbidden
+                )  # responses, response_mask [B, R]
+                tokens, mask = torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1)
+
+            # 2. Score: each model reads what was written.  Forwards are those of the update: same shapes, same
+            #    function, same precision, so the first ratio is 1 [D4] [D18].
+            with training.stopwatch(times, "time/score"), machine.autocast(precision), torch.no_grad():
+                parts = [[] for _ in range(3)]
+                for t, m in zip(tokens.split(microbatch), mask.split(microbatch), strict=True):
+                    logp = lambda model: response_logprobs(model, t, m, P, config.temperature, forbidden)  # noqa: E731, B023
+                    for part, x in zip(parts, (logp(policy)[0], logp(ref)[0], response_values(value_model, t, m, P)), strict=True):  # fmt: skip
+                        part.append(x)
+                texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
+                prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
+                rm_scores, disagreement = reward_model(tokens, mask)
+                scores = torch.zeros_like(rm_scores)
+                for _, function, weight in reward_functions:
+                    said = rm_scores if function is None else rewards.call(function, prompt_texts, texts)
+                    scores = scores + weight * torch.as_tensor(said, dtype=scores.dtype, device=scores.device)
+                judged = judge(tokens, mask)[0] if judge else None
+            logprobs, ref_logprobs, values = (torch.cat(part) for part in parts)  # each [B, R]
+            has_eos = ((responses == eos) & response_mask).any(1)
+            scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)  # [D9]
+            rollout = Rollout(queries, query_mask, responses, response_mask, logprobs, ref_logprobs, values, scores)
+
+            # 3. Shape rewards: minus kl_coef * k1 at every token, the score at the last real one [D1] [D7].
+            token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
+            if config.whiten_rewards:
+                token_rewards = whiten(token_rewards, response_mask, shift_mean=False)  # [D10]
+
+            # 4. Advantages, and returns before whitening [D8].
+            advantages, returns = gae(token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam)
+            if config.whiten_advantages:
+                advantages = whiten(advantages, response_mask)  # [D10]
+
+            # 5. Update: epochs of minibatches.
+            factor = ppo.linear_decay(iteration, config.iterations)  # [D16]
+            training.set_lr(policy_optimizer, config.lr * factor)
+            training.set_lr(value_optimizer, config.value_lr * factor)
+            history: list[dict[str, float]] = []
+            with training.stopwatch(times, "time/update"):
+                steps = (p for _ in range(config.epochs) for p in torch.randperm(local_batch).split(local_minibatch))
+                for minibatch in steps:
+                    count = response_mask[minibatch].sum().float()
+                    machine.sum_([count])  # real tokens of the whole minibatch, over ranks [D17]
+                    totals = training.Sums()
+                    for rows in minibatch.split(microbatch):
+                        r = rollout[rows]
+                        with machine.autocast(precision):
+                            new_logprobs, entropy = response_logprobs(policy, r.tokens, r.mask, P, config.temperature, forbidden)
+                            new_values = response_values(value_model, r.tokens, r.mask, P)
+                        policy_loss, stats = ppo.policy_loss(
+                            new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
+                        )  # [D12]
+                        value_loss, value_clipfrac = ppo.value_loss(
+                            new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
+                        )  # [D12]
+                        mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
+                        (policy_loss - config.ent_coef * mean_entropy + value_loss).backward()
+                        totals.add({
+                            "loss/policy_avg": policy_loss, "loss/value_avg": value_loss, "policy/entropy_avg": mean_entropy,
+                            "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],
+                            "val/ratio": stats["ratio"], "val/clipfrac_avg": value_clipfrac,
+                        })  # fmt: skip
+                    step_stats = totals.over_ranks(machine)
+                    history.append(step_stats)
+                    stop = config.max_approxkl is not None and step_stats["policy/approxkl_avg"] > config.max_approxkl
+                    for optimizer, model in ((policy_optimizer, policy), (value_optimizer, value_model)):
+                        if not stop:
+                            machine.sum_gradients(model.parameters())
+                            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                            optimizer.step()
+                        optimizer.zero_grad(set_to_none=True)
+                    if stop:
+                        break
+
+            # 6. Metrics over real tokens only [D22], then the controller moves kl_coef, after its use [D11].
+            k1, _, k3 = ppo.kl_estimates(logprobs, ref_logprobs)
+            kl = k1.sum(1)  # [B] nats a sequence; padding holds 0
+            metrics = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
+            ratios = [h["val/ratio"] for h in history]
+            sums = training.Sums()
+            share = lambda x: x.sum() / config.batch  # noqa: E731  (sums over ranks to the mean over the rollout)
+            sums.add({
+                "objective/kl": share(kl),
+                "objective/kl_k3": share(k3.sum(1)),
+                "objective/entropy": share(-logprobs.sum(1)),
+                "objective/non_score_reward": share(-kl_coef * kl),
+                "objective/rlhf_reward": share(scores - kl_coef * kl),
+                "objective/scores": share(scores),
+                "objective/rm_scores": share(rm_scores),
+                "objective/rm_disagreement": share(disagreement),
+                "val/eos_rate": share(has_eos.float()),
+                "val/response_length": share(response_mask.sum(1).float()),
+            } | ({"objective/judge": share(judged)} if judge else {}))  # fmt: skip
+            metrics |= sums.over_ranks(machine) | {
+                "val/ratio_var": float(np.var(ratios)),
+                "val/explained_variance": ppo.explained_variance(values, returns, response_mask),
+                "objective/kl_coef": kl_coef,
+                "lr": config.lr * factor,
+                "optimizer_steps": len(history) - int(stop),
+                "episode": (iteration + 1) * config.batch,
+            } | times  # fmt: skip
+            if config.kl_target is not None:
+                kl_coef = ppo.adapt_kl_coef(kl_coef, metrics["objective/kl"], config.kl_target, config.batch, config.kl_horizon)
+            seconds += time.perf_counter() - start
+            log.log(iteration + 1, metrics | {"time/seconds": seconds})
+            bar.set_postfix_str(
+                f"score {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.1f} "
+                f"len {metrics['val/response_length']:.0f} entropy {metrics['policy/entropy_avg']:.2f}"
+            )
+            done = iteration + 1 == config.iterations
+            if done or interrupt.asked or (iteration + 1) % config.save_every == 0:
+                if machine.rank == 0:
+                    show_samples(prompt_texts, texts, scores, kl, metrics["objective/kl_coef"])
+                save(iteration + 1, done)
+            if interrupt.asked:
+                raise UserError(f"stopped at iteration {iteration + 1}; {out} goes on with --resume")
+    if machine.rank == 0:
+        print(f"policy in {out}")
+
+
+if __name__ == "__main__":
+    training.run_script(main)

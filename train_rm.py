@@ -1,0 +1,366 @@
+"""Stage 2: train a reward model on what people said, and measure it against them.
+
+    python train_rm.py                                    # after train_sft.py: the built-in human ratings
+    python train_rm.py --preset smoke                     # seconds, to see that it runs
+    python train_rm.py --data choices.jsonl --loss pairwise --out runs/mine/rm
+    python train_rm.py --part b --seed 2 --out runs/demo/judge      # a judge that shares no item with --part a
+
+The SFT model with a two-layer MLP head, all weights trained.  Ratings are learnt as regression on the mean score, as
+Bradley-Terry pairs with the raters' vote shares as soft targets, or both; choices as pairs [D15].  Scores are then shifted so
+that the reference policy's own samples average 0 (and scaled, where the data are choices, whose scale is arbitrary) [D14].
+Test texts are read once, at the end, for the report: nothing is chosen on them.
+
+Numbers in brackets are the README's register of implementation details.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minirlhf import UserError, baselines, checkpoint, data, preference, stats, training
+from minirlhf.model import RewardEnsemble
+from minirlhf.rollout import generate
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: Literal["smoke", "demo", "gpt2"] = "demo"
+    """Named settings; any option given beside it wins."""
+    out: Path = Path("runs/demo/rm")
+    """Where checkpoints, metrics and the report go.  The SFT model is looked for beside it."""
+    init: Path | None = None
+    """SFT checkpoint: the backbone, the tokenizer and the reference policy.  Default: OUT/../sft."""
+    data: str = "vader"
+    """Ratings or preferences: vader (built in), toy, or a file or folder (.jsonl, .jsonl.gz)."""
+    data_dir: Path | None = None
+    """Cache folder of the built-in dataset."""
+    genres: tuple[str, ...] = ("movies", "products", "editorials", "tweets", "words")
+    """What to train on, of a dataset with genres."""
+    genre: str = "movies"
+    """What to validate and test on, and to train on in the last --final-epochs."""
+    part: Literal["all", "a", "b"] = "all"
+    """Half of the training items (by a hash of the text), for two models that share none."""
+    skip_bad: bool = False
+    """Count and skip malformed rows instead of stopping."""
+    resume: bool = False
+    """Go on from OUT's newest checkpoint, bit for bit [D21]."""
+    overwrite: bool = False
+    """Start again even if OUT holds a run."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    seed: int = 1
+
+    loss: Literal["auto", "regression", "pairwise", "both"] = "auto"
+    """auto: regression for ratings, pairwise for choices."""
+    pooling: Literal["last", "mean", "last+mean"] = "last+mean"
+    """What the head reads: the last token's hidden state, the mean over the text, or both."""
+    members: int = 1
+    """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
+    dropout: float = 0.1
+    epochs: int = 3
+    final_epochs: int = 1
+    """Of these, the last so many see --genre only."""
+    batch: int = 32
+    """Items (ratings) or pairs (choices) an optimiser step, over all ranks."""
+    lr: float = 3e-4
+    """After a short warm-up, linear to 0."""
+    warmup: int = 50
+    weight_decay: float = 0.1
+    """On matrices only."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    normalise: Literal["auto", "bias", "scale", "none"] = "auto"
+    """Affine transform of scores, fitted on samples of the reference: auto is bias for ratings, scale for choices [D14]."""
+    normalise_samples: int = 256
+    prompt_tokens: int = 4
+    response_tokens: int = 24
+    temperature: float = 0.8
+    """Of those samples: as train_ppo.py will sample."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively."""
+
+    def __post_init__(self):
+        for name in ("members", "epochs", "batch", "lr"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
+
+
+PRESETS = {
+    "demo": Config(),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", epochs=2, warmup=5, normalise_samples=32,
+                    response_tokens=12),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), epochs=2, lr=3e-5, members=3),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A training example: one rated text, or (ids_b given) a pair of which `target` is the vote share of the first."""
+
+    ids: list[int]
+    target: float
+    ids_b: list[int] | None = None
+
+
+def items_of(records: list, tokenizer: Tokenizer, context: int) -> list[Item]:
+    """Token ids of what the model will read: the same sequences as in stage 1."""
+    encode = lambda prompt, text: data.encode_example(tokenizer, prompt, text, context)[0]
+    if isinstance(records[0], data.Preference):
+        return [Item(encode(r.prompt, r.chosen), r.share, encode(r.prompt, r.rejected)) for r in records]
+    return [Item(encode(r.prompt, r.response), r.rating) for r in records]
+
+
+def score(model, sequences: list[list[int]], pad: int, machine: training.Machine, precision: str) -> Tensor:
+    """Scores [len(sequences)] on the CPU, in the given order."""
+    scores = torch.empty(len(sequences))
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for i in range(0, len(order), 64):
+        tokens, mask = data.collate([sequences[j] for j in order[i : i + 64]], pad)
+        with torch.no_grad(), machine.autocast(precision):
+            out = model(tokens.to(machine.device), mask.to(machine.device))
+        scores[order[i : i + 64]] = (out[0] if isinstance(out, tuple) else out).float().cpu()
+    return scores
+
+
+def report(config: Config, source: data.Dataset, predictions: list[float], records: dict[str, list]) -> dict:
+    """The TEST split: the model, the baselines and the human ceilings on the same items."""
+    test = records["test"]
+    if source.kind == "preference":
+        pairs = np.array([r.share for r in test])
+        longer = [len(r.chosen) - len(r.rejected) for r in test]
+        return {"test": {"n": len(test), "accuracy": agreement(predictions, pairs)},
+                "baselines": {"longer text": {"accuracy": agreement(longer, pairs)}}}  # fmt: skip
+    truth, texts = [r.rating for r in test], [r.response for r in test]
+    measure = lambda scores: {
+        "pearson": stats.pearson(scores, truth),
+        "spearman": stats.spearman(scores, truth),
+        "pair_accuracy": stats.pair_accuracy(scores, truth),
+        "pair_accuracy_1": stats.pair_accuracy(scores, truth, min_gap=1.0),
+    }
+    fit = [x for split in ("train", "val") for x in ([r.response for r in records[split]], [r.rating for r in records[split]])]
+    found = {
+        "longer text": baselines.longer_text(texts),
+        "VADER lexicon": baselines.vader_lexicon(texts),
+        "TF-IDF + ridge": baselines.tfidf_ridge(*fit, texts),
+        "TF-IDF + ridge, with characters": baselines.tfidf_ridge(*fit, texts, characters=True),
+    }
+    return {
+        "test": {"n": len(test)} | measure(predictions) | {"calibration": stats.calibration(predictions, truth)},
+        "baselines": {name: measure(scores) if scores is not None else None for name, scores in found.items()},
+        "humans": preference.human_ceiling([r.ratings for r in test], np.random.default_rng(config.seed)),
+    }
+
+
+def agreement(margins, shares: np.ndarray) -> float:
+    """How often the sign of a margin agrees with the majority; a margin of 0 counts a half, tied votes do not count."""
+    margins, decided = np.sign(np.asarray(margins, dtype=float)), shares != 0.5
+    right = margins * np.sign(shares - 0.5)
+    return float(((right[decided] + 1) / 2).mean()) if decided.any() else 0.5
+
+
+def print_report(found: dict) -> None:
+    rows = {"reward model": found["test"]} | found["baselines"]
+    if "humans" in found:
+        h = found["humans"]
+        rows["one human (against the others)"] = {"pearson": h["one_pearson"], "pair_accuracy": h["one_pair_accuracy"],
+                                                  "pair_accuracy_1": h["one_pair_accuracy_1"]}  # fmt: skip
+        rows["half the humans (against the rest)"] = {"pearson": h["half_pearson"]}
+    columns = [c for c in ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy") if c in found["test"]]
+    print(f"\n{'test split, ' + str(found['test']['n']) + ' items':36s}" + "".join(f"{c:>17s}" for c in columns))
+    for name, row in rows.items():
+        cells = ["not installed" if row is None else f"{row[c]:.3f}" if c in row else "" for c in columns]
+        print(f"{name:36s}" + "".join(f"{cell:>17s}" for cell in cells))
+    if "calibration" in found["test"]:
+        c = found["test"]["calibration"]
+        print(f"calibration: people = {c['slope']:.2f} x score {c['intercept']:+.2f}, rmse {c['rmse']:.2f} points")
+
+
+def reference_samples(config: Config, init: Path, tokenizer: Tokenizer, records: list, machine: training.Machine) -> list[list[int]]:
+    """Continuations by the reference policy, as train_ppo.py will see them: prompt and response tokens, unpadded."""
+    ref = checkpoint.load_gpt(init).to(machine.device).eval()
+    prompts = data.prompts_of(records, tokenizer, config.prompt_tokens)
+    picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
+    found = []
+    for i in range(0, len(picks), 64):
+        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], tokenizer.pad, side="left")
+        responses, keep = generate(ref, queries.to(machine.device), query_mask.to(machine.device), config.response_tokens,
+                                   config.temperature, tokenizer.eot, tokenizer.pad)  # fmt: skip
+        found += [prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)]
+    return found
+
+
+def main() -> None:
+    config = training.parse_config(PRESETS, __doc__)
+    out = config.out
+    todo = training.claim(out, config, config.resume, config.overwrite)
+    if todo == "skip":
+        print(f"{out} is complete: nothing to do (--overwrite to run it again)")
+        return
+
+    # Setup: data, the SFT model as backbone of each member, optimiser.
+    init = checkpoint.resolve(config.init or out.parent / "sft", "run train_sft.py first, or name one with --init")
+    machine = training.setup_machine(config.seed)
+    precision = training.pick_precision(config.precision)
+    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    if source.kind not in ("rated", "preference"):
+        raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
+    loss_kind = config.loss if config.loss != "auto" else "regression" if source.kind == "rated" else "pairwise"
+    if source.kind == "preference" and loss_kind != "pairwise":
+        raise UserError(f"--loss {loss_kind} needs ratings, but {source.name} holds choices: use --loss pairwise")
+    tokenizer, init_config = Tokenizer.load(init), checkpoint.load_config(init)
+    checkpoint.check_tokenizer(init_config, tokenizer)
+    sft = checkpoint.load_gpt(init)
+    shape = dataclasses.replace(sft.config, dropout=config.dropout)
+
+    home = source.genres_among([config.genre])
+    records = {split: source.select(split, home).records for split in ("train", "val", "test")}
+    part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
+    train_records = part(source.select("train", source.genres_among(config.genres)).records)
+    encoded = {id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)}
+    final_records = [r for r in train_records if home is None or r.genre == config.genre]
+    held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
+
+    def schedule_of(member: int) -> list[tuple[int, list]]:
+        """(member, records of a batch): every epoch's batches; the last epochs are of --genre alone."""
+        batches = []
+        for epoch in range(config.epochs):
+            rows = final_records if epoch >= config.epochs - config.final_epochs else train_records
+            lengths = [len(encoded[id(r)].ids) for r in rows]
+            for picks in data.batches(len(rows), config.batch, config.seed + member, epoch, lengths):
+                batches.append((member, [rows[i] for i in picks]))
+        return batches
+
+    schedule = [entry for member in range(config.members) for entry in schedule_of(member)]
+    per_member = len(schedule) // config.members
+    model = RewardEnsemble(shape, config.pooling, config.members)
+    for k, member in enumerate(model.members):
+        training.seed_everything(config.seed + k)  # members differ in head and in data order
+        member.reset_head()
+        member.backbone.load_state_dict(sft.state_dict())
+        if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
+            member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
+    model.to(machine.device).train()
+    new_optimizer = lambda k: training.adamw([model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps)
+
+    step, seconds = 0, 0.0
+    optimizer = new_optimizer(0)
+    trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
+    if trainer_state is not None:
+        tensors, state = trainer_state
+        step, seconds = state["step"], state["seconds"]
+        model.load_state_dict(checkpoint.load_state(out))
+        if step % per_member:
+            optimizer = new_optimizer(step // per_member)
+            checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer")
+    log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
+    if machine.rank == 0:
+        print(source.describe())
+        print(f"{len(train_records)} items to learn from (part {config.part}), {loss_kind} loss; {len(schedule)} steps; "
+              f"{precision} on {machine.device}")  # fmt: skip
+
+    def save(complete: bool, **more) -> None:
+        tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer")
+        if machine.rank == 0:
+            about = training.describe("rm", sft, config, step, complete, tokenizer,
+                                      model=dataclasses.asdict(shape), head={"pooling": config.pooling, "members": config.members},
+                                      data={"name": source.name, "sha256": source.sha256}, **more)  # fmt: skip
+            checkpoint.save(out, step, model.state_dict(), about, tokenizer,
+                            {"tensors": tensors, "state": {"optimizer": state, "step": step, "seconds": seconds}})  # fmt: skip
+
+    def held_out(split: str) -> list[float]:
+        """The ensemble's scores of a split: of the texts, or margins of the pairs."""
+        items = held[split]
+        scores = score(model.eval(), [i.ids for i in items], tokenizer.pad, machine, precision)
+        if items[0].ids_b is not None:
+            scores = scores - score(model, [i.ids_b for i in items], tokenizer.pad, machine, precision)
+        model.train()
+        return scores.tolist()
+
+    # The loop: one optimiser step an iteration; validation four times a member.
+    bar = tqdm(schedule[step:], initial=step, total=len(schedule), disable=machine.rank > 0)
+    with training.Interrupt() as interrupt:
+        for k, batch in bar:
+            start = time.perf_counter()
+            training.seed_everything(config.seed, step, machine.rank)  # dropout and pairs [D21]
+            if step == k * per_member and step:
+                optimizer = new_optimizer(k)
+            at = step - k * per_member
+            factor = min(1.0, (at + 1) / config.warmup) * (1 - at / per_member)
+            training.set_lr(optimizer, config.lr * factor)
+
+            # 1. Loss.  A rank's mean is weighted by its share of the batch, so that ranks add up to the mean [D17].
+            mine = batch[machine.rank :: machine.world]
+            loss = torch.zeros((), device=machine.device)
+            if mine:
+                items = [encoded[id(r)] for r in mine]
+                sequences = [i.ids for i in items] + [i.ids_b for i in items if i.ids_b is not None]
+                tokens, mask = data.collate(sequences, tokenizer.pad)
+                with machine.autocast(precision):
+                    scores = model.members[k](tokens.to(machine.device), mask.to(machine.device))
+                if loss_kind in ("regression", "both"):
+                    target = torch.tensor([i.target for i in items], device=machine.device)
+                    loss = loss + preference.regression_loss(scores, target)
+                if source.kind == "preference":
+                    share = torch.tensor([i.target for i in items], device=machine.device)
+                    loss = loss + preference.pairwise_loss(*scores.chunk(2), share)
+                elif loss_kind in ("pairwise", "both") and len(mine) > 1:
+                    a, b, share = preference.pairs_from_ratings([r.ratings for r in mine], np.random.default_rng(step), 4 * len(mine))
+                    share = torch.tensor(share, dtype=torch.float32, device=machine.device)
+                    loss = loss + preference.pairwise_loss(scores[a], scores[b], share)
+                loss = loss * (len(mine) / len(batch))
+                loss.backward()
+
+            # 2. Step.
+            machine.sum_gradients(model.members[k].parameters())
+            norm = torch.nn.utils.clip_grad_norm_(model.members[k].parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            total = loss.detach().clone()
+            machine.sum_([total])
+            metrics = {"train/loss": total.item(), "train/grad_norm": norm.item(), "lr": config.lr * factor, "member": k}
+
+            # 3. Validation.
+            quarter = at + 1 == per_member or (at + 1) % max(1, per_member // 4) == 0 and per_member - at > per_member // 4
+            if quarter:
+                predicted = held_out("val")
+                if source.kind == "rated":
+                    metrics["val/pearson"] = stats.pearson(predicted, [r.rating for r in records["val"]])
+                else:
+                    metrics["val/accuracy"] = agreement(predicted, np.array([r.share for r in records["val"]]))
+                tqdm.write(f"step {step}: " + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/")))
+            seconds += time.perf_counter() - start
+            log.log(step, metrics | {"time/seconds": seconds})
+            bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
+            if quarter or interrupt.asked:
+                save(complete=False)
+            if interrupt.asked:
+                raise UserError(f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}")
+
+    # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
+    if machine.rank == 0:
+        found = report(config, source, held_out("test"), records)
+        mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
+        samples = reference_samples(config, init, tokenizer, records["val"], machine)
+        for member in model.members:
+            gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)
+            member.gain.fill_(gain)
+            member.bias.fill_(bias)
+        scale = getattr(records["test"][0], "scale", None)
+        save(complete=True, results=found | {"seconds": seconds}, normalise={"mode": mode, "scale": scale})
+        print_report(found)
+        print(f"scores shifted by {bias:+.3f} x {gain:.3f}: the reference policy's samples average 0; {seconds:.0f} s; model in {out}")
+
+
+if __name__ == "__main__":
+    training.run_script(main)

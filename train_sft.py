@@ -1,0 +1,254 @@
+"""Stage 1: train a language model from scratch, or go on from a checkpoint, by supervised learning.
+
+    python train_sft.py                                   # the movie reviews of the built-in dataset
+    python train_sft.py --preset smoke                    # seconds, to see that it runs
+    python train_sft.py --data dialogues.jsonl --init runs/demo/sft --out runs/mine/sft
+    torchrun --nproc-per-node 8 train_sft.py --preset gpt2 --data texts/
+
+Every text is one sequence: <|endoftext|> prompt completion <|endoftext|>.  A prompt is read but not learnt [D19]; plain text
+is all completion.  Sequences are bucketed by length, not packed, so no text can look into another.  The checkpoint with the
+best validation loss is the one that is kept.
+
+Numbers in brackets are the README's register of implementation details.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from kernels import linear_token_logprobs
+from minirlhf import UserError, checkpoint, data, training
+from minirlhf.model import GPT, GPTConfig
+from minirlhf.rollout import generate
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    preset: Literal["smoke", "demo", "gpt2"] = "demo"
+    """Named settings; any option given beside it wins."""
+    out: Path = Path("runs/demo/sft")
+    """Where checkpoints and metrics go."""
+    init: Path | None = None
+    """Checkpoint to start from, tokenizer included.  None: random weights."""
+    data: str = "vader"
+    """vader (built in), toy, or a file or folder (.jsonl, .jsonl.gz, .txt)."""
+    data_dir: Path | None = None
+    """Cache folder of the built-in dataset."""
+    genres: tuple[str, ...] = ("movies",)
+    """Which sentences of a dataset with genres to train on."""
+    skip_bad: bool = False
+    """Count and skip malformed rows instead of stopping."""
+    resume: bool = False
+    """Go on from OUT's newest checkpoint, bit for bit [D21]."""
+    overwrite: bool = False
+    """Start again even if OUT holds a run."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    seed: int = 1
+
+    # Model (GPT-2's shape, small)
+    tokenizer: str = "train"
+    """train: a BPE on the training texts; or gpt2, a folder, a .tiktoken file."""
+    vocab: int = 8192
+    """Tokens of the trained BPE, bytes and specials included."""
+    context: int = 128
+    """Longest sequence in tokens."""
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 192
+    dropout: float = 0.1
+
+    # Optimisation
+    epochs: int = 8
+    batch: int = 32
+    """Texts an optimiser step, over all ranks."""
+    microbatch: int | None = None
+    """Texts a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
+    lr: float = 1e-3
+    warmup: int = 100
+    """Steps of linear warm-up, before a cosine to a tenth."""
+    weight_decay: float = 0.1
+    """On matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    adam_eps: float = 1e-8
+    max_grad_norm: float = 1.0
+    patience: int = 2
+    """Stop after so many epochs without a better validation loss."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively."""
+    samples: int = 5
+    """Texts printed at the end."""
+
+    def __post_init__(self):
+        if self.microbatch is not None and self.batch % self.microbatch:
+            raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
+        for name in ("epochs", "batch", "lr", "vocab", "context"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
+
+
+PRESETS = {
+    "demo": Config(),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2, n_embd=64,
+                    epochs=2, warmup=5),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12, n_head=12,
+                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
+}  # fmt: skip
+
+
+def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of -log p over the trained tokens of rows [(ids, loss_mask)], and their number."""
+    tokens, _ = data.collate([ids for ids, _ in rows], pad)
+    trained = torch.zeros_like(tokens, dtype=torch.bool)
+    for i, (_, loss_mask) in enumerate(rows):
+        trained[i, : len(loss_mask)] = torch.tensor(loss_mask)
+    tokens, trained = tokens.to(device), trained.to(device)
+    hidden = model(tokens[:, :-1])  # padding is on the right, where causal attention hides it
+    logprobs, _ = linear_token_logprobs(hidden, model.wte.weight, tokens[:, 1:], mask=trained[:, 1:])
+    return -logprobs.sum(), trained[:, 1:].sum()
+
+
+@torch.no_grad()
+def bits_per_byte(model: GPT, rows, n_bytes: int, pad: int, machine, precision: str) -> float:
+    """Validation loss that no tokenizer can flatter: all trained tokens' -log2 p over the UTF-8 bytes they stand for."""
+    model.eval()
+    total = 0.0
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    for i in range(0, len(rows), 64):
+        with machine.autocast(precision):
+            total += loss_sum(model, rows[i : i + 64], pad, machine.device)[0].item()
+    model.train()
+    return total / math.log(2) / n_bytes
+
+
+def main() -> None:
+    config = training.parse_config(PRESETS, __doc__)
+    out = config.out
+    todo = training.claim(out, config, config.resume, config.overwrite)
+    if todo == "skip":
+        print(f"{out} is complete: nothing to do (--overwrite to run it again)")
+        return
+
+    # Setup: data, tokenizer, model, optimiser.
+    machine = training.setup_machine(config.seed)
+    precision = training.pick_precision(config.precision)
+    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    texts = {split: source.select(split, source.genres_among(config.genres)).records for split in ("train", "val")}
+    if config.init:
+        init = checkpoint.resolve(config.init, "name a checkpoint folder with --init")
+        tokenizer = Tokenizer.load(init)
+        checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
+        model = checkpoint.load_gpt(init)
+    else:
+        if todo == "resume":
+            tokenizer = Tokenizer.load(out)
+        elif config.tokenizer == "train":
+            tokenizer = Tokenizer.train(["".join(data.as_example(r)) for r in texts["train"]], config.vocab)
+        else:
+            tokenizer = Tokenizer.load(config.tokenizer)
+        model = GPT(GPTConfig(tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout))
+    model.to(machine.device)
+    rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
+    n_bytes = sum(len(data.as_example(r)[1].encode()) for r in texts["val"])
+    optimizer = training.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
+    lengths = [len(ids) for ids, _ in rows["train"]]
+    epochs = [data.batches(len(lengths), config.batch, config.seed, epoch, lengths) for epoch in range(config.epochs)]
+    total = sum(map(len, epochs))
+
+    step, best, best_step, seconds = 0, math.inf, 0, 0.0
+    trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
+    if trainer_state is not None:
+        tensors, state = trainer_state
+        model.load_state_dict(checkpoint.load_state(out))
+        checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
+        step, best, best_step, seconds = state["step"], state["best"], state["best_step"], state["seconds"]
+    log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
+    if machine.rank == 0:
+        print(source.describe())
+        print(f"{len(lengths)} texts, {sum(lengths)} tokens an epoch; {sum(p.numel() for p in model.parameters()):,} "
+              f"parameters; {total} steps; {precision} on {machine.device}")  # fmt: skip
+
+    def save(complete: bool, **results) -> None:
+        tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
+        if machine.rank == 0:
+            checkpoint.save(
+                out, step, model.state_dict(),
+                training.describe("sft", model, config, step, complete, tokenizer, data={"name": source.name, "sha256": source.sha256}, **results),
+                tokenizer,
+                {"tensors": tensors, "state": {"optimizer": state, "step": step, "best": best, "best_step": best_step, "seconds": seconds}},
+            )  # fmt: skip
+
+    # The loop: one optimiser step an iteration; validation at the end of each epoch.
+    schedule = [(epoch, batch, batch is batches[-1]) for epoch, batches in enumerate(epochs) for batch in batches]
+    bar = tqdm(schedule[step:], initial=step, total=total, disable=machine.rank > 0)
+    model.train()
+    with training.Interrupt() as interrupt:
+        for epoch, batch, last_of_epoch in bar:
+            start = time.perf_counter()
+            training.seed_everything(config.seed, step, machine.rank)  # dropout [D21]
+            factor = training.warmup_cosine(step, total, config.warmup)
+            training.set_lr(optimizer, config.lr * factor)
+
+            # 1. Gradients: the mean over the trained tokens of the whole batch, over microbatches and ranks [D17].
+            mine = [rows["train"][i] for i in batch[machine.rank :: machine.world]]
+            count = torch.tensor(float(sum(sum(m[1:]) for _, m in (rows["train"][i] for i in batch))))
+            loss = 0.0
+            size = config.microbatch or config.batch
+            for i in range(0, len(mine), size):
+                with machine.autocast(precision):
+                    nll, _ = loss_sum(model, mine[i : i + size], tokenizer.pad, machine.device)
+                (nll / count).backward()
+                loss += nll.detach() / count
+
+            # 2. Step.
+            machine.sum_gradients(model.parameters())
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            machine.sum_([loss])
+            metrics = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "lr": config.lr * factor, "epoch": epoch + 1,
+                       "train/tokens": count.item()}  # fmt: skip
+
+            # 3. Validation; the best checkpoint is kept.
+            if last_of_epoch:
+                bpb = bits_per_byte(model, rows["val"], n_bytes, tokenizer.pad, machine, precision)
+                metrics["val/bits_per_byte"] = bpb
+                if bpb < best:
+                    best, best_step = bpb, step
+                tqdm.write(f"epoch {epoch + 1}: validation {bpb:.4f} bits per byte" + " (best)" * (best_step == step))
+            seconds += time.perf_counter() - start
+            log.log(step, metrics | {"time/seconds": seconds})
+            bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} val {best:.3f} bits/byte")
+            if last_of_epoch or interrupt.asked:
+                save(complete=False)
+                if best_step == step and machine.rank == 0:
+                    checkpoint.point(out, "best", step)
+            if interrupt.asked:
+                raise UserError(f"stopped at step {step} of {total}; the same command with --resume goes on from {out}")
+            if last_of_epoch and epoch - best_step // len(epochs[0]) + 1 > config.patience:
+                break
+
+    # The best checkpoint becomes the stage's result.
+    if machine.rank == 0:
+        model.load_state_dict(checkpoint.load_state(out / "best"))
+        save(complete=True, results={"val_bits_per_byte": best, "best_step": best_step, "seconds": seconds})
+        print(f"best validation {best:.4f} bits per byte after {best_step} steps; {seconds:.0f} s; model in {out}")
+        model.eval()
+        start = torch.full((config.samples, 1), tokenizer.eot, device=machine.device)
+        responses, mask = generate(model, start, torch.ones_like(start, dtype=torch.bool), min(48, model.config.context - 1), 0.8,
+                                   tokenizer.eot, tokenizer.pad)  # fmt: skip
+        for row, keep in zip(responses, mask, strict=True):
+            print(f"  {tokenizer.decode(row[keep].tolist())}")
+
+
+if __name__ == "__main__":
+    training.run_script(main)
