@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, ppo, rewards, training
-from minirlhf.masked import masked_mean, whiten
-from minirlhf.model import GPT, RewardModel, ValueModel, disable_dropout
+from minirlhf.masked import whiten
+from minirlhf.model import ValueModel, critic_from, disable_dropout
 from minirlhf.rollout import Rollout, generate, response_logprobs, response_values
 from minirlhf.tokenizer import Tokenizer
 
@@ -172,9 +172,7 @@ def main() -> None:
     policy, ref = (checkpoint.load_gpt(sft_dir).to(machine.device) for _ in range(2))
 
     reward_functions = rewards.load_rewards(list(config.reward))
-    load_reward = lambda path, remedy: checkpoint.load_reward(  # noqa: E731
-        checkpoint.resolve(path, remedy), tokenizer
-    ).to(machine.device)
+    load_reward = lambda path, remedy: checkpoint.load_reward(checkpoint.resolve(path, remedy), tokenizer).to(machine.device)
     remedy = "run train_rm.py first, or name one with --reward-model"
     reward_dir = config.reward_model or out.parent / "rm"
     reward_model = load_reward(reward_dir, remedy)
@@ -208,7 +206,7 @@ def main() -> None:
     if trainer_state is not None:
         tensors, state = trainer_state
         policy.load_state_dict(checkpoint.load_state(out))
-        value_model.load_state_dict(checkpoint.strip(tensors, "value."))
+        value_model.load_state_dict({k.removeprefix("value."): v for k, v in tensors.items() if k.startswith("value.")})
         checkpoint.unpack_optimizer(policy_optimizer, tensors, state["policy_optimizer"], "policy_optimizer.")
         checkpoint.unpack_optimizer(value_optimizer, tensors, state["value_optimizer"], "value_optimizer.")
         kl_coef, first, seconds = state["kl_coef"], state["iteration"], state["seconds"]
@@ -221,7 +219,7 @@ def main() -> None:
         if machine.rank == 0:
             checkpoint.save(
                 out, iteration, policy.state_dict(),
-                training.describe("ppo", policy, config, iteration, complete, tokenizer,
+                training.describe("ppo", policy.config, config, iteration, complete, tokenizer,
                                   reward_model=str(reward_dir), results={"seconds": seconds}),
                 tokenizer,
                 {"tensors": value_weights | policy_tensors | value_tensors,
@@ -244,8 +242,8 @@ def main() -> None:
             # 1. Rollout: a batch of prompts, continued by the policy.
             with training.stopwatch(times, "time/rollout"), machine.autocast(precision):
                 order = data.cursor(len(prompts), config.batch, config.seed, iteration)
-                rows = order[machine.rank * local_batch : (machine.rank + 1) * local_batch]
-                queries, query_mask = data.collate([prompts[i] for i in rows], pad, side="left", multiple_of=1)
+                picks = order[machine.rank * local_batch : (machine.rank + 1) * local_batch]
+                queries, query_mask = data.collate([prompts[i] for i in picks], pad, side="left", multiple_of=1)
                 queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
                 P = queries.shape[1]
                 responses, response_mask = generate(
@@ -256,11 +254,12 @@ def main() -> None:
             # 2. Score: each model reads what was written.  Forwards are those of the update: same shapes, same
             #    function, same precision, so the first ratio is 1 [D4] [D18].
             with training.stopwatch(times, "time/score"), machine.autocast(precision), torch.no_grad():
-                parts = [[] for _ in range(3)]
-                for t, m in zip(tokens.split(microbatch), mask.split(microbatch), strict=True):
-                    logp = lambda model: response_logprobs(model, t, m, P, config.temperature, forbidden)  # noqa: E731, B023
-                    for part, x in zip(parts, (logp(policy)[0], logp(ref)[0], response_values(value_model, t, m, P)), strict=True):  # fmt: skip
-                        part.append(x)
+                logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
+                for rows in torch.arange(local_batch).split(microbatch):
+                    t, m = tokens[rows], mask[rows]
+                    logprobs[rows], _ = response_logprobs(policy, t, m, P, config.temperature, forbidden)
+                    ref_logprobs[rows], _ = response_logprobs(ref, t, m, P, config.temperature, forbidden)
+                    values[rows] = response_values(value_model, t, m, P)
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
                 prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
                 rm_scores, disagreement = reward_model(tokens, mask)
@@ -269,9 +268,9 @@ def main() -> None:
                     said = rm_scores if function is None else rewards.call(function, prompt_texts, texts)
                     scores = scores + weight * torch.as_tensor(said, dtype=scores.dtype, device=scores.device)
                 judged = judge(tokens, mask)[0] if judge else None
-            logprobs, ref_logprobs, values = (torch.cat(part) for part in parts)  # each [B, R]
             has_eos = ((responses == eos) & response_mask).any(1)
-            scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)  # [D9]
+            penalty = config.missing_eos_penalty * (-1 if config.missing_eos == "replace" else 1)
+            scores = ppo.apply_missing_eos(scores, has_eos, penalty, config.missing_eos)  # [D9]
             rollout = Rollout(queries, query_mask, responses, response_mask, logprobs, ref_logprobs, values, scores)
 
             # 3. Shape rewards: minus kl_coef * k1 at every token, the score at the last real one [D1] [D7].
@@ -331,7 +330,7 @@ def main() -> None:
             metrics = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
             ratios = [h["val/ratio"] for h in history]
             sums = training.Sums()
-            share = lambda x: x.sum() / config.batch  # noqa: E731  (sums over ranks to the mean over the rollout)
+            share = lambda x: x.sum() / config.batch  # adds up over ranks to the mean over the rollout
             sums.add({
                 "objective/kl": share(kl),
                 "objective/kl_k3": share(k3.sum(1)),

@@ -147,7 +147,11 @@ def report(config: Config, source: data.Dataset, predictions: list[float], recor
         "pair_accuracy": stats.pair_accuracy(scores, truth),
         "pair_accuracy_1": stats.pair_accuracy(scores, truth, min_gap=1.0),
     }
-    fit = [x for split in ("train", "val") for x in ([r.response for r in records[split]], [r.rating for r in records[split]])]
+    fit = [
+        x
+        for split in ("train", "val")
+        for x in ([r.response for r in records[split]], [r.rating for r in records[split]])
+    ]
     found = {
         "longer text": baselines.longer_text(texts),
         "VADER lexicon": baselines.vader_lexicon(texts),
@@ -185,7 +189,9 @@ def print_report(found: dict) -> None:
         print(f"calibration: people = {c['slope']:.2f} x score {c['intercept']:+.2f}, rmse {c['rmse']:.2f} points")
 
 
-def reference_samples(config: Config, init: Path, tokenizer: Tokenizer, records: list, machine: training.Machine) -> list[list[int]]:
+def reference_samples(
+    config: Config, init: Path, tokenizer: Tokenizer, records: list, machine: training.Machine
+) -> list[list[int]]:
     """Continuations by the reference policy, as train_ppo.py will see them: prompt and response tokens, unpadded."""
     ref = checkpoint.load_gpt(init).to(machine.device).eval()
     prompts = data.prompts_of(records, tokenizer, config.prompt_tokens)
@@ -226,7 +232,9 @@ def main() -> None:
     records = {split: source.select(split, home).records for split in ("train", "val", "test")}
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
-    encoded = {id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)}
+    encoded = {
+        id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)
+    }
     final_records = [r for r in train_records if home is None or r.genre == config.genre]
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
 
@@ -250,7 +258,9 @@ def main() -> None:
         if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
             member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
     model.to(machine.device).train()
-    new_optimizer = lambda k: training.adamw([model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps)
+    new_optimizer = lambda k: training.adamw(
+        [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps
+    )
 
     step, seconds = 0, 0.0
     optimizer = new_optimizer(0)
@@ -261,7 +271,7 @@ def main() -> None:
         model.load_state_dict(checkpoint.load_state(out))
         if step % per_member:
             optimizer = new_optimizer(step // per_member)
-            checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer")
+            checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
     log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
     if machine.rank == 0:
         print(source.describe())
@@ -269,10 +279,10 @@ def main() -> None:
               f"{precision} on {machine.device}")  # fmt: skip
 
     def save(complete: bool, **more) -> None:
-        tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer")
+        tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
         if machine.rank == 0:
-            about = training.describe("rm", sft, config, step, complete, tokenizer,
-                                      model=dataclasses.asdict(shape), head={"pooling": config.pooling, "members": config.members},
+            about = training.describe("rm", shape, config, step, complete, tokenizer,
+                                      head={"pooling": config.pooling, "members": config.members},
                                       data={"name": source.name, "sha256": source.sha256}, **more)  # fmt: skip
             checkpoint.save(out, step, model.state_dict(), about, tokenizer,
                             {"tensors": tensors, "state": {"optimizer": state, "step": step, "seconds": seconds}})  # fmt: skip
@@ -314,7 +324,9 @@ def main() -> None:
                     share = torch.tensor([i.target for i in items], device=machine.device)
                     loss = loss + preference.pairwise_loss(*scores.chunk(2), share)
                 elif loss_kind in ("pairwise", "both") and len(mine) > 1:
-                    a, b, share = preference.pairs_from_ratings([r.ratings for r in mine], np.random.default_rng(step), 4 * len(mine))
+                    a, b, share = preference.pairs_from_ratings(
+                        [r.ratings for r in mine], np.random.default_rng(step), 4 * len(mine)
+                    )
                     share = torch.tensor(share, dtype=torch.float32, device=machine.device)
                     loss = loss + preference.pairwise_loss(scores[a], scores[b], share)
                 loss = loss * (len(mine) / len(batch))
@@ -328,24 +340,35 @@ def main() -> None:
             step += 1
             total = loss.detach().clone()
             machine.sum_([total])
-            metrics = {"train/loss": total.item(), "train/grad_norm": norm.item(), "lr": config.lr * factor, "member": k}
+            metrics = {
+                "train/loss": total.item(),
+                "train/grad_norm": norm.item(),
+                "lr": config.lr * factor,
+                "member": k,
+            }
 
             # 3. Validation.
-            quarter = at + 1 == per_member or (at + 1) % max(1, per_member // 4) == 0 and per_member - at > per_member // 4
+            quarter = (
+                at + 1 == per_member or (at + 1) % max(1, per_member // 4) == 0 and per_member - at > per_member // 4
+            )
             if quarter:
                 predicted = held_out("val")
                 if source.kind == "rated":
                     metrics["val/pearson"] = stats.pearson(predicted, [r.rating for r in records["val"]])
                 else:
                     metrics["val/accuracy"] = agreement(predicted, np.array([r.share for r in records["val"]]))
-                tqdm.write(f"step {step}: " + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/")))
+                tqdm.write(
+                    f"step {step}: " + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
+                )
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
             if quarter or interrupt.asked:
                 save(complete=False)
             if interrupt.asked:
-                raise UserError(f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}")
+                raise UserError(
+                    f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}"
+                )
 
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
@@ -359,7 +382,9 @@ def main() -> None:
         scale = getattr(records["test"][0], "scale", None)
         save(complete=True, results=found | {"seconds": seconds}, normalise={"mode": mode, "scale": scale})
         print_report(found)
-        print(f"scores shifted by {bias:+.3f} x {gain:.3f}: the reference policy's samples average 0; {seconds:.0f} s; model in {out}")
+        print(
+            f"scores shifted by {bias:+.3f} x {gain:.3f}: the reference policy's samples average 0; {seconds:.0f} s; model in {out}"
+        )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_sum(
+    model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of -log p over the trained tokens of rows [(ids, loss_mask)], and their number."""
     tokens, _ = data.collate([ids for ids, _ in rows], pad)
     trained = torch.zeros_like(tokens, dtype=torch.bool)
@@ -154,7 +156,11 @@ def main() -> None:
             tokenizer = Tokenizer.train(["".join(data.as_example(r)) for r in texts["train"]], config.vocab)
         else:
             tokenizer = Tokenizer.load(config.tokenizer)
-        model = GPT(GPTConfig(tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout))
+        model = GPT(
+            GPTConfig(
+                tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout
+            )
+        )
     model.to(machine.device)
     rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
     n_bytes = sum(len(data.as_example(r)[1].encode()) for r in texts["val"])
@@ -181,7 +187,7 @@ def main() -> None:
         if machine.rank == 0:
             checkpoint.save(
                 out, step, model.state_dict(),
-                training.describe("sft", model, config, step, complete, tokenizer, data={"name": source.name, "sha256": source.sha256}, **results),
+                training.describe("sft", model.config, config, step, complete, tokenizer, data={"name": source.name, "sha256": source.sha256}, **results),
                 tokenizer,
                 {"tensors": tensors, "state": {"optimizer": state, "step": step, "best": best, "best_step": best_step, "seconds": seconds}},
             )  # fmt: skip

@@ -43,9 +43,7 @@ def gae_reference(
     return advantages, returns
 
 
-def _check(
-    rewards: Tensor, values: Tensor, mask: Tensor, dones: Tensor, last: Tensor, *factors: float
-) -> None:
+def _check(rewards: Tensor, values: Tensor, mask: Tensor, dones: Tensor, last: Tensor, *factors: float) -> None:
     if rewards.ndim != 2:
         raise ValueError(f"rewards must have shape [B, T], not {tuple(rewards.shape)}")
     shapes = {"values": values.shape, "mask": mask.shape, "dones": dones.shape}
@@ -87,7 +85,7 @@ def gae(
     following = torch.cat([real[1:], torch.zeros_like(real[:1])])
     v_next = torch.cat([v[1:], torch.zeros_like(v[:1])])
     v_next = torch.where(real & ~following, last_values.float(), v_next)
-    alive = ~dones.T & real  # a done step must not even read what follows: it may be NaN
+    alive = ~dones.T  # a done step must not even read what follows: it may be NaN
     advantages = r - v + torch.where(alive, gamma * v_next, 0.0)
     decay = gamma * lam * alive
     for t in range(len(advantages) - 2, -1, -1):

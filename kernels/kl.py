@@ -7,7 +7,7 @@
     d kl / d ref_logit_j = (q_j - p_j) / temperature
 
 Shapes: both logits [..., V] (any strides), tokens and mask [...], the four results [...]. Saved for backward:
-both logits and 24 bytes a row (max and S of each, entropy, kl). Nothing else of size [N, V] exists in
+both logits and 20 bytes a row (kl, max and S of each). Nothing else of size [N, V] exists in
 forward. The KL is a sum over the DIFFERENCE of shifted logits, so that equal inputs give exactly 0. Where the
 policy allows a token that the reference rules out, the KL is +inf, and that row's KL passes no gradient on.
 """
@@ -73,7 +73,7 @@ class _TokenKL(torch.autograd.Function):
             stats = _pair_stats(logits[rows].to(dtype), ref_logits[rows].to(dtype), tokens[rows], temperature)
             for kept, stat in zip(out, stats, strict=True):
                 kept[rows] = stat
-        ctx.save_for_backward(logits, ref_logits, tokens, mask, *out[2:])
+        ctx.save_for_backward(logits, ref_logits, tokens, mask, *out[3:])
         ctx.temperature = temperature
         return out[:4]
 
@@ -85,19 +85,19 @@ class _TokenKL(torch.autograd.Function):
         ref_grad = torch.zeros_like(ref_logits) if ctx.needs_input_grad[1] else None
         dtype, scale = saved[0].dtype, 1 / ctx.temperature
         for rows in row_chunks(mask, CHUNK // 2 // logits.shape[-1]):
-            entropy, kl, peak, total, ref_peak, ref_total = (s[rows][:, None] for s in saved)
+            kl, peak, total, ref_peak, ref_total = (s[rows][:, None] for s in saved)
             g, g_ref, g_entropy, g_kl = (u[rows][:, None] for u in upstream)
-            g_kl = g_kl.masked_fill(kl.isinf(), 0.0)
-            kl = kl.masked_fill(kl.isinf(), 0.0)
+            g_kl, kl = (v.masked_fill(kl.isinf(), 0.0) for v in (g_kl, kl))
             token = tokens[rows][:, None]
             d = logits[rows].to(dtype).sub_(peak).mul_(scale).clamp_(min=FLOOR)
             w = ref_logits[rows].to(dtype).sub_(ref_peak).mul_(scale).clamp_(min=LOWEST)
             p = d.exp().div_(total)
-            # p (g_kl (log p/q - kl) - g_entropy (log p + entropy)) + g ([j = token] - p)
+            # p (g_kl (log p/q - kl) - g_entropy (log p + entropy)) + g ([j = token] - p). The first term
+            # sums to 0 over a row: subtracting p times its sum supplies the constants left out here, and
+            # takes away the rounding of those put in. kl is put in because it can be large.
             if grad is not None:
-                row = g_kl * ((ref_total / total).log() - kl) - g_entropy * (entropy - total.log())
-                x = (d - w).mul_(g_kl).addcmul_(d, g_entropy, value=-1.0).add_(row).mul_(p)
-                # The first term sums to 0 over the row; what it sums to instead is the rounding of kl and w.
+                x = (d - w).add_((ref_total / total).log() - kl).mul_(g_kl)
+                x.addcmul_(d, g_entropy, value=-1.0).mul_(p)
                 x.addcmul_(p, x.sum(-1, keepdim=True) + g, value=-1.0)
                 grad[rows] = x.scatter_add_(-1, token, g).mul_(scale).to(grad.dtype)
             # g_kl (q - p) + g_ref ([j = token] - q)

@@ -6,8 +6,8 @@
 Shapes: hidden [..., C], weight [V, C], tokens and mask [...], both results [...]. A few rows of logits are
 made at a time, reduced to a few numbers each and dropped; backward makes them again. Saved for backward:
 hidden, weight and 12 bytes a row. The product runs in fp32 (float64 if an input is), under autocast in
-autocast's dtype; the log-softmax always runs in fp32, and the weight's gradient is accumulated in fp32 over
-all chunks.
+autocast's dtype; the log-softmax always runs in fp32, and the chunks' gradients of the weight are added up in
+fp32.
 """
 
 from typing import Any
@@ -79,10 +79,10 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 h = hidden[rows].to(ctx.product_dtype)
                 up = None if g_entropy is None else g_entropy[rows]
                 stats = (s[rows] for s in saved)
-                dx = row_grad((h @ w.T).to(dtype), tokens[rows], stats, g[rows], up, ctx.temperature)
-                grad_hidden[rows] = (dx.to(w.dtype) @ w).to(hidden.dtype)
+                dx = row_grad((h @ w.T).to(dtype), tokens[rows], stats, g[rows], up, ctx.temperature).to(w.dtype)
+                grad_hidden[rows] = (dx @ w).to(hidden.dtype)
                 if ctx.needs_input_grad[1]:
-                    grad_weight.addmm_(dx.T, h.to(dtype))
+                    grad_weight += dx.T @ h
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -102,7 +102,5 @@ def linear_token_logprobs(
     dtype, device = result_dtype(hidden, weight), hidden.device.type
     if dtype == torch.float32 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    logprobs, entropy = _LinearTokenLogprobs.apply(
-        hidden[None], weight, tokens[None], mask[None], temperature, dtype
-    )
+    logprobs, entropy = _LinearTokenLogprobs.apply(hidden[None], weight, tokens[None], mask[None], temperature, dtype)
     return logprobs[0], entropy[0]

@@ -73,9 +73,7 @@ def row_stats(x: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Te
     return picked - log_total, log_total - e.mul_(d).sum(-1) / total, peak.squeeze(-1), total
 
 
-def row_grad(
-    x: Tensor, tokens: Tensor, stats: Any, g: Tensor, g_entropy: Tensor | None, temperature: float
-) -> Tensor:
+def row_grad(x: Tensor, tokens: Tensor, stats: Any, g: Tensor, g_entropy: Tensor | None, temperature: float) -> Tensor:
     """x [n, V], overwritten by its gradient; stats = entropy, max, S of the rows; g, g_entropy [n]."""
     entropy, peak, total = stats
     d = x.sub_(peak[:, None]).mul_(1 / temperature)
@@ -91,9 +89,7 @@ def row_grad(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, ...]:
         logprobs, entropy, peak, total = row_buffers(4, tokens, result_dtype(logits))
         for rows in row_chunks(mask, CHUNK // logits.shape[-1]):
             x = logits[rows].to(logprobs.dtype)  # [D18] bf16 ends here: the softmax is fp32

@@ -6,18 +6,18 @@ config.json …  links through `latest`: OUT itself reads as a checkpoint folder
 
 import json
 import os
-import random
 import shutil
 import uuid
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from minirlhf import UserError
+from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -96,34 +96,47 @@ def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:
         raise UserError("tokenizer does not match the checkpoint: use the one in the checkpoint's own folder")
 
 
-def pack_optimizer(opt: torch.optim.Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict]:
+def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict]:
     """State of `opt` (AdamW: step, exp_avg, exp_avg_sq) as tensors '{prefix}{index}.{key}', all else for JSON."""
     state, groups = opt.state_dict()["state"], opt.state_dict()["param_groups"]
     tensors = {f"{prefix}{i}.{key}": value for i, slots in state.items() for key, value in slots.items()}
     return tensors, {"groups": groups, "keys": {i: list(slots) for i, slots in state.items()}}
 
 
-def unpack_optimizer(opt: torch.optim.Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
+def unpack_optimizer(opt: Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
     """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order."""
     state = {int(i): {k: tensors[f"{prefix}{i}.{k}"] for k in keys} for i, keys in saved["keys"].items()}
     opt.load_state_dict({"state": state, "param_groups": saved["groups"]})
 
 
-def rng_state() -> tuple[dict[str, Tensor], dict]:
-    """All global generators as (tensors, JSON): torch (rng.0 the CPU, rng.1 … the GPUs); Python, legacy NumPy."""
-    kind, key, *rest = np.random.get_state()
-    tensors = {f"rng.{i}": own for i, own in enumerate([torch.get_rng_state(), *torch.cuda.get_rng_state_all()])}
-    return tensors, {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest]}
+def load_gpt(path: str | Path) -> GPT:
+    """The language model of an SFT or PPO checkpoint, on the CPU."""
+    return _fill(GPT(GPTConfig(**load_config(path)["model"])), path)
 
 
-def set_rng_state(tensors: dict[str, Tensor], saved: dict) -> None:
-    """Undo `rng_state`; a GPU that was not there keeps its own state."""
-    version, words, gauss = saved["python"]
-    random.setstate((version, tuple(words), gauss))
-    np.random.set_state(tuple(saved["numpy"]))
-    torch.set_rng_state(tensors["rng.0"])
-    for i in range(torch.cuda.device_count()):
-        torch.cuda.set_rng_state(tensors.get(f"rng.{i + 1}", torch.cuda.get_rng_state(i)), i)
+def load_reward(path: str | Path, tokenizer: Tokenizer) -> RewardEnsemble:
+    """The reward model of a checkpoint, on the CPU; it must read the tokens of `tokenizer`."""
+    config = load_config(path)
+    if "head" not in config:
+        raise UserError(f"{path}: a {config.get('stage')} checkpoint, not a reward model: name one made by train_rm.py")
+    check_tokenizer(config, tokenizer)
+    return _fill(RewardEnsemble(GPTConfig(**config["model"]), **config["head"]), path)
+
+
+def _fill(model: Module, path: str | Path) -> Module:
+    try:
+        model.load_state_dict(load_state(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: weights do not fit config.json: {str(error).splitlines()[1].strip()}") from None
+    return model
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    _fsync(temporary)
+    os.replace(temporary, path)
 
 
 def _fsync(path: Path) -> None:

@@ -74,11 +74,20 @@ def as_example(record: Response | Preference) -> tuple[str, str]:
     return record.prompt, record.chosen if isinstance(record, Preference) else record.response
 
 
+def _key(prompt: str, text: str) -> str:
+    """What decides where a record goes: its prompt, so that all records of one prompt stay together [D15], or the text
+    where there is no prompt. Only the words count: "Enjoy!" stays with "enjoy."; an emoticon, without any, is itself."""
+    return " ".join(re.findall(r"\w+", (prompt or text).casefold())) or prompt or text
+
+
 def split_of(prompt: str, text: str = "") -> str:
-    """'train' | 'val' | 'test' (80/10/10) by a hash of the prompt, so that all records of one prompt share a split, or
-    of the text where there is no prompt [D15]. Only the words count: "Enjoy!" stays with "enjoy."."""
-    key = " ".join(re.findall(r"\w+", (prompt or text).casefold())) or prompt or text  # an emoticon has no words
-    return (["train"] * 8 + ["val", "test"])[int(hashlib.sha256(key.encode()).hexdigest(), 16) % 10]
+    """'train' | 'val' | 'test' (80/10/10), by a hash."""
+    return (["train"] * 8 + ["val", "test"])[int(hashlib.sha256(_key(prompt, text).encode()).hexdigest(), 16) % 10]
+
+
+def part_of(record: Response | Preference) -> str:
+    """'a' | 'b': halves of any split, by another hash, for two models that share no item."""
+    return "ab"[hashlib.sha256(("part " + _key(*as_example(record))).encode()).digest()[0] % 2]
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,10 @@ class Dataset:
         parts += [f"dropped {count:,} {reason}" for reason, count in self.dropped.items()]
         parts += [f"skipped {len(self.skipped):,} bad rows, first {message}" for message in self.skipped[:1]]
         return f"{self.name}: {'; '.join(parts)}; sha256 {self.sha256[:12]}"
+
+    def genres_among(self, wanted: Sequence[str]) -> Sequence[str] | None:
+        """`wanted` where the rows have genres at all, else None: no choice to make."""
+        return wanted if any(getattr(r, "genre", "") for r in self.records) else None
 
     def select(self, split: str | None = None, genres: Sequence[str] | None = None) -> "Dataset":
         """The records of one split and of some genres. Raises UserError where none is left."""
@@ -167,6 +180,7 @@ def _parse(line: bytes, plain: bool, scale: tuple[float, float] | None) -> tuple
     if "rating" in row or "ratings" in row:
         return "rated", _rated(row, scale)
     if "messages" in row:
+        _check(isinstance(row["messages"], list), f"messages: expected a list, got {row['messages']!r:.40}")
         whole, last = text("messages"), row["messages"][-1]
         _check(last["role"] == "assistant", "messages: the last turn must be the assistant's")
         return "completion", Response(whole.removesuffix(" " + last["content"]), " " + last["content"])
@@ -317,14 +331,14 @@ def _vader_rows(tables: dict[str, list[list[str]]]) -> tuple[list[tuple[str, lis
             found += [(clean(text), json.loads(scores[key][3]), genre)] * same
             dropped["mismatched"] += not same
     found += [(word, json.loads(scores), "words") for word, _, _, scores in tables["vader_lexicon"]]
-    rows = {text: (text, scores, genre) for text, scores, genre in reversed(found)}  # the first of equals stays
+    rows = {row[0]: row for row in reversed(found)}  # of equal texts the first stays
     return [*rows.values()][::-1], dropped | {"duplicate": len(found) - len(rows)}
 
 
 def encode_example(tok, prompt: str, completion: str, context: int, eos: bool = True) -> tuple[list, list]:
     """-> ids of `<eot> prompt completion <eot>`, loss_mask (True = learn this token). Prompt and completion are encoded
-    apart, so that the prompt's ids are a prefix; they are masked, the last <eot> is trained [D19]. What exceeds `context`
-    is cut on the right, the end with it. Raises UserError for a prompt that leaves no room."""
+    apart, so that the prompt's ids are a prefix; they are masked, the last <eot> is trained [D19]. What exceeds the
+    `context` is cut on the right, the end with it. Raises UserError for a prompt that leaves no room."""
     head, body = [tok.eot, *tok.encode(prompt)], tok.encode(completion)
     _check(len(head) < context, f"prompt: {len(head)} tokens, context {context}: raise --context: {prompt[:30]!r}")
     ids = (head + body + [tok.eot] * eos)[:context]
@@ -334,6 +348,18 @@ def encode_example(tok, prompt: str, completion: str, context: int, eos: bool = 
 def encode_all(tok, records: Sequence[Response | Preference], context: int) -> list[tuple[list[int], list[bool]]]:
     """`encode_example` of every record that has something to train: bare prompts and empty answers drop out [D19]."""
     return [encode_example(tok, prompt, text, context) for prompt, text in map(as_example, records) if text.strip()]
+
+
+def prompts_of(records: Sequence[Response | Preference], tok, prompt_tokens: int) -> list[list[int]]:
+    """Prompts as ids, each opened by the <eot> that opens every training text: a record's own prompt, or the first
+    `prompt_tokens` tokens of a text without one. Texts that would leave nothing to write are passed over."""
+    found = []
+    for prompt, text in map(as_example, records):
+        ids = tok.encode(prompt or text)
+        if prompt or len(ids) > prompt_tokens:
+            found.append([tok.eot, *(ids if prompt else ids[:prompt_tokens])])
+    _check(found, f"no text is longer than {prompt_tokens} tokens: lower --prompt-tokens")
+    return found
 
 
 def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", multiple_of: int = 8) -> tuple:
@@ -357,6 +383,14 @@ def batches(n: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[in
         order = order[np.lexsort([np.asarray(lengths)[order], np.arange(n) // (16 * batch_size)])]
     cuts = [order[i : i + batch_size].tolist() for i in range(0, n, batch_size)]
     return cuts if lengths is None else [cuts[i] for i in rng.permutation(len(cuts))]
+
+
+def cursor(n: int, batch_size: int, seed: int, iteration: int) -> list[int]:
+    """Indices of batch number `iteration` in an endless walk through reshuffled epochs: a function of its arguments
+    alone, so a resumed run meets the same prompts [D21]."""
+    places = range(iteration * batch_size, (iteration + 1) * batch_size)
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {place // n for place in places}}
+    return [int(orders[place // n][place % n]) for place in places]
 
 
 def main() -> None:

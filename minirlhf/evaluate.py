@@ -42,6 +42,8 @@ class Config:
     """Test prompts (fewer if there are not so many)."""
     best_of: tuple[int, ...] = (4, 16)
     """Rows for best-of-n of the SFT model."""
+    results: Path | None = None
+    """Where to write.  Default: RUN/results.json."""
     samples: int = 8
     """Prompts shown with both continuations."""
     seed: int = 1
@@ -73,7 +75,9 @@ def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokeni
             model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,
             forbidden=None if setting["stop"] else tokenizer.eot,
         )  # fmt: skip
-        parts.append((torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1), responses, response_mask))
+        parts.append(
+            (torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1), responses, response_mask)
+        )
     return Texts(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
 
@@ -106,7 +110,9 @@ def read(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[flo
     """Every reader's scores [N] of the whole texts."""
     chunks = list(zip(texts.tokens.split(64), texts.mask.split(64), strict=True))
     found = {name: torch.cat([model(t, m)[0] for t, m in chunks]).tolist() for name, model in models.items()}
-    lexicon = baselines.vader_lexicon([tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)])
+    lexicon = baselines.vader_lexicon(
+        [tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)]
+    )
     return found | ({"lexicon": lexicon} if lexicon is not None else {})
 
 
@@ -177,7 +183,12 @@ def evaluate(config: Config) -> dict:
 def collect(run: Path, results: dict, report_model: Path) -> dict:
     """Add what the earlier stages measured: results.json is the whole run on one page."""
     found = {"sft": {}, "rm": {}} | results
-    for name, folder in (("sft", run / "sft"), ("rm", report_model), ("rm_optimised", run / "rm-a"), ("judge", run / "judge")):
+    for name, folder in (
+        ("sft", run / "sft"),
+        ("rm", report_model),
+        ("rm_optimised", run / "rm-a"),
+        ("judge", run / "judge"),
+    ):
         if (folder / "config.json").exists():
             found[name] = checkpoint.load_config(folder).get("results", {})
     if (run / "ppo" / "config.json").exists():
@@ -204,7 +215,7 @@ def print_table(results: dict) -> None:
 def main() -> None:
     config = training.parse_config({"demo": Config()}, __doc__)
     results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
-    target = config.run / "results.json"
+    target = config.results or config.run / "results.json"
     checkpoint.write_atomically(target, json.dumps(results, indent=1))
     print_table(results)
     print(f"\nwritten to {target}")

@@ -216,18 +216,18 @@ class Sums:
         return dict(zip(self.values, total.tolist(), strict=True))
 
 
-def describe(stage: str, model: nn.Module, config: Any, step: int, complete: bool, tokenizer, **more: Any) -> dict:
+def describe(stage: str, shape: Any, config: Any, step: int, complete: bool, tokenizer, **more: Any) -> dict:
     """A checkpoint's config.json: everything that is needed to load the model and to know where it came from."""
-    backbone = next(m for m in model.modules() if hasattr(m, "config"))
     return {
         "stage": stage,
-        "model": dataclasses.asdict(backbone.config),
+        "model": dataclasses.asdict(shape),
         "training": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
         "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
         "step": step,
         "complete": complete,
         "versions": versions(),
     } | more
+
 
 class MetricLogger:
     """One JSON object a line in OUT/metrics.jsonl, and TensorBoard if asked.  Ranks above 0 are silent."""
@@ -270,14 +270,18 @@ def claim(out: Path, config: Any, resume: bool, overwrite: bool) -> str:
         return "start"
     saved = checkpoint.load_config(out)
     ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir"}
-    wanted = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored}
+    wanted = {
+        k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored
+    }
     other = sorted(k for k, v in wanted.items() if saved["training"].get(k, v) != v)
     if other:
         raise UserError(f"{out} holds a run with another {', '.join(other)}: choose a new --out, or --overwrite")
     if saved["complete"]:
         return "skip"
     if not resume:
-        raise UserError(f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again")
+        raise UserError(
+            f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again"
+        )
     return "resume"
 
 

@@ -1,0 +1,69 @@
+"""Fixtures shared by the tests: a script run in this process (so that torch is imported once), and a smoke run of them all."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the stage scripts belong to no package
+
+
+@pytest.fixture(scope="session")
+def run():
+    """run(script, *argv) -> exit code: what `python script.py argv` would do, told apart from a crash, which raises.
+
+    `stop_at` sends Ctrl-C when that step has been logged."""
+    from minirlhf import training
+
+    def call(script: str, *argv, stop_at: int | None = None) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [script, *map(str, argv)])
+            patch.setattr(os, "fsync", lambda descriptor: None)  # nobody will cut the power
+            if stop_at is not None:
+                log = training.MetricLogger.log
+
+                def log_and_stop(self, step, metrics):
+                    log(self, step, metrics)
+                    if step == stop_at:
+                        signal.raise_signal(signal.SIGINT)
+
+                patch.setattr(training.MetricLogger, "log", log_and_stop)
+            try:
+                training.run_script(importlib.import_module(script).main)
+            except SystemExit as stop:
+                return stop.code or 0
+        return 0
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """metrics(out) -> the lines of OUT/metrics.jsonl less what a clock says."""
+
+    def read(out: Path) -> list[dict]:
+        lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory, run) -> Path:
+    """The folder of a whole run at the smoke preset: sft, rm, judge, ppo, results.json.  Read it, do not write to it."""
+    home = tmp_path_factory.mktemp("runs") / "smoke"
+    stages = {
+        "sft": ["train_sft"],
+        "rm": ["train_rm"],
+        "judge": ["train_rm", "--part", "b", "--seed", 101],
+        "ppo": ["train_ppo", "--monitor", home / "judge"],
+    }
+    for stage, (script, *options) in stages.items():
+        assert run(script, "--preset", "smoke", "--out", home / stage, *options) == 0, stage
+    assert run("minirlhf.evaluate", "--run", home) == 0
+    return home

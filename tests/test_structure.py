@@ -1,0 +1,118 @@
+"""What holds of the source as a whole: who may import whom, what is never used, what must agree."""
+
+import ast
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minirlhf
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["train_sft", "train_rm", "train_ppo"]
+LIBRARY = sorted((ROOT / "minirlhf").rglob("*.py"))
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+SOURCE = [*LIBRARY, *KERNELS, *(ROOT / f"{s}.py" for s in SCRIPTS), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+PURE = ["masked", "ppo", "preference", "stats"]
+WITH_CONFIG = [*SCRIPTS, "minirlhf.evaluate"]
+
+
+def imports(file: Path) -> set[str]:
+    """Full names of all modules that a file imports, wherever in it; `from a import b` counts as a and as a.b."""
+    package, found = ".".join(file.relative_to(ROOT).parent.parts), set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, [package if node.level else "", node.module]))
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def roots(file: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(file)}
+
+
+def test_imports_are_seen(tmp_path):
+    assert {"kernels", "kernels.gae", "minirlhf.ppo", "minirlhf.training"} <= imports(ROOT / "train_ppo.py")
+    assert "minirlhf.masked" in imports(ROOT / "minirlhf/ppo.py")  # a relative one
+
+
+@pytest.mark.parametrize("file", KERNELS, ids=lambda f: f.name)
+def test_kernels_import_neither_library_nor_scripts(file):
+    assert not roots(file) & {"minirlhf", *SCRIPTS}
+
+
+@pytest.mark.parametrize("file", LIBRARY, ids=lambda f: f.name)
+def test_library_imports_no_script(file):
+    assert not roots(file) & {*SCRIPTS, "benchmarks", "tests"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_meet_only_through_checkpoints(script):
+    assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_equations_know_no_model_tokenizer_or_config(name):
+    """Nor does anything that they import."""
+    todo, seen = [name], set()
+    while todo:
+        seen.add(module := todo.pop())
+        names = imports(ROOT / "minirlhf" / f"{module}.py")
+        todo += {n.split(".")[1] for n in names if re.match(r"minirlhf\.[a-z]", n)} - seen
+    assert seen <= {*PURE}
+
+
+def test_kernels_are_light():
+    """Other libraries import any package named `kernels` that they find, and triton is not everywhere."""
+    code = "import sys, torch; had = set(sys.modules); import kernels; print(*sorted(set(sys.modules) - had))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    added = {name.split(".")[0] for name in done.stdout.split()}
+    assert "kernels" in added
+    assert not added & {"triton", "minirlhf"}
+
+
+@pytest.mark.parametrize("file", SOURCE, ids=lambda f: f.name)
+def test_nothing_is_unpickled(file):
+    assert not roots(file) & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, f"{file.name}:{node.lineno}"
+        if isinstance(node, ast.keyword):
+            assert node.arg != "allow_pickle", f"{file.name}:{node.value.lineno}"
+
+
+def test_one_version():
+    written = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert written[1] == minirlhf.__version__
+
+
+@pytest.mark.parametrize("name", WITH_CONFIG)
+def test_every_field_of_the_config_is_read(name):
+    """In main's code, not merely in the checks of __post_init__; `preset` is read by parse_config."""
+    module = importlib.import_module(name)
+    tree = ast.parse(Path(module.__file__).read_text())
+    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "config"}
+    fields = {f.name for f in dataclasses.fields(module.Config)} - {"preset"}
+    assert not fields - read
+
+
+@pytest.mark.parametrize("name", WITH_CONFIG)
+def test_configs_are_frozen(name):
+    config = importlib.import_module(name).Config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 2
+
+
+def test_details_in_the_code_are_tested():
+    """Each [D7] in the source has a test_D7_."""
+    code = "".join(file.read_text() for file in SOURCE)
+    tests = "".join(file.read_text() for file in sorted((ROOT / "tests").rglob("*.py")))
+    tagged = set(re.findall(r"\[D(\d+)\]", code))
+    tested = set(re.findall(r"def test_D(\d+)_", tests))
+    assert tagged and not tagged - tested
