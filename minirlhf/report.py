@@ -34,10 +34,10 @@ NUMBERS = [  # key, label, format; the first that a stage has is its key number
 STYLE = """:root { color-scheme: light dark } small, i { opacity: .7 } small { display: block } b { font-size: 1.7rem }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem } h2 { margin: 2em 0 .5em }
 .grid { display: grid; gap: 0 .8rem; grid-template-columns: repeat(auto-fit, minmax(min(17rem, 100%), 1fr)) }
-.card { background: #8882; border-radius: .5rem; padding: .7rem 1rem; margin-bottom: .8rem } td { white-space: nowrap }
+.card { background: #8882; border-radius: .5rem; padding: .7rem 1rem; margin-bottom: .8rem } tr :first-child { min-width: 7rem }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate } th:first-child { text-align: left }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; border-bottom: 1px solid #8886; text-align: right; font-weight: 400 }"""
+th, td { padding: .25rem .4rem; border-bottom: 1px solid #8886; text-align: right; font-weight: 400 }"""
 
 
 def load(file: Path) -> list[dict]:
@@ -67,13 +67,12 @@ def draw(writers: dict[str, dict], history: list[dict]) -> bytes:
     for key, (metric, label, colour) in READERS.items():
         curves.append(smooth(y := column(metric)))
         left.scatter(kl[: len(y)], y, s=12, color=colour, alpha=0.3, linewidths=0)
-        label = label if len(y) or key in writers["PPO"] else None
-        left.plot(smooth(kl)[: len(y)], curves[-1], color=colour, lw=2.2, label=label)
+        left.plot(smooth(kl)[: len(y)], smooth(y), c=colour, lw=2.2, label=label if len(y) or key in writers["PPO"] else None)
     for name, row in writers.items():
         marker, s = {"SFT": ("o", 46), "PPO": ("*", 190)}.get(name, ("D", 46))
         y = [row.get(key, np.nan) for key in READERS]
-        left.scatter([row["kl"]] * 2, y, s, [BLUE, ORANGE], marker, edgecolors="white", zorder=3)
-        left.annotate(name, (row["kl"], y[0]), (0, 8), textcoords="offset points", ha="center", fontsize=8.5)
+        left.scatter([row["kl"]] * 2, y, s, [BLUE, ORANGE], marker=marker, edgecolors="white", zorder=3)
+        left.annotate(name, (row["kl"], np.nanmax(y)), (0, 8), textcoords="offset points", ha="center", fontsize=8.5)
     if len(curves[1]):
         gap = {"where": curves[0] > curves[1], "label": "gap: what only the reward model sees"}
         left.fill_between(smooth(kl), *curves, color=GREY, alpha=0.18, lw=0, **gap)
@@ -85,6 +84,7 @@ def draw(writers: dict[str, dict], history: list[dict]) -> bytes:
         strips[key].plot(column("step"), column(metric), color=GREY, lw=0.8, alpha=0.6)
         strips[key].plot(column("step"), smooth(column(metric)), color="black", lw=1.6)
         strips[key].set_title(label, fontsize=10, loc="left")
+        strips[key].tick_params(labelbottom=key == "mean_length")
     strips["mean_length"].set_xlabel("PPO iteration (dashed: SFT)")
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
@@ -132,7 +132,7 @@ def page(name: str, results: dict, writers: dict[str, dict], metrics: dict[str, 
     said = lambda s, who, about: (f"<small>{who.upper()}, score {s['score_' + who]:+.2f}{about}</small>"
                                   f'<div class="text"><i>{escape(s["prompt"])}</i>{escape(s[who])}</div>')  # fmt: skip
     pairs = [grid(said(s, "sft", ""), said(s, "ppo", f", KL {s['kl']:.1f} nats")) for s in results["samples"]]
-    keys = [f"<small>{stage}, {time}</small><b>{key}</b> {escape(what)}" for stage, key, what, time in stages(results)]
+    keys = [f"<small>{who}</small><b>{key}</b> {escape(what)}<small>{time}</small>" for who, key, what, time in stages(results)]
     rm, test = results["rm"], results["rm"].get("test", {})
     readers = {STAGES[k]: results[k].get("test") for k in ("rm", "rm_optimised", "judge") if k in results} | peers(rm)
     bins = [(f"{a:+.2f}", f"{b:+.2f}", str(n)) for a, b, n in test.get("calibration", {}).get("bins", [])]
@@ -140,10 +140,10 @@ def page(name: str, results: dict, writers: dict[str, dict], metrics: dict[str, 
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>
 <meta name="viewport" content="width=device-width, initial-scale=1"><h1>{escape(name)}</h1>{grid(*keys)}
 <h2>Against SFT, on {results["prompts"]} test prompts</h2>{compare(writers, results["ppo"])}<h2>Reward against KL</h2>
-<img width="100%" alt="scores of reward model and judge against KL" src="data:image/png;base64,{base64.b64encode(png).decode()}">
+<img width="100%" alt="reward and judge against KL" src="data:image/png;base64,{base64.b64encode(png).decode()}">
 <h2>Reward model and people, on test texts</h2>{compare(readers, test)}
 <p>Validation on the way: SFT {way("sft") or "–"} bits per byte; reward model {way("rm") or "–"}.</p>
-{table(("mean score", "mean rating", "texts"), bins) if bins else ""}
+{table(["calibration: mean score", "mean of people", "texts"], bins) if bins else ""}
 <h2>Samples</h2>{"".join(pairs)}
 <p>Seed {results["seed"]}; {escape(", ".join(map(" ".join, results["versions"].items())))}</p>"""
 
@@ -161,8 +161,8 @@ def main() -> None:
     png = draw(writers, metrics["ppo"])
     checkpoint.write_atomically(run / "report.html", page(run.resolve().name, results, writers, metrics, png))
     checkpoint.write_atomically(run / "reward_kl.png", png)
-    for stage, number, what, seconds in stages(results):
-        print(f"{stage:22s}{number:>14s}  {what}  {seconds}")
+    for stage, number, what, time in stages(results):
+        print(f"{stage:22s}{number:>12s}{time:>14s}  {what}")
     print(f"written to {run}/report.html and {run}/reward_kl.png")
 
 

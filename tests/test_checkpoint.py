@@ -114,9 +114,7 @@ def crash_at(monkeypatch, n):
     for name in ("replace", "rename", "fsync", "symlink", "link", "mkdir"):
         monkeypatch.setattr(os, name, breaking(getattr(os, name)))
     monkeypatch.setattr(shutil, "rmtree", breaking(shutil.rmtree, remove_half))
-    monkeypatch.setattr(
-        Path, "write_text", breaking(Path.write_text, lambda path, text: path.open("w").write(text[:5]))
-    )
+    monkeypatch.setattr(Path, "write_text", breaking(Path.write_text, lambda path, text: path.open("w").write(text[:5])))
     monkeypatch.setattr(Path, "write_bytes", breaking(Path.write_bytes, lambda path, data: path.touch()))
     half = lambda tensors, path, metadata: Path(path).write_bytes(b"\x08\x00")  # noqa: E731
     monkeypatch.setattr(checkpoint, "save_file", breaking(checkpoint.save_file, half))
@@ -223,7 +221,7 @@ def test_older_steps_go_but_the_linked_stay(tmp_path):
     for step in (5, 6, 7):
         write(tmp_path, step, NEW, keep=2)
     assert [name for name in listing(tmp_path) if name.startswith("step")] == [f"step-00000{i}" for i in (4, 6, 7)]
-    write(tmp_path, 5, OLD)  # a run taken up again from an earlier step: its abandoned future goes
+    write(tmp_path, 5, OLD, keep=2)  # a run taken up again from an earlier step: its abandoned future goes
     assert [name for name in listing(tmp_path) if name.startswith("step")] == ["step-000004", "step-000005"]
     assert read(tmp_path) == OLD.vocab_size
 

@@ -63,7 +63,7 @@ def made_up(readers=("score", "judge", "lexicon"), iterations=60, seed=0):
         "rm": measured(rng),
         "sft_samples": evaluate.compare(base, base) | {"kl": 0.0, "entropy": 4.1} | looks,
         "best_of_n": {"4": row(0.7, 0.636, None), "16": row(1.1, 1.835, None)},
-        "ppo": row(1.6, 8.7, 2.6) | {"seconds": 160.2},
+        "ppo": row(1.6, 8.7, 2.6) | {"seconds": 160.9},
         "samples": samples,
         "prompts": 256,
         "seed": 7,
@@ -139,8 +139,7 @@ def test_a_whole_run(tmp_path, run_report):
         assert text in out, text
     assert len(out.splitlines()) == 7  # five stages, their sum, the paths
     assert 'name="viewport"' in html and "color-scheme: light dark" in html
-    again, _ = run_report(run)
-    assert again == html  # nothing in it depends on when it was made
+    assert run_report(run)[0] == html  # nothing in it depends on when it was made
 
 
 def test_plotted_keys_are_those_that_ppo_logs():
@@ -150,16 +149,17 @@ def test_plotted_keys_are_those_that_ppo_logs():
     assert plotted == PPO_KEYS and plotted <= logged
 
 
-def test_text_of_models_and_users_is_escaped(tmp_path, run_report):
+def test_text_of_models_and_users_is_escaped(tmp_path, run_report, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda writers, history: b"")
     results, ppo = made_up()
     results["samples"] = [results["samples"][0] | {"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}]
     results["versions"]["torch"] = HOSTILE
     results["rm"]["baselines"][HOSTILE] = None
-    results["best_of_n"][HOSTILE.replace("$", "")] = results["best_of_n"]["4"]
+    results["best_of_n"][HOSTILE] = results["best_of_n"]["4"]
     page = Page(run_report(write_run(tmp_path / "<b>'run", results, ppo))[0])
-    tags = {tag for tag, _ in page.elements}
-    assert tags <= set("html meta title style h1 h2 div small b i p img table tr th td".split())
-    assert [tag for tag, _ in page.elements].count("img") == 1
+    tags = [tag for tag, _ in page.elements]
+    assert not {"script", "link", "iframe", "a", "form", "object"} & set(tags)
+    assert tags.count("img") == tags.count("style") == 1
     assert all(not key.startswith("on") for _, attributes in page.elements for key in attributes)
     links = [a[key] for _, a in page.elements for key in ("src", "href", "srcset", "action") if key in a]
     assert len(links) == 1 and links[0].startswith("data:image/png;base64,")
@@ -182,7 +182,7 @@ def without(name):
     if name == "ratings":  # choices have neither raters nor a calibration
         choices = {"n": 60, "accuracy": 0.75}
         results["rm"] = {"test": choices, "baselines": {"longer text": {"accuracy": 0.53}}, "seconds": 9.0}
-        return results, ppo, ["75.0%", "choices right", "longer text", "53.0%"], ["mean rating"]
+        return results, ppo, ["75.0%", "choices right", "longer text", "53.0%"], ["calibration"]
     if name == "results of the stages":  # evaluate.py was given checkpoints from elsewhere
         results |= {"sft": {}, "rm": {}}
         results.pop("rm_optimised"), results.pop("judge"), results["ppo"].pop("seconds")
@@ -195,8 +195,11 @@ def without(name):
     return results, ppo, ["judge: wins over SFT ("], ["best of", "delight"]
 
 
-@pytest.mark.parametrize("name", ["judge and lexicon", "judge in training", "every baseline", "ratings", "best of n and samples",
-                                  "results of the stages", "the end of an interrupted stage"])  # fmt: skip
+OPTIONAL = ["judge and lexicon", "judge in training", "every baseline", "ratings", "results of the stages",
+            "the end of an interrupted stage", "best of n and samples"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
 def test_optional_pieces_may_be_missing(tmp_path, run_report, name, monkeypatch):
     results, ppo, present, absent = without(name)
     page = Page(run_report(write_run(tmp_path, results, ppo))[0])
@@ -206,7 +209,8 @@ def test_optional_pieces_may_be_missing(tmp_path, run_report, name, monkeypatch)
         assert text not in page.text, text
 
 
-def test_a_half_written_line_is_not_read(tmp_path, run_report):
+def test_a_half_written_line_is_not_read(tmp_path, run_report, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda writers, history: repr(history).encode())
     results, ppo = made_up()
     html, _ = run_report(write_run(tmp_path, results, ppo))
     with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:

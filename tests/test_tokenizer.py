@@ -83,6 +83,13 @@ def test_tiktoken_encodes_as_plain_merging(texts, text):
     ]
 
 
+def test_merge_takes_the_lowest_rank_then_the_leftmost():
+    ranks = {b"bc": 256, b"ab": 257, b"aa": 258}
+    assert merge([b"a", b"b", b"c"], ranks) == naive_encode(b"abc", ranks) == [b"a", b"bc"]
+    assert merge([b"a"] * 3, ranks) == naive_encode(b"aaa", ranks) == [b"aa", b"a"]
+    assert merge([], ranks) == []
+
+
 def test_training_is_deterministic_and_blind_to_the_order_of_texts(tokenizer):
     again = Tokenizer.train(iter(TEXTS[::-1]), 300)
     assert again.hash == tokenizer.hash and again.ranks == tokenizer.ranks

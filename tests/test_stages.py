@@ -1,0 +1,519 @@
+"""The three stages as a user runs them: outputs, refusals, interruption and resume."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_ppo
+import train_rm
+import train_sft
+from minirlhf import baselines, checkpoint, data, model
+from minirlhf.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
+CHECKPOINT = ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
+SMALL = ["--preset", "smoke", "--precision", "fp32"]
+SFT = [*SMALL, "--n-layer", 1, "--n-embd", 16, "--batch", 104, "--samples", 0]  # 3 steps an epoch
+
+
+@pytest.fixture
+def no_baselines(monkeypatch):
+    """The report at the end of train_rm.py is not the subject, and takes longer than the training."""
+    monkeypatch.setattr(baselines, "tfidf_ridge", lambda *args, **options: None)
+    monkeypatch.setattr(baselines, "vader_lexicon", lambda *args: None)
+
+
+def jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def final(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ----------------------------------------------------------------------------- a whole run
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "judge", "ppo"])
+def test_smoke_leaves_whole_checkpoints(smoke, stage, metrics):
+    for folder in (smoke / stage, smoke / stage / "latest"):
+        assert all((folder / name).is_file() for name in CHECKPOINT)
+        assert {"trainer.safetensors", "trainer.json"} <= {p.name for p in (folder / "latest", folder)[folder.name == "latest"].iterdir()}
+    about = json.loads((smoke / stage / "config.json").read_text())
+    assert about["complete"] and about["stage"] == ("rm" if stage == "judge" else stage)
+    assert about["training"]["preset"] == "smoke" and {"torch", "numpy", "minirlhf"} <= set(about["versions"])
+    assert about["tokenizer"]["hash"] == Tokenizer.load(smoke / stage).hash
+    lines = metrics(smoke / stage)
+    assert [line["step"] for line in lines] == [*range(1, about["step"] + 1)]
+    assert all(math.isfinite(v) for line in lines for v in line.values())
+    assert metrics(smoke / stage / "latest") == lines
+
+
+def test_results_hold_what_they_must(smoke):
+    found = json.loads((smoke / "results.json").read_text())
+    assert {"val_bits_per_byte", "seconds"} <= set(found["sft"])
+    measures = {"pearson", "spearman", "pair_accuracy", "pair_accuracy_1"}
+    assert {"test", "baselines", "humans", "seconds"} <= set(found["rm"]) and measures <= set(found["rm"]["test"])
+    columns = {f"judge_{x}" for x in ("win_rate", "win_rate_interval")} | {"lexicon_win_rate", "kl", "score", "distinct_2"}
+    columns |= {"mean_length", "eos_rate"}
+    for row in (found["ppo"], found["sft_samples"], *found["best_of_n"].values()):
+        assert columns <= set(row)
+    assert "seconds" in found["ppo"] and found["seed"] == 1 and "torch" in found["versions"]
+
+
+def test_report(smoke, run, tmp_path):
+    pytest.importorskip("matplotlib")
+    shutil.copytree(smoke, tmp_path / "run", symlinks=True)
+    assert run("minirlhf.report", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_learning_happened(smoke, metrics):
+    losses = [line["train/loss"] for line in metrics(smoke / "sft")]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    bits = [line["val/bits_per_byte"] for line in metrics(smoke / "sft") if "val/bits_per_byte" in line]
+    assert len(bits) == 2 and bits[1] < bits[0]
+    assert bits[1] == checkpoint.load_config(smoke / "sft")["results"]["val_bits_per_byte"]
+
+
+# ----------------------------------------------------------------------------- what train_ppo does with its models
+
+
+@pytest.fixture(scope="module")
+def ppo_run(smoke, run, tmp_path_factory):
+    """(OUT, {role: the models that train_ppo.py held}) after two iterations on a checkpoint with dropout."""
+    out, held = tmp_path_factory.mktemp("ppo") / "ppo", {"gpt": [], "reward": [], "value": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for where, name, role in ((checkpoint, "load_gpt", "gpt"), (checkpoint, "load_reward", "reward"),
+                                  (train_ppo, "critic_from", "value")):  # fmt: skip
+
+            def keep(*args, original=getattr(where, name), role=role):
+                held[role].append(original(*args))
+                return held[role][-1]
+
+            patch.setattr(where, name, keep)
+        options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
+        assert run("train_ppo", *options, "--iterations", 2, "--out", out) == 0
+    assert {role: len(models) for role, models in held.items()} == {"gpt": 2, "reward": 2, "value": 1}
+    return out, held
+
+
+def test_D5_no_dropout_whatever_the_checkpoint_says(smoke, ppo_run):
+    for stage in ("sft", "rm"):
+        assert checkpoint.load_config(smoke / stage)["model"]["dropout"] == 0.1
+    for held in sum(ppo_run[1].values(), []):
+        found = [m.dropout for m in held.modules() if hasattr(m, "dropout")]
+        assert found and set(found) == {0.0}
+        assert not any(isinstance(m, torch.nn.Dropout) for m in held.modules())
+        held.train()
+        tokens, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+        first, second = held(tokens, mask), held(tokens, mask)
+        assert all(map(torch.equal, *((x if isinstance(x, tuple) else (x,)) for x in (first, second))))
+
+
+def test_D12_actor_and_critic_both_move_and_nothing_else(smoke, ppo_run):
+    out, held = ppo_run
+    before, after = final(smoke / "sft"), final(out)
+    assert all(not torch.equal(before[k], after[k]) for k in before if k.endswith("weight"))
+    tensors, _ = checkpoint.load_trainer(out)
+    values = {k.removeprefix("value."): v for k, v in tensors.items() if k.startswith("value.")}
+    tokenizer = Tokenizer.load(smoke / "rm")
+    start = model.critic_from(checkpoint.load_reward(smoke / "rm", tokenizer).members[0]).state_dict()
+    assert values.keys() == start.keys()
+    assert all(not torch.equal(values[k], start[k]) for k in start if k.endswith("weight"))
+    (policy, ref), (reward, judge), (value,) = held["gpt"], held["reward"], held["value"]
+    assert equal(policy.state_dict(), after) and equal(ref.state_dict(), before)
+    assert equal(reward.state_dict(), final(smoke / "rm")) and equal(judge.state_dict(), final(smoke / "judge"))
+    frozen = lambda m: not any(p.requires_grad or p.grad is not None for p in m.parameters())
+    assert frozen(ref) and frozen(reward) and frozen(judge)
+    assert all(p.requires_grad for m in (policy, value) for p in m.parameters())
+
+
+def test_D4_ratio_is_one_while_nothing_is_learnt(smoke, run, metrics, tmp_path):
+    """All epochs and minibatches of a run that cannot move, split unlike the rollout was scored; prompts are padded."""
+    short = [{"prompt": text} for text in ("The plot", "The cast is very", "The music is not very odd", "I smiled at")]
+    file = jsonl(tmp_path / "p.jsonl", [{"prompt": f"{r['prompt']} {i}"} for r in short for i in range(25)])
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 1, "--epochs", 2]
+    assert run("train_ppo", *options, "--data", file, "--lr", 1e-30, "--value-lr", 1e-30, "--out", tmp_path / "ppo") == 0
+    (line,) = metrics(tmp_path / "ppo")
+    assert line["val/ratio"] == pytest.approx(1, abs=1e-6)
+    assert line["policy/clipfrac_avg"] == 0 and line["policy/approxkl_avg"] < 1e-12
+    assert line["objective/kl"] == pytest.approx(0, abs=1e-5)  # the policy still is the reference
+
+
+def test_D16_learning_rate_falls_linearly(smoke, metrics):
+    start, n = train_ppo.PRESETS["smoke"].lr, train_ppo.PRESETS["smoke"].iterations
+    assert [line["lr"] for line in metrics(smoke / "ppo")] == pytest.approx([start * (n - i) / n for i in range(n)])
+
+
+def test_D22_metrics_do_not_see_what_stands_in_padding(smoke, run, metrics, monkeypatch, tmp_path):
+    generate = train_ppo.generate
+
+    def cut(junk: bool):
+        def generate_and_cut(policy, queries, mask, max_new, temperature, eos, pad, **options):
+            responses, _ = generate(policy, queries, mask, max_new, temperature, eos, pad, **options)
+            lengths = 1 + torch.arange(len(responses)) * 5 % max_new
+            keep = torch.arange(max_new) < lengths[:, None]
+            responses[torch.arange(len(responses)), lengths - 1] = eos
+            junk_tokens = torch.arange(responses.numel()).view_as(responses) % 300
+            junk_tokens[:, -1] = eos  # an EOS that does not count
+            return torch.where(keep, responses, junk_tokens if junk else pad), keep
+
+        return generate_and_cut
+
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 2, "--whiten-rewards"]
+    for name in ("pad", "junk"):
+        monkeypatch.setattr(train_ppo, "generate", cut(name == "junk"))
+        assert run("train_ppo", *options, "--out", tmp_path / name) == 0
+    clean, poisoned = metrics(tmp_path / "pad"), metrics(tmp_path / "junk")
+    assert len(clean) == 2 and clean[0]["val/eos_rate"] == 1 and clean[0]["val/response_length"] < 8
+    for a, b in zip(clean, poisoned, strict=True):
+        assert b == pytest.approx(a, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("replace", 0), ("subtract", 1)])
+def test_D9_missing_eos_lowers_the_score(smoke, run, metrics, tmp_path, mode, sign):
+    """Two tokens of an untrained policy: hardly a response ends."""
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 1, "--response-tokens", 2]
+    assert run("train_ppo", *options, "--missing-eos", mode, "--missing-eos-penalty", 50, "--out", tmp_path / "ppo") == 0
+    (line,) = metrics(tmp_path / "ppo")
+    assert line["val/eos_rate"] < 0.2
+    expected = sign * line["objective/rm_scores"] - 50 * (1 - line["val/eos_rate"])
+    assert line["objective/scores"] == pytest.approx(expected, abs=2 * (line["val/eos_rate"] > 0) + 1e-3)
+
+
+def test_weighted_rewards_add_up(smoke, run, metrics, tmp_path):
+    """As the docstring of train_ppo.py shows it: --reward, repeated."""
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 1]
+    more = ["--reward", "rm:2", "--reward", "minirlhf.rewards:length:-3", "--missing-eos", "none"]
+    assert run("train_ppo", *options, *more, "--out", tmp_path / "ppo") == 0
+    (line,) = metrics(tmp_path / "ppo")
+    words = (2 * line["objective/rm_scores"] - line["objective/scores"]) / 3 * 100
+    assert 0.5 < words < 13  # a response's mean number of words, of 12 tokens
+
+
+def test_preferences_train_a_reward_model(smoke, run, tmp_path, metrics, no_baselines):
+    texts = [r.response for r in data.load("toy").records]
+    rows = [{"prompt": f"{a[:8]} {i}:", "chosen": a, "rejected": b} for i, (a, b) in enumerate(zip(texts, texts[7:], strict=False))]
+    file = jsonl(tmp_path / "pairs.jsonl", rows[:150])
+    assert run("train_rm", *SMALL, "--data", file, "--init", smoke / "sft", "--epochs", 1, "--out", tmp_path / "rm") == 0
+    about = checkpoint.load_config(tmp_path / "rm")
+    assert about["normalise"]["mode"] == "scale" and 0 <= about["results"]["test"]["accuracy"] <= 1
+    assert "val/accuracy" in metrics(tmp_path / "rm")[-1]
+
+
+@pytest.mark.parametrize("options", [["--loss", "pairwise", "--batch", 311], ["--warmup", 0, "--batch", 312]], ids=str)
+def test_reward_model_at_the_edges(smoke, run, tmp_path, metrics, no_baselines, options):
+    """A last batch of one text makes no pair; no warm-up is a warm-up."""
+    out = tmp_path / "rm"
+    assert run("train_rm", *SMALL, "--init", smoke / "sft", "--epochs", 1, *options, "--out", out) == 0
+    assert all(math.isfinite(v) for line in metrics(out) for v in line.values())
+
+
+def test_patience(run, metrics, tmp_path):
+    """Nothing can get better: the first epoch is the best, and `patience` more are granted."""
+    options = ["--lr", 1e-30, "--weight-decay", 0, "--epochs", 6, "--patience", 2, "--out", tmp_path]
+    assert run("train_sft", *SFT, *options) == 0
+    assert [line["epoch"] for line in metrics(tmp_path)][-1] == 3
+    assert checkpoint.load_config(tmp_path)["results"]["best_step"] == 3
+
+
+def test_going_on_from_a_checkpoint(smoke, run, tmp_path):
+    """--init brings weights, shape and tokenizer; what is no part of the shape is still an option."""
+    options = ["--preset", "smoke", "--init", smoke / "sft", "--epochs", 1, "--lr", 1e-30, "--dropout", 0, "--batch", 312]
+    assert run("train_sft", *options, "--weight-decay", 0, "--samples", 0, "--out", tmp_path) == 0
+    assert equal(final(tmp_path), final(smoke / "sft"))
+    about, before = (checkpoint.load_config(p) for p in (tmp_path, smoke / "sft"))
+    assert about["tokenizer"] == before["tokenizer"]
+    assert about["model"] == before["model"] | {"dropout": 0.0}
+
+
+def test_validation_counts_the_bytes_it_reads(run, tmp_path):
+    """A context that cuts every text in half halves the loss and the bytes: bits per byte stay what they are."""
+    bits = []
+    for context in (16, 64):
+        out = tmp_path / str(context)
+        assert run("train_sft", *SFT, "--epochs", 1, "--lr", 1e-30, "--vocab", 258, "--context", context, "--out", out) == 0
+        bits.append(checkpoint.load_config(out)["results"]["val_bits_per_byte"])
+    assert bits[0] == pytest.approx(8, rel=0.1) and bits[1] == pytest.approx(8, rel=0.1)  # a fresh model knows nothing
+
+
+# ----------------------------------------------------------------------------- command line
+
+
+@pytest.mark.parametrize("script", MODULES)
+@pytest.mark.parametrize("preset", ["smoke", "demo", "gpt2"])
+def test_presets_parse_and_help_lists_every_option(run, capsys, script, preset):
+    config = MODULES[script].PRESETS[preset]
+    assert config.preset == preset
+    assert run(script, "--preset", preset, "--help") == 0
+    said = capsys.readouterr().out
+    for name in vars(config):
+        assert f"--{name.replace('_', '-')}" in said
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_no_options_mean_the_demo(script):
+    module = MODULES[script]
+    assert module.training.parse_config(module.PRESETS, "", []) == module.PRESETS["demo"] == module.Config()
+    smoke = module.PRESETS["smoke"]
+    assert module.training.parse_config(module.PRESETS, "", ["--preset=smoke"]) == smoke
+    changed = module.training.parse_config(module.PRESETS, "", ["--seed", "7", "--preset", "smoke"])
+    assert changed.seed == 7 and changed.data == "toy"
+
+
+@pytest.fixture(scope="module")
+def mistakes(smoke, tmp_path_factory):
+    """Files that are wrong in one way each."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    texts = [{"text": f"The plot is odd, {i}."} for i in range(40)]
+    jsonl(folder / "bad.jsonl", [texts[0], {"text": 3}, *texts])
+    jsonl(folder / "rated.jsonl", [{"text": "a", "rating": 2}, {"text": "b", "rating": None}])
+    jsonl(folder / "texts.jsonl", texts)
+    jsonl(folder / "long.jsonl", [{"prompt": f"{i} " * 200, "completion": "yes"} for i in range(40)])
+    jsonl(folder / "pairs.jsonl", [{"prompt": f"{i}", "chosen": "a", "rejected": "b"} for i in range(40)])
+    (folder / "empty.jsonl").write_text("")
+    for stage in ("sft", "rm"):
+        shutil.copytree(smoke / stage, folder / stage, symlinks=True)
+    Tokenizer.train(["abc abd"], 260).save(folder / "sft" / "latest")  # not the one that its weights were trained with
+    about = checkpoint.load_config(smoke / "rm")
+    (folder / "rm" / "latest" / "config.json").write_text(json.dumps(about | {"tokenizer": {"hash": "of another"}}))
+    return folder
+
+
+REFUSED = [
+    ("train_sft", "--preset hug", r"--preset 'hug' is not one of demo, smoke, gpt2"),
+    ("train_sft", "--lrr 3", r"unknown option --lrr: did you mean --lr\?"),
+    ("train_rm", "--epoch 3", r"unknown option --epoch: did you mean --epochs\?"),
+    ("train_ppo", "--kl-coeff 3", r"unknown option --kl-coeff: did you mean --kl-coef\?"),
+    ("train_ppo", "frobnicate", r"unknown option frobnicate"),
+    ("train_sft", "--lr x", r"--lr.*'x'"),
+    ("train_sft", "--lr 0", r"--lr must be above 0"),
+    ("train_sft", "--lr nan", r"--lr must be above 0, not nan"),
+    ("train_sft", "--epochs", r"--epochs"),
+    ("train_sft", "--precision fp8", r"fp8.*fp32"),
+    ("train_sft", "--batch 30 --microbatch 7", r"--batch 30 does not divide by --microbatch 7"),
+    ("train_sft", "--microbatch 0", r"--microbatch must be above 0"),
+    ("train_sft", "--n-head 0", r"--n-head must be above 0"),
+    ("train_sft", "--n-head 5 --vocab 300", r"does not divide by n_head 5.*--n-head"),
+    ("train_sft", "--data {m}/none.jsonl", r"none\.jsonl: no such file"),
+    ("train_sft", "--data {m}/bad.jsonl", r"bad\.jsonl:2: text: expected text, got 3$"),
+    ("train_sft", "--data {m}/empty.jsonl", r"empty\.jsonl: empty"),
+    ("train_sft", "--context 12", r"--context must be a multiple of 8"),
+    ("train_sft", "--data {m}/long.jsonl --vocab 300", r"prompt: \d+ tokens, context 128: raise --context"),
+    ("train_sft", "--init {m}/none", r"none: no checkpoint here.*--init"),
+    ("train_sft", "--init {m}/sft", r"tokenizer does not match"),
+    ("train_sft", "--tokenizer {m}/none", r"none"),
+    ("train_rm", "", r"run train_sft.py first, or name one with --init"),
+    ("train_rm", "--init {s}/sft --members 0", r"--members must be above 0"),
+    ("train_rm", "--init {m}/sft", r"tokenizer does not match"),
+    ("train_rm", "--init {s}/sft --data {m}/texts.jsonl", r"hold no judgement"),
+    ("train_rm", "--init {s}/sft --data {m}/rated.jsonl", r"rated\.jsonl:2: rating: expected finite numbers, got None$"),
+    ("train_rm", "--init {s}/sft --data {m}/pairs.jsonl --loss both", r"--loss both needs ratings"),
+    ("train_rm", "--init {s}/sft --response-tokens 200", r"over the context of 128.*--response-tokens"),
+    ("train_ppo", "", r"run train_sft.py first, or name one with --init"),
+    ("train_ppo", "--init {s}/sft", r"run train_rm.py first, or name one with --reward-model"),
+    ("train_ppo", "--init {m}/sft", r"tokenizer does not match"),
+    ("train_ppo", "--init {s}/sft --reward-model {m}/rm", r"tokenizer does not match"),
+    ("train_ppo", "--init {s}/sft --reward-model {s}/sft", r"a sft checkpoint, not a reward model"),
+    ("train_ppo", "--init {s}/sft --reward-model {s}/rm --monitor {m}/none", r"none: no checkpoint.*train_rm.py"),
+    ("train_ppo", "--init {s}/sft --reward-model {s}/rm --data {m}/long.jsonl", r"over the policy's context of 128"),
+    ("train_ppo", "--init {s}/sft --reward-model {s}/rm --reward nope", r"--reward nope: want rm"),
+    ("train_ppo", "--batch 10 --minibatch 4", r"--batch 10 does not divide by --minibatch 4"),
+    ("train_ppo", "--minibatch 8 --microbatch 3", r"--minibatch 8 does not divide by --microbatch 3"),
+    ("train_ppo", "--minibatch 0", r"--minibatch must be above 0"),
+    ("train_ppo", "--microbatch -1", r"--microbatch must be above 0"),
+    ("train_ppo", "--batch 0", r"--batch must be above 0"),
+    ("train_ppo", "--save-every 0", r"--save-every must be above 0"),
+    ("train_ppo", "--response-tokens 0", r"--response-tokens must be above 0"),
+    ("train_ppo", "--temperature 0", r"--temperature must be above 0"),
+    ("train_ppo", "--no-stop --missing-eos replace", r"--no-stop .* --missing-eos must be none"),
+    ("minirlhf.evaluate", "--run {m}/none", r"none/ppo: no checkpoint here.*run train_ppo.py first"),
+    ("minirlhf.evaluate", "--rum x", r"unknown option --rum: did you mean --run\?"),
+]
+
+
+@pytest.mark.parametrize(("script", "options", "said"), REFUSED, ids=[f"{s} {o}" for s, o, _ in REFUSED])
+def test_a_mistake_is_one_line_and_leaves_nothing(run, capsys, smoke, mistakes, tmp_path, script, options, said):
+    words = options.format(m=mistakes, s=smoke).split()
+    if script in MODULES:
+        preset = [] if "--preset" in words else ["--preset", "smoke"]
+        words = [*preset, *words, "--out", tmp_path / "new" / "out"]
+    before = sorted(mistakes.rglob("*"))
+    assert run(script, *words) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+
+
+    assert re.search(said, lines[0]), lines[0]
+    assert not any(tmp_path.iterdir()) and sorted(mistakes.rglob("*")) == before
+
+
+def test_bad_rows_may_be_skipped(run, mistakes, tmp_path):
+    assert run("train_sft", *SFT, "--data", mistakes / "bad.jsonl", "--skip-bad", "--out", tmp_path) == 0
+
+
+# ----------------------------------------------------------------------------- once more
+
+
+def test_a_finished_stage_is_skipped(run, capsys, smoke):
+    before = {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")}
+    for stage, script in (("sft", "train_sft"), ("rm", "train_rm")):
+        for more in ([], ["--resume"]):
+            assert run(script, "--preset", "smoke", "--out", smoke / stage, *more) == 0
+            assert f"{smoke / stage} is complete: nothing to do" in capsys.readouterr().out
+    assert {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")} == before
+
+
+def test_other_settings_are_refused(run, capsys, smoke):
+    before = {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")}
+    assert run("train_sft", "--preset", "smoke", "--seed", 2, "--out", smoke / "sft") == 2
+    assert "holds a run with another seed: choose a new --out, or --overwrite" in capsys.readouterr().err
+    assert run("train_sft", "--preset", "smoke", "--lr", 1, "--batch", 8, "--out", smoke / "ppo", "--resume") == 2
+    assert "another " in capsys.readouterr().err
+    assert {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")} == before
+
+
+def test_an_unfinished_run_needs_resume_or_overwrite(run, capsys, metrics, tmp_path):
+    options = [*SFT, "--out", tmp_path / "sft"]
+    assert run("train_sft", *options, stop_at=4) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1].startswith("error: stopped at step 4 of 6; ") and "--resume" in told[-1]
+    assert run("train_sft", *options) == 2
+    assert "holds an unfinished run (step 4): --resume goes on, --overwrite starts again" in capsys.readouterr().err
+    assert checkpoint.load_config(tmp_path / "sft")["step"] == 4
+
+    # Overwriting leaves nothing of it, not even where the new run is stopped before its first validation.
+    assert run("train_sft", *options, "--seed", 2, "--overwrite", stop_at=1) == 2
+    assert [line["step"] for line in metrics(tmp_path / "sft")] == [1]
+    assert {p.name for p in (tmp_path / "sft").iterdir() if p.is_dir()} == {"latest", "step-000001"}
+    assert run("train_sft", *options, "--seed", 2, "--resume") == 0
+    assert run("train_sft", *SFT, "--seed", 2, "--out", tmp_path / "straight") == 0
+    assert metrics(tmp_path / "sft") == metrics(tmp_path / "straight")
+    assert equal(final(tmp_path / "sft"), final(tmp_path / "straight"))
+
+
+def test_overwriting_never_passes_the_old_run_off_as_the_new(run, monkeypatch, tmp_path):
+    """Killed before its first checkpoint, the new run leaves an old model beside its own metrics: it must not be skipped."""
+    assert run("train_sft", *SFT, "--out", tmp_path) == 0
+
+    class Killed(Exception):
+        pass
+
+    def killed(*args):
+        raise Killed
+
+    monkeypatch.setattr(train_sft, "loss_sum", killed)
+    with pytest.raises(Killed):
+        run("train_sft", *SFT, "--out", tmp_path, "--overwrite")
+    monkeypatch.undo()
+    assert train_sft.training.claim(tmp_path, train_sft.Config(), resume=True, overwrite=False) == "start"
+
+
+STAGES = {
+    "sft": ("train_sft", SFT, [1, 3, 4, 6]),  # in the first epoch, at its end, in the second, at the very end
+    "rm": ("train_rm", [*SMALL, "--batch", 156, "--members", 2, "--normalise-samples", 8], [1, 4, 8]),  # 4 a member
+    "ppo": ("train_ppo", [*SMALL, "--kl-target", 0.01, "--kl-horizon", 50], [1, 3]),
+}
+
+
+@pytest.fixture(scope="module")
+def straight(run, smoke, tmp_path_factory):
+    """straight(stage) -> (its options, the folder of a run that nothing stopped)."""
+    done = {}
+
+    def once(stage: str):
+        if stage not in done:
+            script, options, _ = STAGES[stage]
+            inputs = {"sft": [], "rm": ["--init", smoke / "sft"]}
+            options = [*options, *inputs.get(stage, ["--init", smoke / "sft", "--reward-model", smoke / "rm"])]
+            out = tmp_path_factory.mktemp("straight") / stage
+            assert run(script, *options, "--out", out) == 0
+            done[stage] = options, out
+        return done[stage]
+
+    return once
+
+
+@pytest.mark.parametrize(("stage", "step"), [(stage, k) for stage, (_, _, steps) in STAGES.items() for k in steps])
+def test_D21_stopped_and_resumed_is_never_stopped(run, straight, metrics, tmp_path, no_baselines, stage, step):
+    script, (options, whole), out = STAGES[stage][0], straight(stage), tmp_path / stage
+    assert run(script, *options, "--out", out, stop_at=step) == 2
+    about = checkpoint.load_config(out)
+    assert about["step"] == step and not about["complete"]
+    assert run(script, *options, "--out", out, "--resume") == 0
+    assert checkpoint.load_config(out)["complete"]
+    assert metrics(out) == metrics(whole)
+    assert equal(final(out), final(whole))
+
+
+def test_D21_stopped_as_patience_runs_out(run, metrics, tmp_path):
+    options = [*SFT, "--lr", 1e-30, "--weight-decay", 0, "--epochs", 6, "--patience", 1]
+    assert run("train_sft", *options, "--out", tmp_path / "whole") == 0
+    last = metrics(tmp_path / "whole")[-1]["step"]
+    assert run("train_sft", *options, "--out", tmp_path / "stopped", stop_at=last) == 2
+    assert run("train_sft", *options, "--out", tmp_path / "stopped", "--resume") == 0
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+
+
+def test_D21_lines_after_the_checkpoint_are_done_again(run, straight, metrics, tmp_path):
+    """Killed two steps after its last checkpoint, in the middle of a line."""
+    options, whole = straight("sft")
+    assert run("train_sft", *options, "--out", tmp_path, stop_at=2) == 2
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:30])
+    assert run("train_sft", *options, "--out", tmp_path, "--resume") == 0
+    assert metrics(tmp_path) == metrics(whole)
+
+
+def test_stopping_after_the_last_iteration_of_ppo_is_no_mistake(run, smoke, tmp_path):
+    """Its result is whole by then."""
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 1]
+    assert run("train_ppo", *options, "--out", tmp_path, stop_at=1) == 0
+    assert checkpoint.load_config(tmp_path)["complete"]
+
+
+def test_signals(smoke, tmp_path, metrics):
+    """Ctrl-C and SIGTERM, to processes of their own: a checkpoint, one line, exit code 2."""
+    commands = {
+        "sft": ("train_sft.py", SFT[:-2] + ["--epochs", 10_000], signal.SIGINT),
+        "ppo": ("train_ppo.py", [*SMALL, "--iterations", 10_000, "--init", smoke / "sft", "--reward-model", smoke / "rm"], signal.SIGTERM),
+    }  # fmt: skip
+    started = {}
+    for stage, (script, options, _) in commands.items():
+        words = [sys.executable, ROOT / script, *options, "--out", tmp_path / stage]
+        started[stage] = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    try:
+        for stage, process in started.items():
+            file, patience = tmp_path / stage / "metrics.jsonl", time.monotonic() + 60
+            while not (file.exists() and file.stat().st_size) and time.monotonic() < patience and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(commands[stage][2])
+        for stage, process in started.items():
+            said = process.communicate(timeout=60)[1]
+            assert process.returncode == 2, said[-2000:]
+            last = said.splitlines()[-1]
+            assert last.startswith("error: stopped at ") and "--resume" in last and "Traceback" not in said
+            about = checkpoint.load_config(tmp_path / stage)
+            assert not about["complete"] and about["step"] == metrics(tmp_path / stage)[-1]["step"] >= 1
+    finally:
+        for process in started.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
