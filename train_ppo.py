@@ -196,7 +196,7 @@ def main() -> None:
     for name, model in (("policy", policy), ("reward model", reward_model.members[0].backbone)):
         if longest > model.config.context:
             raise UserError(f"{config.data}: prompt and response reach {longest} tokens, over the {name}'s context of "
-                            f"{model.config.context}: lower --response-tokens or --prompt-tokens, or shorten the prompts")  # fmt: skip
+                            f"{model.config.context}: shorten the prompts, or lower --response-tokens or --prompt-tokens")  # fmt: skip
     forbidden = None if config.stop else eos
     policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_optimizer = training.adamw([value_model], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
@@ -297,7 +297,9 @@ def main() -> None:
                     for rows in minibatch.split(microbatch):
                         r = rollout[rows]
                         with machine.autocast(precision):
-                            new_logprobs, entropy = response_logprobs(policy, r.tokens, r.mask, P, config.temperature, forbidden)
+                            new_logprobs, entropy = response_logprobs(
+                                policy, r.tokens, r.mask, P, config.temperature, forbidden
+                            )
                             new_values = response_values(value_model, r.tokens, r.mask, P)
                         policy_loss, stats = ppo.policy_loss(
                             new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
@@ -306,7 +308,10 @@ def main() -> None:
                             new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
                         )  # [D12]
                         mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
-                        (policy_loss - config.ent_coef * mean_entropy + value_loss).backward()
+                        loss = policy_loss + value_loss  # of two models: no coefficient between them would change a thing
+                        if config.ent_coef:
+                            loss = loss - config.ent_coef * mean_entropy
+                        loss.backward()
                         totals.add({
                             "loss/policy_avg": policy_loss, "loss/value_avg": value_loss, "policy/entropy_avg": mean_entropy,
                             "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],

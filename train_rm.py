@@ -147,11 +147,7 @@ def report(config: Config, source: data.Dataset, predictions: list[float], recor
         "pair_accuracy": stats.pair_accuracy(scores, truth),
         "pair_accuracy_1": stats.pair_accuracy(scores, truth, min_gap=1.0),
     }
-    fit = [
-        x
-        for split in ("train", "val")
-        for x in ([r.response for r in records[split]], [r.rating for r in records[split]])
-    ]
+    fit = [x for split in ("train", "val") for x in ([r.response for r in records[split]], [r.rating for r in records[split]])]
     found = {
         "longer text": baselines.longer_text(texts),
         "VADER lexicon": baselines.vader_lexicon(texts),
@@ -232,9 +228,7 @@ def main() -> None:
     records = {split: source.select(split, home).records for split in ("train", "val", "test")}
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
-    encoded = {
-        id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)
-    }
+    encoded = {id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)}
     final_records = [r for r in train_records if home is None or r.genre == config.genre]
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
 
@@ -258,9 +252,7 @@ def main() -> None:
         if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
             member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
     model.to(machine.device).train()
-    new_optimizer = lambda k: training.adamw(
-        [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps
-    )
+    new_optimizer = lambda k: training.adamw([model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps)
 
     step, seconds = 0, 0.0
     optimizer = new_optimizer(0)
@@ -348,27 +340,21 @@ def main() -> None:
             }
 
             # 3. Validation.
-            quarter = (
-                at + 1 == per_member or (at + 1) % max(1, per_member // 4) == 0 and per_member - at > per_member // 4
-            )
+            quarter = at + 1 == per_member or (at + 1) % max(1, per_member // 4) == 0 and per_member - at > per_member // 4
             if quarter:
                 predicted = held_out("val")
                 if source.kind == "rated":
                     metrics["val/pearson"] = stats.pearson(predicted, [r.rating for r in records["val"]])
                 else:
                     metrics["val/accuracy"] = agreement(predicted, np.array([r.share for r in records["val"]]))
-                tqdm.write(
-                    f"step {step}: " + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
-                )
+                tqdm.write(f"step {step}: " + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/")))
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
             if quarter or interrupt.asked:
                 save(complete=False)
             if interrupt.asked:
-                raise UserError(
-                    f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}"
-                )
+                raise UserError(f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}")
 
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
@@ -382,9 +368,7 @@ def main() -> None:
         scale = getattr(records["test"][0], "scale", None)
         save(complete=True, results=found | {"seconds": seconds}, normalise={"mode": mode, "scale": scale})
         print_report(found)
-        print(
-            f"scores shifted by {bias:+.3f} x {gain:.3f}: the reference policy's samples average 0; {seconds:.0f} s; model in {out}"
-        )
+        print(f"scores x {gain:.3f} {bias:+.3f}: the reference policy's samples average 0; {seconds:.0f} s; model in {out}")
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ class Config:
     # Optimisation
     epochs: int = 6
     final_epochs: int = 4
-    """Of these, the last so many see --genre only.  More text first keeps the later passes over little text from overfitting."""
+    """Of these, the last so many see --genre only.  More text first: many passes over little text overfit."""
     batch: int = 32
     """Texts an optimiser step, over all ranks."""
     microbatch: int | None = None
@@ -109,9 +109,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def loss_sum(
-    model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of -log p over the trained tokens of rows [(ids, loss_mask)], and their number."""
     tokens, _ = data.collate([ids for ids, _ in rows], pad)
     trained = torch.zeros_like(tokens, dtype=torch.bool)
@@ -164,9 +162,7 @@ def main() -> None:
         else:
             tokenizer = Tokenizer.load(config.tokenizer)
         model = GPT(
-            GPTConfig(
-                tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout
-            )
+            GPTConfig(tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
         )
     model.to(machine.device)
     rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
@@ -264,8 +260,8 @@ def main() -> None:
         print(f"best validation {best:.4f} bits per byte after {best_step} steps; {seconds:.0f} s; model in {out}")
         model.eval()
         start = torch.full((config.samples, 1), tokenizer.eot, device=machine.device)
-        responses, mask = generate(model, start, torch.ones_like(start, dtype=torch.bool), min(48, model.config.context - 1), 0.8,
-                                   tokenizer.eot, tokenizer.pad)  # fmt: skip
+        real, length = torch.ones_like(start, dtype=torch.bool), min(48, model.config.context - 1)
+        responses, mask = generate(model, start, real, length, 0.8, tokenizer.eot, tokenizer.pad)
         for row, keep in zip(responses, mask, strict=True):
             print(f"  {tokenizer.decode(row[keep].tolist())}")
 

@@ -38,8 +38,7 @@ def token_kl_reference(
     ref_logprobs, _ = token_logprobs_reference(ref_logits, tokens, temperature, mask)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
     z, y = (
-        torch.where(real[..., None], x.to(result_dtype(x)) / temperature, 0.0).log_softmax(-1)
-        for x in (logits, ref_logits)
+        torch.where(real[..., None], x.to(result_dtype(x)) / temperature, 0.0).log_softmax(-1) for x in (logits, ref_logits)
     )
     p = z.exp()
     kl = (p * torch.where(p > 0, z - y, 0.0)).sum(-1)
@@ -119,7 +118,5 @@ def token_kl(
     if logits.shape != ref_logits.shape:
         raise ValueError(f"logits and ref_logits differ: {tuple(logits.shape)}, {tuple(ref_logits.shape)}")
     mask = check_rows(logits.shape[:-1], logits.shape[-1], tokens, temperature, mask)
-    logprobs, ref_logprobs, entropy, kl = _TokenKL.apply(
-        logits[None], ref_logits[None], tokens[None], mask[None], temperature
-    )
+    logprobs, ref_logprobs, entropy, kl = _TokenKL.apply(logits[None], ref_logits[None], tokens[None], mask[None], temperature)
     return logprobs[0], ref_logprobs[0], entropy[0], kl[0]

@@ -38,7 +38,7 @@ class Config:
     """A reward model that shares no item with it.  Default: RUN/judge, if there is one."""
     report_model: Path | None = None
     """The reward model whose test report goes into results.json.  Default: RUN/rm."""
-    prompts: int = 512
+    prompts: int = 256
     """Test prompts (fewer if there are not so many)."""
     best_of: tuple[int, ...] = (4, 16)
     """Rows for best-of-n of the SFT model."""
@@ -75,9 +75,7 @@ def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokeni
             model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,
             forbidden=None if setting["stop"] else tokenizer.eot,
         )  # fmt: skip
-        parts.append(
-            (torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1), responses, response_mask)
-        )
+        parts.append((torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1), responses, response_mask))
     return Texts(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
 
@@ -110,9 +108,7 @@ def read(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[flo
     """Every reader's scores [N] of the whole texts."""
     chunks = list(zip(texts.tokens.split(64), texts.mask.split(64), strict=True))
     found = {name: torch.cat([model(t, m)[0] for t, m in chunks]).tolist() for name, model in models.items()}
-    lexicon = baselines.vader_lexicon(
-        [tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)]
-    )
+    lexicon = baselines.vader_lexicon([tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)])
     return found | ({"lexicon": lexicon} if lexicon is not None else {})
 
 
@@ -208,8 +204,9 @@ def print_table(results: dict) -> None:
         print(f"{name:12s}" + "".join(f"{row[c]:14.3f}" if row[c] is not None else f"{'':14s}" for c in columns))
     print()
     for s in results["samples"]:
-        print(f"{s['prompt']!r}\n   SFT {s['score_sft']:+.2f}         {s['sft']!r}\n   PPO {s['score_ppo']:+.2f} kl {s['kl']:4.1f} "
-              f"{s['ppo']!r}")  # fmt: skip
+        print(repr(s["prompt"]))
+        print(f"   SFT {s['score_sft']:+.2f}          {s['sft']!r}")
+        print(f"   PPO {s['score_ppo']:+.2f} kl {s['kl']:4.1f}  {s['ppo']!r}")
 
 
 def main() -> None:

@@ -30,9 +30,7 @@ class GPTConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(
-                f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change --n-embd or --n-head"
-            )
+            raise UserError(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change --n-embd or --n-head")
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -138,9 +136,7 @@ class GPT(nn.Module):
             positions = torch.arange(T, device=tokens.device)
         x = self.wte(tokens) + self.wpe(positions)
         if mask is not None:
-            x = x.masked_fill(
-                ~mask[..., None], 0.0
-            )  # whatever stands in the padding, it cannot reach a real token [D6]
+            x = x.masked_fill(~mask[..., None], 0.0)  # whatever stands in the padding, it cannot reach a real token [D6]
         x = dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             x = block(x, allowed, cache, layer)

@@ -27,9 +27,7 @@ def _mean(loss: Tensor, weight: Tensor | None) -> Tensor:
     return (loss * weight).sum() / weight.float().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def pairwise_loss(
-    scores_a: Tensor, scores_b: Tensor, share: Tensor | float = 1.0, weight: Tensor | None = None
-) -> Tensor:
+def pairwise_loss(scores_a: Tensor, scores_b: Tensor, share: Tensor | float = 1.0, weight: Tensor | None = None) -> Tensor:
     """Bradley-Terry cross-entropy in nats, a mean over pairs; all (B,) -> scalar.
 
     The model says P(a preferred) = sigmoid(d), d = score_a - score_b. `share` is the share of votes for a: 1

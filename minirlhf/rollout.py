@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kernels import token_logprobs
+from kernels import linear_token_logprobs, token_logprobs
 from minirlhf.model import GPT, KVCache, ValueModel
 
 
@@ -59,8 +59,11 @@ def response_logprobs(
 
     The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
     """
-    logits = forbid(model.logits(response_hidden(model, tokens, mask, prompt_len)), forbidden)
-    return token_logprobs(logits, tokens[:, prompt_len:], temperature, mask[:, prompt_len:])
+    hidden = response_hidden(model, tokens, mask, prompt_len)
+    responses, response_mask = tokens[:, prompt_len:], mask[:, prompt_len:]
+    if forbidden is None:  # never makes the logits, and skips padding
+        return linear_token_logprobs(hidden, model.wte.weight, responses, temperature, response_mask)
+    return token_logprobs(forbid(model.logits(hidden), forbidden), responses, temperature, response_mask)
 
 
 def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:

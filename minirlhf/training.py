@@ -270,18 +270,14 @@ def claim(out: Path, config: Any, resume: bool, overwrite: bool) -> str:
         return "start"
     saved = checkpoint.load_config(out)
     ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir"}
-    wanted = {
-        k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored
-    }
+    wanted = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored}
     other = sorted(k for k, v in wanted.items() if saved["training"].get(k, v) != v)
     if other:
         raise UserError(f"{out} holds a run with another {', '.join(other)}: choose a new --out, or --overwrite")
     if saved["complete"]:
         return "skip"
     if not resume:
-        raise UserError(
-            f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again"
-        )
+        raise UserError(f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again")
     return "resume"
 
 

@@ -598,9 +598,7 @@ def test_D21_batches_depend_on_seed_and_epoch_alone(n, batch_size, seed, epoch, 
     torch.rand(3)
     assert first == list(batches(n, batch_size, seed, epoch, lengths))
     assert sorted(i for batch in first for i in batch) == list(range(n))
-    assert sorted(map(len, first), reverse=True) == [
-        len(range(i, min(n, i + batch_size))) for i in range(0, n, batch_size)
-    ]
+    assert sorted(map(len, first), reverse=True) == [len(range(i, min(n, i + batch_size))) for i in range(0, n, batch_size)]
 
 
 def test_D21_epochs_and_seeds_differ():
@@ -631,9 +629,7 @@ def test_batches_by_length_waste_little_padding_and_stay_random():
     sorted_batches = batches(640, 8, 0, 0, lengths)
     assert waste(sorted_batches) < 0.2 * waste(batches(640, 8, 0, 0))
     longest = [max(lengths[i] for i in b) for b in sorted_batches]
-    assert longest != sorted(longest) and {tuple(b) for b in batches(640, 8, 0, 1, lengths)} != set(
-        map(tuple, sorted_batches)
-    )
+    assert longest != sorted(longest) and {tuple(b) for b in batches(640, 8, 0, 1, lengths)} != set(map(tuple, sorted_batches))
 
 
 # ---------------------------------------------------------------- inspect

@@ -171,9 +171,7 @@ def test_D9_unknown_mode_is_refused():
         apply_missing_eos(torch.zeros(1), torch.ones(1, dtype=torch.bool), 1.0, "subtrakt")
 
 
-@pytest.mark.parametrize(
-    "kl, want", [(12.0, 0.150192), (6.6, 0.150096), (6.0, 0.15), (3.0, 0.149808), (60.0, 0.150192)]
-)
+@pytest.mark.parametrize("kl, want", [(12.0, 0.150192), (6.6, 0.150096), (6.0, 0.15), (3.0, 0.149808), (60.0, 0.150192)])
 def test_D11_adaptive_kl_coefficient(kl, want):
     assert adapt_kl_coef(0.15, kl, target=6.0, n=64, horizon=10000) == pytest.approx(want, abs=1e-9)
 

@@ -22,9 +22,7 @@ def test_specs_give_name_function_and_weight():
 
 
 def test_a_rule_of_the_users_own(tmp_path, monkeypatch):
-    (tmp_path / "my_rules.py").write_text(
-        "def shout(prompts, responses):\n    return [r.count('!') for r in responses]\n"
-    )
+    (tmp_path / "my_rules.py").write_text("def shout(prompts, responses):\n    return [r.count('!') for r in responses]\n")
     monkeypatch.syspath_prepend(tmp_path)
     [(name, fn, weight)] = rewards.load_rewards(["my_rules:shout:2"])
     assert (name, weight, rewards.call(fn, ["a", "b"], ["hey!!", "hm"])) == (

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import train_ppo
 import train_sft
@@ -121,7 +122,7 @@ json.dump(said, open(f"said.{rank}", "w"))
 
 @pytest.fixture(scope="module")
 def two_ranks(smoke, tmp_path_factory):
-    """The stages on two processes, as torchrun would start them: (folder, gradients, messages), of each rank."""
+    """The stages on two processes, as torchrun would start them: (folder, gradients and messages of each rank, options)."""
     home = tmp_path_factory.mktemp("ranks")
     inputs = ["--init", str(smoke / "sft"), "--reward-model", str(smoke / "rm")]
     still_rm = [*STILL, "--init", str(smoke / "sft"), "--dropout", "0", "--epochs", "1", "--normalise-samples", "8"]
@@ -132,7 +133,8 @@ def two_ranks(smoke, tmp_path_factory):
         ("odd", "train_ppo", [*PPO, *inputs, "--batch", "15", "--minibatch", "15"]),
         ("stopped", "train_sft", [*SFT, "--batch", "100"]),
     ]
-    runs = [(name, script, [*argv, "--out", str(home / name)]) for name, script, argv in runs]
+    argv = {name: options for name, _, options in runs}
+    runs = [(name, script, [*options, "--out", str(home / name)]) for name, script, options in runs]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -153,7 +155,7 @@ def two_ranks(smoke, tmp_path_factory):
             process.wait()
             process.stderr.close()
     read = lambda rank: (load_file(home / f"grads.{rank}"), json.loads((home / f"said.{rank}").read_text()))
-    return home, *zip(read(0), read(1), strict=True)
+    return home, *zip(read(0), read(1), strict=True), argv
 
 
 def steps(grads: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
@@ -170,12 +172,9 @@ def test_D17_ranks_take_the_same_step(two_ranks, stage):
 @pytest.mark.parametrize(("stage", "script"), [("sft", "train_sft"), ("rm", "train_rm")])
 def test_D17_two_ranks_take_the_step_of_one(two_ranks, run, metrics, tmp_path, stage, script):
     """A rank without a text included: gradients, losses and what validation finds."""
-    home, (grads, _), _ = two_ranks
-    options = checkpoint.load_config(home / stage)["training"]
-    same = ["--epochs", options["epochs"], "--batch", options["batch"], "--dropout", 0]
-    same += SFT[len(STILL) : len(STILL) + 4] + ["--samples", 0] if stage == "sft" else ["--init", options["init"], "--normalise-samples", 8]
+    home, (grads, _), _, argv = two_ranks
     with gradients() as alone:
-        assert run(script, *STILL, *same, "--out", tmp_path) == 0
+        assert run(script, *argv[stage], "--out", tmp_path) == 0
     agree(steps(grads, stage), alone)
     for a, b in zip(metrics(home / stage), metrics(tmp_path), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
@@ -190,13 +189,13 @@ def test_D17_ppo_on_two_ranks_logs_what_one_logs(two_ranks, metrics, smoke):
 
 
 def test_sizes_that_ranks_do_not_divide_are_refused(two_ranks):
-    home, _, said = two_ranks
+    home, _, said, _ = two_ranks
     assert all("--batch over 2 processes: 15 does not divide by 2" in messages["odd"] for messages in said)
     assert not (home / "odd").exists()
 
 
 def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(two_ranks):
-    home, _, said = two_ranks
+    home, _, said, _ = two_ranks
     assert all(messages["stopped"].startswith("stopped at step 1 of 4") for messages in said)
     assert checkpoint.load_config(home / "stopped")["step"] == 1
 
@@ -378,8 +377,6 @@ def test_claim(tmp_path):
 
 
 def test_interrupt_asks_once_and_the_second_time_stops(capsys):
-    import signal
-
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), training.Interrupt() as interrupt:
         assert not interrupt.asked

@@ -415,9 +415,7 @@ def test_D8_numbers():
         advantages, returns = gae(rewards, values, lam=lam)
         torch.testing.assert_close(advantages, torch.tensor([numbers]), atol=1e-6, rtol=0)
         torch.testing.assert_close(returns, torch.tensor([numbers]) + values, atol=1e-6, rtol=0)
-    torch.testing.assert_close(
-        gae(rewards, values)[1], torch.tensor([[0.751725, 0.8755, 0.89, 1.0]]), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(gae(rewards, values)[1], torch.tensor([[0.751725, 0.8755, 0.89, 1.0]]), atol=1e-6, rtol=0)
 
 
 fractions = st.floats(0, 1)
