@@ -128,13 +128,14 @@ class Config:
     """Iterations between checkpoints."""
 
     def __post_init__(self):
+        for name in ("iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens", "response_tokens",
+                     "temperature", "lr", "value_lr", "save_every"):  # fmt: skip
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
             b, s = getattr(self, big), getattr(self, small)
             if s is not None and b % s:
                 raise UserError(f"--{big} {b} does not divide by --{small} {s}")
-        for name in ("temperature", "lr", "iterations", "epochs", "prompt_tokens", "response_tokens"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         if not self.stop and self.missing_eos != "none":
             raise UserError("--no-stop never samples the end of text: --missing-eos must be none")
 
@@ -169,6 +170,9 @@ def main() -> None:
     sft_config, tokenizer = checkpoint.load_config(sft_dir), Tokenizer.load(sft_dir)
     checkpoint.check_tokenizer(sft_config, tokenizer)
     eos, pad = tokenizer.eot, tokenizer.pad
+    local_batch, local_minibatch = (training.exact_div(n, machine.world, f"--{name} over {machine.world} processes")
+                                    for name, n in (("batch", config.batch), ("minibatch", config.minibatch)))  # fmt: skip
+    microbatch = config.microbatch or local_minibatch
     policy, ref = (checkpoint.load_gpt(sft_dir).to(machine.device) for _ in range(2))
 
     reward_functions = rewards.load_rewards(list(config.reward))
@@ -227,9 +231,6 @@ def main() -> None:
                            "value_optimizer": value_state}},
             )  # fmt: skip
 
-    local_batch, local_minibatch = (training.exact_div(n, machine.world, f"--{name} over {machine.world} processes")
-                                    for name, n in (("batch", config.batch), ("minibatch", config.minibatch)))  # fmt: skip
-    microbatch = config.microbatch or local_minibatch
     if machine.rank == 0:
         print(f"{len(prompts)} prompts; {config.iterations} iterations of {config.batch} responses; {precision} on "
               f"{machine.device}")  # fmt: skip
@@ -365,11 +366,12 @@ def main() -> None:
                 f"len {metrics['val/response_length']:.0f} entropy {metrics['policy/entropy_avg']:.2f}"
             )
             done = iteration + 1 == config.iterations
-            if done or interrupt.asked or (iteration + 1) % config.save_every == 0:
+            leave = interrupt.agreed(machine)
+            if done or leave or (iteration + 1) % config.save_every == 0:
                 if machine.rank == 0:
                     show_samples(prompt_texts, texts, scores, kl, metrics["objective/kl_coef"])
                 save(iteration + 1, done)
-            if interrupt.asked:
+            if leave and not done:
                 raise UserError(f"stopped at iteration {iteration + 1}; {out} goes on with --resume")
     if machine.rank == 0:
         print(f"policy in {out}")

@@ -90,9 +90,9 @@ class Config:
     """auto: bf16 where the hardware multiplies it natively."""
 
     def __post_init__(self):
-        for name in ("members", "epochs", "batch", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
+        for name in ("members", "epochs", "batch", "lr", "prompt_tokens", "response_tokens", "temperature"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
 
 
 PRESETS = {
@@ -194,7 +194,7 @@ def reference_samples(
     picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
     found = []
     for i in range(0, len(picks), 64):
-        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], tokenizer.pad, side="left")
+        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], tokenizer.pad, side="left", multiple_of=1)
         responses, keep = generate(ref, queries.to(machine.device), query_mask.to(machine.device), config.response_tokens,
                                    config.temperature, tokenizer.eot, tokenizer.pad)  # fmt: skip
         found += [prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)]
@@ -264,6 +264,10 @@ def main() -> None:
         if step % per_member:
             optimizer = new_optimizer(step // per_member)
             checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
+    longest = max(map(len, data.prompts_of(records["val"], tokenizer, config.prompt_tokens))) + config.response_tokens
+    if longest > shape.context:
+        raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the context of "
+                        f"{shape.context}: lower --response-tokens or --prompt-tokens")  # fmt: skip
     log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
     if machine.rank == 0:
         print(source.describe())
@@ -297,7 +301,7 @@ def main() -> None:
             if step == k * per_member and step:
                 optimizer = new_optimizer(k)
             at = step - k * per_member
-            factor = min(1.0, (at + 1) / config.warmup) * (1 - at / per_member)
+            factor = min(1.0, (at + 1) / max(1, config.warmup)) * (1 - at / per_member)
             training.set_lr(optimizer, config.lr * factor)
 
             # 1. Loss.  A rank's mean is weighted by its share of the batch, so that ranks add up to the mean [D17].
@@ -322,7 +326,8 @@ def main() -> None:
                     share = torch.tensor(share, dtype=torch.float32, device=machine.device)
                     loss = loss + preference.pairwise_loss(scores[a], scores[b], share)
                 loss = loss * (len(mine) / len(batch))
-                loss.backward()
+                if loss.requires_grad:  # a lone rated text makes no pair
+                    loss.backward()
 
             # 2. Step.
             machine.sum_gradients(model.members[k].parameters())
@@ -351,15 +356,17 @@ def main() -> None:
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
-            if quarter or interrupt.asked:
+            stop = interrupt.agreed(machine)
+            if quarter or stop:
                 save(complete=False)
-            if interrupt.asked:
+            if stop:
                 raise UserError(f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}")
 
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
         found = report(config, source, held_out("test"), records)
         mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
+        training.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
         samples = reference_samples(config, init, tokenizer, records["val"], machine)
         for member in model.members:
             gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)

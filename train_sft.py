@@ -93,11 +93,13 @@ class Config:
     """Texts printed at the end."""
 
     def __post_init__(self):
+        for name in ("epochs", "batch", "microbatch", "lr", "vocab", "context", "n_layer", "n_head", "n_embd", "patience"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        if self.context % 8:
+            raise UserError(f"--context must be a multiple of 8, as batches are padded, not {self.context}")
         if self.microbatch is not None and self.batch % self.microbatch:
             raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
-        for name in ("epochs", "batch", "lr", "vocab", "context"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} must be above 0, not {getattr(self, name)}")
 
 
 PRESETS = {
@@ -153,7 +155,8 @@ def main() -> None:
         init = checkpoint.resolve(config.init, "name a checkpoint folder with --init")
         tokenizer = Tokenizer.load(init)
         checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
-        model = checkpoint.load_gpt(init)
+        model = GPT(dataclasses.replace(checkpoint.load_gpt(init).config, dropout=config.dropout))
+        model.load_state_dict(checkpoint.load_state(init))
     else:
         if todo == "resume":
             tokenizer = Tokenizer.load(out)
@@ -166,7 +169,9 @@ def main() -> None:
         )
     model.to(machine.device)
     rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
-    n_bytes = sum(len(data.as_example(r)[1].encode()) for r in texts["val"])
+    # Bytes of what is trained, not of the whole text: --context may have cut it.
+    learnt = [[t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot] for ids, mask in rows["val"]]
+    n_bytes = sum(len(tokenizer.encoding.decode_bytes(ids)) for ids in learnt)
     optimizer = training.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     schedule = []  # (epoch, rows of the batch, is it the epoch's last)
     for epoch in range(config.epochs):
@@ -208,6 +213,8 @@ def main() -> None:
     model.train()
     with training.Interrupt() as interrupt:
         for epoch, batch, last_of_epoch in bar:
+            if epoch - best_epoch > config.patience:  # asked here, so that a resumed run stops as well
+                break
             start = time.perf_counter()
             training.seed_everything(config.seed, step, machine.rank)  # dropout [D21]
             factor = training.warmup_cosine(step, total, config.warmup)
@@ -244,14 +251,13 @@ def main() -> None:
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} val {best:.3f} bits/byte")
-            if last_of_epoch or interrupt.asked:
+            stop = interrupt.agreed(machine)
+            if last_of_epoch or stop:
                 save(complete=False)
                 if best_step == step and machine.rank == 0:
                     checkpoint.point(out, "best", step)
-            if interrupt.asked:
+            if stop:
                 raise UserError(f"stopped at step {step} of {total}; the same command with --resume goes on from {out}")
-            if last_of_epoch and epoch - best_epoch >= config.patience:
-                break
 
     # The best checkpoint becomes the stage's result.
     if machine.rank == 0:

@@ -42,11 +42,14 @@ Config = TypeVar("Config")
 def parse_config(presets: dict[str, Config], description: str, argv: list[str] | None = None) -> Config:
     """The preset's dataclass with the command line on top.  An option that does not exist is one line and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    chosen = next((a.split("=", 1)[1] if "=" in a else b for a, b in zip(argv, argv[1:] + [""], strict=True)
-                   if a.split("=", 1)[0] == "--preset"), "demo")  # fmt: skip
+    argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--") else [a])]
+    chosen = next((b for a, b in zip(argv, [*argv[1:], ""], strict=False) if a == "--preset"), "demo")
     if chosen not in presets:
         raise UserError(f"--preset {chosen!r} is not one of {', '.join(presets)}")
     default = presets[chosen]
+    for field in dataclasses.fields(default):  # tyro would keep the last of --reward a --reward b, and drop a
+        if isinstance(getattr(default, field.name), tuple):
+            argv = join_repeated(argv, "--" + field.name.replace("_", "-"))
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -63,6 +66,15 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
         near = difflib.get_close_matches(unknown[0], options, n=1)
         raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
     return config
+
+
+def join_repeated(argv: list[str], option: str) -> list[str]:
+    """--reward a --lr 1 --reward b  ->  --lr 1 --reward a b"""
+    rest, values, taking = [], [], False
+    for word in argv:
+        taking = word == option if word.startswith("--") else taking
+        (values if taking else rest).append(word)
+    return rest + values[:1] + [v for v in values if v != option]
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -98,7 +110,7 @@ class Machine:
             for p in parameters:
                 if p.requires_grad:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.sum_(p.grad for p in parameters if p.grad is not None)
+                    self.sum_([p.grad])
 
     def autocast(self, precision: str):
         """precision 'fp32' or 'bf16'.  Master weights stay fp32; log-softmax is fp32 in any case [D18]."""
@@ -239,6 +251,9 @@ class MetricLogger:
             return
         out.mkdir(parents=True, exist_ok=True)
         path = out / "metrics.jsonl"
+        if not keep_until:  # a run that starts again: from here on nothing of the old one can be taken for it
+            for link in ("latest", "best"):
+                (out / link).unlink(missing_ok=True)
         old = path.read_text().splitlines() if path.exists() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= keep_until]
         path.write_text("".join(line + "\n" for line in kept))
@@ -294,6 +309,13 @@ class Interrupt:
             raise KeyboardInterrupt
         self.asked = True
         print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+
+    def agreed(self, machine: Machine) -> bool:
+        """Whether any rank was asked: all leave at the same step, or some would wait for the others for ever."""
+        asked = torch.tensor(float(self.asked), device=machine.device)
+        machine.sum_([asked])
+        self.asked = bool(asked)
+        return self.asked
 
     def __exit__(self, *exc) -> None:
         for s, handler in self.before.items():
