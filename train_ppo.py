@@ -199,8 +199,10 @@ def main() -> None:
     longest = max(map(len, prompts)) + config.response_tokens
     for name, model in (("policy", policy), ("reward model", reward_model.members[0].backbone)):
         if longest > model.config.context:
-            raise UserError(f"{config.data}: prompt and response reach {longest} tokens, over the {name}'s context of "
-                            f"{model.config.context}: shorten the prompts, or lower --response-tokens or --prompt-tokens")  # fmt: skip
+            raise UserError(
+                f"{config.data}: prompt and response reach {longest} tokens, over the {name}'s context of "
+                f"{model.config.context}: shorten the prompts, or lower --response-tokens or --prompt-tokens"
+            )
     forbidden = None if config.stop else eos
     policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_optimizer = training.adamw([value_model], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported, here and in every process started: on tensors this small, threads that wait for each other on
+# busy cores make a test a hundred times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the stage scripts belong to no package
 

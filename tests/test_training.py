@@ -148,7 +148,7 @@ def two_ranks(smoke, tmp_path_factory):
     ]  # fmt: skip
     try:
         for process in processes:
-            assert process.wait(timeout=90) == 0, process.stderr.read()[-3000:]
+            assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
     finally:
         for process in processes:
             process.kill()
