@@ -63,6 +63,7 @@ class Config:
     tensorboard: bool = False
     """Also write TensorBoard events."""
     seed: int = 1
+    """Of everything random; 0 or more."""
 
     # Rollout
     iterations: int = 100
@@ -82,7 +83,7 @@ class Config:
     kl_coef: float = 0.1
     """Reward points a nat (Ziegler: .15)."""
     kl_target: float | None = None
-    """Nats a sequence that an adaptive kl_coef steers to [D11]; none keeps it fixed (Ziegler: 6)."""
+    """Nats a sequence that an adaptive kl_coef steers to [D11]; None keeps it fixed (Ziegler: 6)."""
     kl_horizon: int = 10_000
     """Episodes over which the adaptive kl_coef moves (Ziegler)."""
     missing_eos: Literal["none", "replace", "subtract"] = "none"
@@ -104,16 +105,17 @@ class Config:
     value_lr: float = 3e-4
     """The value model's, decayed alike."""
     adam_eps: float = 1e-5
-    """[D16]"""
+    """Adam's epsilon, larger than its default [D16]."""
     clip_range: float = 0.2
     """Of the ratio (Schulman et al. 2017)."""
     clip_range_value: float | None = 0.2
-    """Of the value around the rollout's [D12]; none: unclipped."""
+    """Of the value around the rollout's [D12]; None: unclipped."""
     ent_coef: float = 0.0
     """Entropy bonus."""
     gamma: float = 1.0
+    """Discount (1: an episode is short)."""
     lam: float = 0.95
-    """GAE (Schulman et al. 2016)."""
+    """Of generalised advantage estimation (Schulman et al. 2016)."""
     whiten_advantages: bool = True
     """Centre and scale over the rollout [D10]."""
     value_init: Literal["reward", "sft"] = "reward"

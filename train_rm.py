@@ -58,6 +58,7 @@ class Config:
     tensorboard: bool = False
     """Also write TensorBoard events."""
     seed: int = 1
+    """Of everything random; 0 or more."""
 
     loss: Literal["auto", "regression", "pairwise", "both"] = "auto"
     """auto: regression for ratings, pairwise for choices."""
@@ -66,7 +67,9 @@ class Config:
     members: int = 1
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
     dropout: float = 0.1
+    """As in stage 1, in place of the SFT model's."""
     epochs: int = 3
+    """Passes over the training items."""
     final_epochs: int = 1
     """Of these, the last so many see --genre only."""
     batch: int = 32
@@ -74,16 +77,23 @@ class Config:
     lr: float = 3e-4
     """After a short warm-up, linear to 0."""
     warmup: int = 50
+    """Steps of linear warm-up, a member."""
     weight_decay: float = 0.1
     """On matrices only."""
     betas: tuple[float, float] = (0.9, 0.98)
+    """Adam's."""
     adam_eps: float = 1e-8
+    """Adam's epsilon."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     normalise: Literal["auto", "bias", "scale", "none"] = "auto"
     """Affine transform of scores, fitted on samples of the reference: auto is bias for ratings, scale for choices [D14]."""
     normalise_samples: int = 256
+    """How many samples."""
     prompt_tokens: int = 4
+    """Of the prompts that these samples continue: as train_ppo.py will cut them."""
     response_tokens: int = 24
+    """Longest sample."""
     temperature: float = 0.8
     """Of those samples: as train_ppo.py will sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

@@ -55,6 +55,7 @@ class Config:
     tensorboard: bool = False
     """Also write TensorBoard events."""
     seed: int = 1
+    """Of everything random; 0 or more."""
 
     # Model (GPT-2's shape, small)
     tokenizer: str = "train"
@@ -64,12 +65,17 @@ class Config:
     context: int = 128
     """Longest sequence in tokens."""
     n_layer: int = 4
+    """Blocks."""
     n_head: int = 4
+    """Attention heads."""
     n_embd: int = 192
+    """Channels."""
     dropout: float = 0.2
+    """On embeddings and on what enters the residual stream."""
 
     # Optimisation
     epochs: int = 6
+    """Passes over the training texts."""
     final_epochs: int = 4
     """Of these, the last so many see --genre only.  More text first: many passes over little text overfit."""
     batch: int = 32
@@ -77,6 +83,7 @@ class Config:
     microbatch: int | None = None
     """Texts a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
     lr: float = 1e-3
+    """Highest learning rate."""
     warmup: int = 100
     """Steps of linear warm-up, before a cosine to a tenth."""
     weight_decay: float = 0.1
@@ -84,7 +91,9 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.99)
     """Steps are small (about 900 tokens): .99 averages their squared gradients over enough of them."""
     adam_eps: float = 1e-8
+    """Adam's epsilon."""
     max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
     patience: int = 2
     """Stop after so many epochs without a better validation loss."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

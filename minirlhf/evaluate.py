@@ -47,6 +47,7 @@ class Config:
     samples: int = 8
     """Prompts shown with both continuations."""
     seed: int = 1
+    """Of everything random; 0 or more."""
 
 
 @dataclasses.dataclass
@@ -129,7 +130,9 @@ def evaluate(config: Config) -> dict:
     setting, tokenizer = about["training"], Tokenizer.load(policy_dir)
     sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
     machine = training.setup_machine(config.seed)
-    models = {"score": config.reward_model or about["reward_model"]}
+    optimised = Path(about["reward_model"])  # as train_ppo.py was told; beside the policy if the run was moved since
+    optimised = optimised if optimised.exists() else run / optimised.name
+    models = {"score": config.reward_model or optimised}
     if config.judge or (run / "judge" / "latest").exists():
         models["judge"] = config.judge or run / "judge"
     models = {name: checkpoint.load_reward(path, tokenizer).to(machine.device).eval() for name, path in models.items()}

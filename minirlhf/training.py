@@ -119,6 +119,8 @@ class Machine:
 
 def setup_machine(seed: int) -> Machine:
     """Device, process group (under torchrun) and seeds; ranks get the same weights and different samples."""
+    if seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {seed}")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -202,7 +204,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.1) -> float:
-    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine down to `floor` at the last step."""
+    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach `floor` at step `total`."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
