@@ -109,10 +109,12 @@ def test_configs_are_frozen(name):
         config.seed = 2
 
 
-def test_details_in_the_code_are_tested():
-    """Each [D7] in the source has a test_D7_."""
+def test_details_agree_in_code_tests_and_readme():
+    """D1 to D24: each stands as [D7] at a line of the source, in a test_D7_ and in one row of the README's register."""
     code = "".join(file.read_text() for file in SOURCE)
     tests = "".join(file.read_text() for file in sorted((ROOT / "tests").rglob("*.py")))
-    tagged = set(re.findall(r"\[D(\d+)\]", code))
-    tested = set(re.findall(r"def test_D(\d+)_", tests))
-    assert tagged and not tagged - tested
+    rows = re.findall(r"^\| D(\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    everything = {str(n) for n in range(1, 25)}
+    assert set(re.findall(r"\[D(\d+)\]", code)) == everything
+    assert set(re.findall(r"def test_D(\d+)_", tests)) == everything
+    assert sorted(rows, key=int) == sorted(everything, key=int)
