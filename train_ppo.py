@@ -66,15 +66,15 @@ class Config:
     """Of everything random; 0 or more."""
 
     # Rollout
-    iterations: int = 100
+    iterations: int = 36
     """PPO updates: one rollout and its epochs each."""
-    batch: int = 64
+    batch: int = 128
     """Responses a rollout, over all ranks (Ziegler: 512)."""
     prompt_tokens: int = 4
     """A text without a prompt of its own is cut after this many tokens."""
     response_tokens: int = 24
     """Longest response (Ziegler: 24)."""
-    temperature: float = 0.8
+    temperature: float = 0.9
     """Of the sampler and of every log-probability [D3] (Ziegler: .7)."""
     stop: bool = True
     """--no-stop takes the end-of-text token out of policy and reference: every response has full length."""
@@ -96,11 +96,11 @@ class Config:
     # Update
     epochs: int = 4
     """Passes over a rollout (Ziegler)."""
-    minibatch: int = 16
+    minibatch: int = 32
     """Responses an optimiser step, over all ranks."""
     microbatch: int | None = None
     """Responses a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
-    lr: float = 3e-4
+    lr: float = 7e-5
     """Learning rate, linear to 0 over the iterations [D16]."""
     value_lr: float = 3e-4
     """The value model's, decayed alike."""
@@ -126,7 +126,7 @@ class Config:
     """Leave the remaining minibatches of a rollout when one's approxkl passes this."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
-    save_every: int = 25
+    save_every: int = 12
     """Iterations between checkpoints."""
 
     def __post_init__(self):

@@ -66,7 +66,7 @@ class Config:
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
     members: int = 1
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
-    dropout: float = 0.1
+    dropout: float = 0.2
     """As in stage 1, in place of the SFT model's."""
     epochs: int = 3
     """Passes over the training items."""
@@ -76,6 +76,8 @@ class Config:
     """Items (ratings) or pairs (choices) an optimiser step, over all ranks."""
     lr: float = 3e-4
     """After a short warm-up, linear to 0."""
+    embedding_lr: float = 4.0
+    """Times the learning rate, for the token embeddings: a rare word is in few batches."""
     warmup: int = 50
     """Steps of linear warm-up, a member."""
     weight_decay: float = 0.1
@@ -94,7 +96,7 @@ class Config:
     """Of the prompts that these samples continue: as train_ppo.py will cut them."""
     response_tokens: int = 24
     """Longest sample."""
-    temperature: float = 0.8
+    temperature: float = 0.9
     """Of those samples: as train_ppo.py will sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
@@ -262,7 +264,9 @@ def main() -> None:
         if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
             member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
     model.to(machine.device).train()
-    new_optimizer = lambda k: training.adamw([model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps)
+    new_optimizer = lambda k: training.adamw(
+        [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr
+    )
 
     step, seconds = 0, 0.0
     optimizer = new_optimizer(0)

@@ -188,19 +188,32 @@ def metadata_version(name: str) -> str:
 # ----------------------------------------------------------------------------- optimiser
 
 
-def adamw(models: Iterable[nn.Module], lr: float, weight_decay: float, betas: tuple[float, float], eps: float):
-    """AdamW with decay on matrices only: gains, biases and other vectors are left alone."""
-    parameters = [p for m in models for p in m.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
+def adamw(
+    models: Iterable[nn.Module],
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    embedding_scale: float = 1.0,
+) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only: gains, biases and other vectors are left alone.
+
+    `embedding_scale` multiplies the learning rate of token embeddings, each of which few batches touch.
+    """
+    named = [(name, p) for m in models for name, p in m.named_parameters() if p.requires_grad]
+    kind = lambda name, p: "embedding" if name.endswith("wte.weight") else "matrix" if p.dim() >= 2 else "vector"
+    settings = {
+        "matrix": {"weight_decay": weight_decay, "scale": 1.0},
+        "embedding": {"weight_decay": weight_decay, "scale": embedding_scale},
+        "vector": {"weight_decay": 0.0, "scale": 1.0},
+    }
+    groups = [{"params": [p for name, p in named if kind(name, p) == k]} | setting for k, setting in settings.items()]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
 
 
 def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.1) -> float:
