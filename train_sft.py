@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from kernels import linear_token_logprobs
+from kernels import linear_token_logprobs, token_logprobs
 from minirlhf import UserError, checkpoint, data, training
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rollout import generate
@@ -74,9 +74,9 @@ class Config:
     """On embeddings and on what enters the residual stream."""
 
     # Optimisation
-    epochs: int = 6
+    epochs: int = 5
     """Passes over the training texts."""
-    final_epochs: int = 4
+    final_epochs: int = 3
     """Of these, the last so many see --genre only.  More text first: many passes over little text overfit."""
     batch: int = 32
     """Texts an optimiser step, over all ranks."""
@@ -96,6 +96,8 @@ class Config:
     """Gradients are scaled down to this norm."""
     patience: int = 2
     """Stop after so many epochs without a better validation loss."""
+    fused_head: bool = False
+    """Never hold the logits: for large vocabularies.  A small one is faster with them."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
     samples: int = 5
@@ -116,31 +118,35 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2, n_embd=64,
                     epochs=2, warmup=5),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12, n_head=12,
-                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
+                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4, fused_head=True),
 }  # fmt: skip
 
 
-def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of -log p over the trained tokens of rows [(ids, loss_mask)], and their number."""
+def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device, fused_head: bool) -> torch.Tensor:
+    """Sum of -log p over the trained tokens of rows [(ids, loss_mask)]."""
     tokens, _ = data.collate([ids for ids, _ in rows], pad)
     trained = torch.zeros_like(tokens, dtype=torch.bool)
     for i, (_, loss_mask) in enumerate(rows):
         trained[i, : len(loss_mask)] = torch.tensor(loss_mask)
-    tokens, trained = tokens.to(device), trained.to(device)
-    hidden = model(tokens[:, :-1])  # padding is on the right, where causal attention hides it
-    logprobs, _ = linear_token_logprobs(hidden, model.wte.weight, tokens[:, 1:], mask=trained[:, 1:])
-    return -logprobs.sum(), trained[:, 1:].sum()
+    tokens, trained = tokens.to(device), trained.to(device)[:, 1:]
+    hidden = model(tokens[:, :-1])[trained]  # [N, C]; padding is on the right, where causal attention hides it
+    targets = tokens[:, 1:][trained]
+    if fused_head:
+        logprobs, _ = linear_token_logprobs(hidden, model.wte.weight, targets)
+    else:
+        logprobs, _ = token_logprobs(model.logits(hidden), targets)
+    return -logprobs.sum()
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, rows, n_bytes: int, pad: int, machine, precision: str) -> float:
+def bits_per_byte(model: GPT, rows, n_bytes: int, pad: int, machine, config: Config) -> float:
     """Validation loss that no tokenizer can flatter: all trained tokens' -log2 p over the UTF-8 bytes they stand for."""
     model.eval()
     total = 0.0
     rows = sorted(rows, key=lambda row: len(row[0]))
     for i in range(0, len(rows), 64):
-        with machine.autocast(precision):
-            total += loss_sum(model, rows[i : i + 64], pad, machine.device)[0].item()
+        with machine.autocast(training.pick_precision(config.precision)):
+            total += loss_sum(model, rows[i : i + 64], pad, machine.device, config.fused_head).item()
     model.train()
     return total / math.log(2) / n_bytes
 
@@ -236,7 +242,7 @@ def main() -> None:
             size = config.microbatch or config.batch
             for i in range(0, len(mine), size):
                 with machine.autocast(precision):
-                    nll, _ = loss_sum(model, mine[i : i + size], tokenizer.pad, machine.device)
+                    nll = loss_sum(model, mine[i : i + size], tokenizer.pad, machine.device, config.fused_head)
                 (nll / count).backward()
                 loss += nll.detach() / count
 
@@ -252,7 +258,7 @@ def main() -> None:
 
             # 3. Validation; the best checkpoint is kept.
             if last_of_epoch:
-                bpb = bits_per_byte(model, rows["val"], n_bytes, tokenizer.pad, machine, precision)
+                bpb = bits_per_byte(model, rows["val"], n_bytes, tokenizer.pad, machine, config)
                 metrics["val/bits_per_byte"] = bpb
                 if bpb < best:
                     best, best_step, best_epoch = bpb, step, epoch

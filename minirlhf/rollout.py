@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kernels import linear_token_logprobs, token_logprobs
+from kernels import token_logprobs
 from minirlhf.model import GPT, KVCache, ValueModel
 
 
@@ -59,11 +59,12 @@ def response_logprobs(
 
     The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
     """
-    hidden = response_hidden(model, tokens, mask, prompt_len)
-    responses, response_mask = tokens[:, prompt_len:], mask[:, prompt_len:]
-    if forbidden is None:  # never makes the logits, and skips padding
-        return linear_token_logprobs(hidden, model.wte.weight, responses, temperature, response_mask)
-    return token_logprobs(forbid(model.logits(hidden), forbidden), responses, temperature, response_mask)
+    real = mask[:, prompt_len:]
+    hidden = response_hidden(model, tokens, mask, prompt_len)[real]  # [N, C]: no logits for padding
+    logits = forbid(model.logits(hidden), forbidden)
+    logprobs, entropy = token_logprobs(logits, tokens[:, prompt_len:][real], temperature)
+    empty = torch.zeros(real.shape, dtype=logprobs.dtype, device=real.device)
+    return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropy)
 
 
 def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
