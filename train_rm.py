@@ -68,15 +68,15 @@ class Config:
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
     dropout: float = 0.2
     """As in stage 1, in place of the SFT model's."""
-    epochs: int = 3
+    epochs: int = 2
     """Passes over the training items."""
-    final_epochs: int = 1
+    final_epochs: int = 0
     """Of these, the last so many see --genre only."""
     batch: int = 32
     """Items (ratings) or pairs (choices) an optimiser step, over all ranks."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """After a short warm-up, linear to 0."""
-    embedding_lr: float = 4.0
+    embedding_lr: float = 12.0
     """Times the learning rate, for the token embeddings: a rare word is in few batches."""
     warmup: int = 50
     """Steps of linear warm-up, a member."""
