@@ -46,7 +46,7 @@ class Config:
     genres: tuple[str, ...] = ("movies", "products", "editorials", "tweets", "words")
     """What to train on, of a dataset with genres."""
     genre: str = "movies"
-    """What to validate and test on, and to train on in the last --final-epochs."""
+    """What to validate and test on."""
     part: Literal["all", "a", "b"] = "all"
     """Half of the training items (by a hash of the text), for two models that share none."""
     skip_bad: bool = False
@@ -70,8 +70,6 @@ class Config:
     """As in stage 1, in place of the SFT model's."""
     epochs: int = 2
     """Passes over the training items."""
-    final_epochs: int = 0
-    """Of these, the last so many see --genre only."""
     batch: int = 32
     """Items (ratings) or pairs (choices) an optimiser step, over all ranks."""
     lr: float = 1e-4
@@ -241,18 +239,13 @@ def main() -> None:
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
     encoded = {id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)}
-    final_records = [r for r in train_records if home is None or r.genre == config.genre]
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
 
     def schedule_of(member: int) -> list[tuple[int, list]]:
-        """(member, records of a batch): every epoch's batches; the last epochs are of --genre alone."""
-        batches = []
-        for epoch in range(config.epochs):
-            rows = final_records if epoch >= config.epochs - config.final_epochs else train_records
-            lengths = [len(encoded[id(r)].ids) for r in rows]
-            for picks in data.batches(len(rows), config.batch, config.seed + member, epoch, lengths):
-                batches.append((member, [rows[i] for i in picks]))
-        return batches
+        """(member, records of a batch), every epoch's."""
+        lengths = [len(encoded[id(r)].ids) for r in train_records]
+        epochs = [data.batches(len(lengths), config.batch, config.seed + member, e, lengths) for e in range(config.epochs)]
+        return [(member, [train_records[i] for i in picks]) for batches in epochs for picks in batches]
 
     schedule = [entry for member in range(config.members) for entry in schedule_of(member)]
     per_member = len(schedule) // config.members
