@@ -82,10 +82,10 @@ class Config:
     """Texts an optimiser step, over all ranks."""
     microbatch: int | None = None
     """Texts a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     """Highest learning rate."""
     warmup: int = 100
-    """Steps of linear warm-up, before a cosine to a tenth."""
+    """Steps of linear warm-up, before a cosine to 0."""
     weight_decay: float = 0.1
     """On matrices only."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -96,8 +96,8 @@ class Config:
     """Gradients are scaled down to this norm."""
     patience: int = 2
     """Stop after so many epochs without a better validation loss."""
-    fused_head: bool = False
-    """Never hold the logits: for large vocabularies.  A small one is faster with them."""
+    fused_head: bool = True
+    """Never hold the logits of a batch."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
     samples: int = 5
@@ -118,7 +118,7 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2, n_embd=64,
                     epochs=2, warmup=5),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12, n_head=12,
-                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4, fused_head=True),
+                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
 }  # fmt: skip
 
 

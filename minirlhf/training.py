@@ -216,12 +216,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def warmup_cosine(step: int, total: int, warmup: int, floor: float = 0.1) -> float:
-    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach `floor` at step `total`."""
+def warmup_cosine(step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach 0 at step `total`."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 # ----------------------------------------------------------------------------- a stage's folder
