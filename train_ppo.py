@@ -74,13 +74,13 @@ class Config:
     """A text without a prompt of its own is cut after this many tokens."""
     response_tokens: int = 24
     """Longest response (Ziegler: 24)."""
-    temperature: float = 0.9
+    temperature: float = 0.8
     """Of the sampler and of every log-probability [D3] (Ziegler: .7)."""
     stop: bool = True
     """--no-stop takes the end-of-text token out of policy and reference: every response has full length."""
 
     # Reward
-    kl_coef: float = 0.1
+    kl_coef: float = 0.12
     """Reward points a nat (Ziegler: .15)."""
     kl_target: float | None = None
     """Nats a sequence that an adaptive kl_coef steers to [D11]; None keeps it fixed (Ziegler: 6)."""
@@ -100,7 +100,7 @@ class Config:
     """Responses an optimiser step, over all ranks."""
     microbatch: int | None = None
     """Responses a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
-    lr: float = 7e-5
+    lr: float = 1e-4
     """Learning rate, linear to 0 over the iterations [D16]."""
     value_lr: float = 3e-4
     """The value model's, decayed alike."""
@@ -126,7 +126,7 @@ class Config:
     """Leave the remaining minibatches of a rollout when one's approxkl passes this."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
-    save_every: int = 12
+    save_every: int = 9
     """Iterations between checkpoints."""
 
     def __post_init__(self):

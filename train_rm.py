@@ -94,7 +94,7 @@ class Config:
     """Of the prompts that these samples continue: as train_ppo.py will cut them."""
     response_tokens: int = 24
     """Longest sample."""
-    temperature: float = 0.9
+    temperature: float = 0.8
     """Of those samples: as train_ppo.py will sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
