@@ -80,7 +80,7 @@ class Config:
     """--no-stop takes the end-of-text token out of policy and reference: every response has full length."""
 
     # Reward
-    kl_coef: float = 0.12
+    kl_coef: float = 0.08
     """Reward points a nat (Ziegler: .15)."""
     kl_target: float | None = None
     """Nats a sequence that an adaptive kl_coef steers to [D11]; None keeps it fixed (Ziegler: 6)."""
@@ -100,7 +100,7 @@ class Config:
     """Responses an optimiser step, over all ranks."""
     microbatch: int | None = None
     """Responses a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
-    lr: float = 1e-4
+    lr: float = 1.2e-4
     """Learning rate, linear to 0 over the iterations [D16]."""
     value_lr: float = 3e-4
     """The value model's, decayed alike."""

@@ -78,6 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     found = {seed: demo(seed, args.variants and seed == args.seeds[0]) for seed in args.seeds}
     target = ROOT / "benchmarks/results/demo.json"
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(found, indent=1))
     columns = [found[seed]["demo"] for seed in args.seeds]
     print(f"\n{'':38s}" + "".join(f"{f'seed {s}':>10s}" for s in args.seeds) + f"{'mean':>10s}")
