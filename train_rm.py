@@ -342,6 +342,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            training.trim_freed_memory(step)
             total = loss.detach().clone()
             machine.sum_([total])
             metrics = {

@@ -252,6 +252,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+            training.trim_freed_memory(step)
             machine.sum_([loss])
             metrics = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "lr": config.lr * factor, "epoch": epoch + 1,
                        "train/tokens": count}  # fmt: skip

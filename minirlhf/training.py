@@ -160,6 +160,13 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 64 << 20)
 
 
+def trim_freed_memory(step: int, every: int = 50) -> None:
+    """Now and then, give back what no longer fits anything: batches of many widths leave holes in the kept memory."""
+    if step % every == 0 and not torch.cuda.is_available():
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def has_fast_bf16() -> bool:
     """bf16 matrix units: without them bf16 on a CPU is emulated and slower than fp32."""
     if torch.cuda.is_available():
