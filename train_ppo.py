@@ -130,10 +130,20 @@ class Config:
     """Iterations between checkpoints."""
 
     def __post_init__(self):
-        for name in ("iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens", "response_tokens",
-                     "temperature", "lr", "value_lr", "save_every"):  # fmt: skip
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        training.check_positive(
+            self,
+            "iterations",
+            "epochs",
+            "batch",
+            "minibatch",
+            "microbatch",
+            "prompt_tokens",
+            "response_tokens",
+            "temperature",
+            "lr",
+            "value_lr",
+            "save_every",
+        )
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
             b, s = getattr(self, big), getattr(self, small)
             if s is not None and b % s:

@@ -100,9 +100,7 @@ class Config:
     """auto: bf16 where the hardware multiplies it natively."""
 
     def __post_init__(self):
-        for name in ("members", "epochs", "batch", "lr", "prompt_tokens", "response_tokens", "temperature"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        training.check_positive(self, "members", "epochs", "batch", "lr", "prompt_tokens", "response_tokens", "temperature")
 
 
 PRESETS = {
@@ -196,11 +194,10 @@ def print_report(found: dict) -> None:
 
 
 def reference_samples(
-    config: Config, init: Path, tokenizer: Tokenizer, records: list, machine: training.Machine
+    config: Config, init: Path, tokenizer: Tokenizer, prompts: list[list[int]], machine: training.Machine
 ) -> list[list[int]]:
     """Continuations by the reference policy, as train_ppo.py will see them: prompt and response tokens, unpadded."""
     ref = checkpoint.load_gpt(init).to(machine.device).eval()
-    prompts = data.prompts_of(records, tokenizer, config.prompt_tokens)
     picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
     found = []
     for i in range(0, len(picks), 64):
@@ -271,7 +268,8 @@ def main() -> None:
         if step % per_member:
             optimizer = new_optimizer(step // per_member)
             checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
-    longest = max(map(len, data.prompts_of(records["val"], tokenizer, config.prompt_tokens))) + config.response_tokens
+    prompts = data.prompts_of(records["val"], tokenizer, config.prompt_tokens)  # for the reference's samples, at the end
+    longest = max(map(len, prompts)) + config.response_tokens
     if longest > shape.context:
         raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the context of "
                         f"{shape.context}: lower --response-tokens or --prompt-tokens")  # fmt: skip
@@ -375,7 +373,7 @@ def main() -> None:
         found = report(config, source, held_out("test"), records)
         mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
         training.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
-        samples = reference_samples(config, init, tokenizer, records["val"], machine)
+        samples = reference_samples(config, init, tokenizer, prompts, machine)
         for member in model.members:
             gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)
             member.gain.fill_(gain)

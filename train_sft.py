@@ -104,9 +104,9 @@ class Config:
     """Texts printed at the end."""
 
     def __post_init__(self):
-        for name in ("epochs", "batch", "microbatch", "lr", "vocab", "context", "n_layer", "n_head", "n_embd", "patience"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+        training.check_positive(
+            self, "epochs", "batch", "microbatch", "lr", "vocab", "context", "n_layer", "n_head", "n_embd", "patience"
+        )
         if self.context % 8:
             raise UserError(f"--context must be a multiple of 8, as batches are padded, not {self.context}")
         if self.microbatch is not None and self.batch % self.microbatch:
@@ -170,8 +170,7 @@ def main() -> None:
         init = checkpoint.resolve(config.init, "name a checkpoint folder with --init")
         tokenizer = Tokenizer.load(init)
         checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
-        model = GPT(dataclasses.replace(checkpoint.load_gpt(init).config, dropout=config.dropout))
-        model.load_state_dict(checkpoint.load_state(init))
+        model = checkpoint.load_gpt(init, dropout=config.dropout)
     else:
         if todo == "resume":
             tokenizer = Tokenizer.load(out)

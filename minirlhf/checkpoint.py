@@ -109,9 +109,9 @@ def unpack_optimizer(opt: Optimizer, tensors: dict[str, Tensor], saved: dict, pr
     opt.load_state_dict({"state": state, "param_groups": saved["groups"]})
 
 
-def load_gpt(path: str | Path) -> GPT:
-    """The language model of an SFT or PPO checkpoint, on the CPU."""
-    return _fill(GPT(GPTConfig(**load_config(path)["model"])), path)
+def load_gpt(path: str | Path, **changes: float) -> GPT:
+    """The language model of an SFT or PPO checkpoint, on the CPU, with changes to its GPTConfig (dropout, say)."""
+    return _fill(GPT(GPTConfig(**load_config(path)["model"] | changes)), path)
 
 
 def load_reward(path: str | Path, tokenizer: Tokenizer) -> RewardEnsemble:

@@ -68,6 +68,13 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
     return config
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Refuse a config whose named numbers are not above 0 (nan included); None is no number and passes."""
+    for name in names:
+        if (value := getattr(config, name)) is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+
+
 def join_repeated(argv: list[str], option: str) -> list[str]:
     """--reward a --lr 1 --reward b  ->  --lr 1 --reward a b"""
     rest, values, taking = [], [], False
