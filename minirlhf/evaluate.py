@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,8 +39,10 @@ class Config:
     """A reward model that shares no item with it.  Default: RUN/judge, if there is one."""
     report_model: Path | None = None
     """The reward model whose test report goes into results.json.  Default: RUN/rm."""
+    split: Literal["train", "val", "test"] = "test"
+    """Where the prompts come from.  Settings are tuned on train: PPO practises on val, and test is for the last word."""
     prompts: int = 256
-    """Test prompts (fewer if there are not so many)."""
+    """How many (fewer if there are not so many)."""
     best_of: tuple[int, ...] = (4, 16)
     """Rows for best-of-n of the SFT model."""
     results: Path | None = None
@@ -139,7 +142,7 @@ def evaluate(config: Config) -> dict:
     sft, policy = (checkpoint.load_gpt(folder).to(machine.device).eval() for folder in (sft_dir, policy_dir))
 
     source = data.load(setting["data"], setting["skip_bad"], data_dir=setting["data_dir"])
-    records = source.select("test", source.genres_among([setting["genre"]])).records
+    records = source.select(config.split, source.genres_among([setting["genre"]])).records
     prompts = data.prompts_of(records, tokenizer, setting["prompt_tokens"])
     prompts = [prompts[i] for i in data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)]
 
@@ -173,6 +176,7 @@ def evaluate(config: Config) -> dict:
              "score_sft": base_scores["score"][i], "score_ppo": tuned_scores["score"][i]}
             for i in range(min(config.samples, len(prompts)))
         ],
+        "split": config.split,
         "prompts": len(prompts),
         "seed": about["training"]["seed"],
         "versions": training.versions(),
@@ -201,7 +205,7 @@ def print_table(results: dict) -> None:
     columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy", "distinct_1", "distinct_2",
                "distinct_3", "mean_length", "eos_rate"]  # fmt: skip
     columns = [c for c in columns if c in results["ppo"]]
-    print(f"\n{results['prompts']} test prompts, one SFT sample each to win against")
+    print(f"\n{results['prompts']} {results['split']} prompts, one SFT sample each to win against")
     print(f"{'':12s}" + "".join(f"{c.replace('_win_rate', ' wins').replace('_', ' '):>14s}" for c in columns))
     for name, row in rows.items():
         print(f"{name:12s}" + "".join(f"{row[c]:14.3f}" if row[c] is not None else f"{'':14s}" for c in columns))
