@@ -68,6 +68,8 @@ class Config:
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
     dropout: float = 0.2
     """As in stage 1, in place of the SFT model's."""
+    lowercase: float = 0.5
+    """Share of the training texts read in lower case, others each epoch: rare spellings learn from common ones."""
     epochs: int = 2
     """Passes over the training items."""
     batch: int = 32
@@ -126,6 +128,12 @@ def items_of(records: list, tokenizer: Tokenizer, context: int) -> list[Item]:
     if isinstance(records[0], data.Preference):
         return [Item(encode(r.prompt, r.chosen), r.share, encode(r.prompt, r.rejected)) for r in records]
     return [Item(encode(r.prompt, r.response), r.rating) for r in records]
+
+
+def lowered(record: data.Response | data.Preference) -> data.Response | data.Preference:
+    """The record with its texts in lower case, the prompt as it was."""
+    names = ("chosen", "rejected") if isinstance(record, data.Preference) else ("response",)
+    return dataclasses.replace(record, **{name: getattr(record, name).lower() for name in names})
 
 
 def score(model, sequences: list[list[int]], pad: int, machine: training.Machine, precision: str) -> Tensor:
@@ -235,12 +243,13 @@ def main() -> None:
     records = {split: source.select(split, home).records for split in ("train", "val", "test")}
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
-    encoded = {id(r): item for r, item in zip(train_records, items_of(train_records, tokenizer, shape.context), strict=True)}
+    spellings = [items_of([change(r) for r in train_records], tokenizer, shape.context) for change in (lambda r: r, lowered)]
+    encoded = {id(r): pair for r, pair in zip(train_records, zip(*spellings, strict=True), strict=True)}
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
 
     def schedule_of(member: int) -> list[tuple[int, list]]:
         """(member, records of a batch), every epoch's."""
-        lengths = [len(encoded[id(r)].ids) for r in train_records]
+        lengths = [len(encoded[id(r)][0].ids) for r in train_records]
         epochs = [data.batches(len(lengths), config.batch, config.seed + member, e, lengths) for e in range(config.epochs)]
         return [(member, [train_records[i] for i in picks]) for batches in epochs for picks in batches]
 
@@ -302,7 +311,7 @@ def main() -> None:
     with training.Interrupt() as interrupt:
         for k, batch in bar:
             start = time.perf_counter()
-            training.seed_everything(config.seed, step, machine.rank)  # dropout and pairs [D21]
+            training.seed_everything(config.seed, step, machine.rank)  # dropout, case and pairs [D21]
             if step == k * per_member and step:
                 optimizer = new_optimizer(k)
             at = step - k * per_member
@@ -313,7 +322,8 @@ def main() -> None:
             mine = batch[machine.rank :: machine.world]
             loss = torch.zeros((), device=machine.device)
             if mine:
-                items = [encoded[id(r)] for r in mine]
+                low = (torch.rand(len(mine)) < config.lowercase).tolist()
+                items = [encoded[id(r)][lower] for r, lower in zip(mine, low, strict=True)]
                 sequences = [i.ids for i in items] + [i.ids_b for i in items if i.ids_b is not None]
                 tokens, mask = data.collate(sequences, tokenizer.pad)
                 with machine.autocast(precision):
