@@ -24,6 +24,8 @@ from minirlhf.model import GPT
 from minirlhf.rollout import generate, response_logprobs
 from minirlhf.tokenizer import Tokenizer
 
+CHUNK = 128  # texts written or read at a time
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -68,12 +70,12 @@ class Texts:
 
 @torch.no_grad()
 def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokenizer, machine, seed: int) -> Texts:
-    """Continue prompts at the policy's own setting (temperature, length, --stop), 64 at a time."""
+    """Continue prompts at the policy's own setting (temperature, length, --stop), CHUNK at a time."""
     longest = max(map(len, prompts))
     parts = []
-    for i in range(0, len(prompts), 64):
+    for i in range(0, len(prompts), CHUNK):
         training.seed_everything(seed, i)
-        queries, query_mask = data.collate(prompts[i : i + 64], tokenizer.pad, side="left", multiple_of=longest)
+        queries, query_mask = data.collate(prompts[i : i + CHUNK], tokenizer.pad, side="left", multiple_of=longest)
         queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
         responses, response_mask = generate(
             model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,
@@ -89,7 +91,7 @@ def kl_and_entropy(texts: Texts, policy: GPT, ref: GPT, setting: dict, eos: int)
     P = texts.tokens.shape[1] - texts.responses.shape[1]
     forbidden = None if setting["stop"] else eos
     kl, entropy = [], []
-    for tokens, mask in zip(texts.tokens.split(64), texts.mask.split(64), strict=True):
+    for tokens, mask in zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True):
         logprobs, entropies = response_logprobs(policy, tokens, mask, P, setting["temperature"], forbidden)
         ref_logprobs, _ = response_logprobs(ref, tokens, mask, P, setting["temperature"], forbidden)
         kl.append(ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1))
@@ -110,7 +112,7 @@ def looks(texts: Texts, eos: int) -> dict[str, float]:
 @torch.no_grad()
 def read(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[float]]:
     """Every reader's scores [N] of the whole texts."""
-    chunks = list(zip(texts.tokens.split(64), texts.mask.split(64), strict=True))
+    chunks = list(zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True))
     found = {name: torch.cat([model(t, m)[0] for t, m in chunks]).tolist() for name, model in models.items()}
     lexicon = baselines.vader_lexicon([tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)])
     return found | ({"lexicon": lexicon} if lexicon is not None else {})
