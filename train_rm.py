@@ -72,9 +72,9 @@ class Config:
     """Share of the training texts read in lower case, others each epoch: rare spellings learn from common ones."""
     epochs: int = 2
     """Passes over the training items."""
-    batch: int = 32
+    batch: int = 64
     """Items (ratings) or pairs (choices) an optimiser step, over all ranks."""
-    lr: float = 1e-4
+    lr: float = 1.5e-4
     """After a short warm-up, linear to 0."""
     embedding_lr: float = 12.0
     """Times the learning rate, for the token embeddings: a rare word is in few batches."""
@@ -96,7 +96,7 @@ class Config:
     """Of the prompts that these samples continue: as train_ppo.py will cut them."""
     response_tokens: int = 24
     """Longest sample."""
-    temperature: float = 0.8
+    temperature: float = 1.0
     """Of those samples: as train_ppo.py will sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""

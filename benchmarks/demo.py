@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
-HALF = ["--genres", "movies", "words"]  # as in the Makefile
 VARIANTS = {"no-stop": ["--no-stop"], "kl-0.01": ["--kl-coef", "0.01"]}
 ROWS = {
     "SFT, bits per byte": "sft.val_bits_per_byte",
@@ -59,8 +58,8 @@ def demo(seed: int, variants: bool) -> dict[str, dict]:
     run = Path(f"runs/seed-{seed}")
     command("train_sft.py", "--out", run / "sft", "--seed", seed, "--resume")
     command("train_rm.py", "--out", run / "rm", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "rm-a", "--part", "a", *HALF, "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "judge", "--part", "b", *HALF, "--seed", seed + 100, "--resume")
+    command("train_rm.py", "--out", run / "rm-a", "--part", "a", "--seed", seed, "--resume")
+    command("train_rm.py", "--out", run / "judge", "--part", "b", "--seed", seed + 100, "--resume")
     found = {}
     for name, options in ({"demo": []} | (VARIANTS if variants else {})).items():
         out = run / ("ppo" if name == "demo" else f"ppo-{name}")
