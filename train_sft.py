@@ -74,15 +74,15 @@ class Config:
     """On embeddings and on what enters the residual stream."""
 
     # Optimisation
-    epochs: int = 5
+    epochs: int = 6
     """Passes over the training texts."""
-    final_epochs: int = 3
+    final_epochs: int = 4
     """Of these, the last so many see --genre only.  More text first: many passes over little text overfit."""
     batch: int = 32
     """Texts an optimiser step, over all ranks."""
     microbatch: int | None = None
     """Texts a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
-    lr: float = 1.5e-3
+    lr: float = 1.2e-3
     """Highest learning rate."""
     warmup: int = 100
     """Steps of linear warm-up, before a cosine to 0."""
