@@ -124,12 +124,16 @@ class Config:
     """Of policy and value model, each."""
     max_approxkl: float | None = None
     """Leave the remaining minibatches of a rollout when one's approxkl passes this."""
+    fused_head: Literal["auto", "on", "off"] = "auto"
+    """Never hold the logits of a microbatch, at the price of computing them twice.  auto: where they would pass 128 MiB."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
     save_every: int = 18
     """Iterations between checkpoints."""
 
     def __post_init__(self):
+        if self.fused_head == "on" and not self.stop:
+            raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
         training.check_positive(
             self,
             "iterations",
@@ -216,6 +220,7 @@ def main() -> None:
                 f"{model.config.context}: shorten the prompts, or lower --response-tokens or --prompt-tokens"
             )
     forbidden = None if config.stop else eos
+    fused = config.stop and training.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
     policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_optimizer = training.adamw([value_model], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
@@ -272,8 +277,8 @@ def main() -> None:
                 logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
                 for rows in torch.arange(local_batch).split(microbatch):
                     t, m = tokens[rows], mask[rows]
-                    logprobs[rows], _ = response_logprobs(policy, t, m, P, config.temperature, forbidden)
-                    ref_logprobs[rows], _ = response_logprobs(ref, t, m, P, config.temperature, forbidden)
+                    logprobs[rows], _ = response_logprobs(policy, t, m, P, config.temperature, forbidden, fused)
+                    ref_logprobs[rows], _ = response_logprobs(ref, t, m, P, config.temperature, forbidden, fused)
                     values[rows] = response_values(value_model, t, m, P)
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
                 prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
@@ -313,7 +318,7 @@ def main() -> None:
                         r = rollout[rows]
                         with machine.autocast(precision):
                             new_logprobs, entropy = response_logprobs(
-                                policy, r.tokens, r.mask, P, config.temperature, forbidden
+                                policy, r.tokens, r.mask, P, config.temperature, forbidden, fused
                             )
                             new_values = response_values(value_model, r.tokens, r.mask, P)
                         policy_loss, stats = ppo.policy_loss(

@@ -96,8 +96,8 @@ class Config:
     """Gradients are scaled down to this norm."""
     patience: int = 2
     """Stop after so many epochs without a better validation loss."""
-    fused_head: bool | None = None
-    """Never hold the logits of a batch, at the price of computing them twice.  None: where they would pass 256 MiB."""
+    fused_head: Literal["auto", "on", "off"] = "auto"
+    """Never hold the logits of a batch, at the price of computing them twice.  auto: where they would pass 128 MiB."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
     samples: int = 5
@@ -122,7 +122,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device, fused_head: bool | None) -> torch.Tensor:
+def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device, fused_head: str) -> torch.Tensor:
     """Sum of -log p over the trained tokens of rows [(ids, loss_mask)]."""
     tokens, _ = data.collate([ids for ids, _ in rows], pad)
     trained = torch.zeros_like(tokens, dtype=torch.bool)
@@ -131,7 +131,7 @@ def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, dev
     tokens, trained = tokens.to(device), trained.to(device)[:, 1:]
     hidden = model(tokens[:, :-1])[trained]  # [N, C]; padding is on the right, where causal attention hides it
     targets = tokens[:, 1:][trained]
-    if fused_head or fused_head is None and 4 * len(hidden) * model.config.vocab_size > 2**28:
+    if training.fuse_head(fused_head, len(hidden), model.config.vocab_size):
         logprobs, _ = linear_token_logprobs(hidden, model.wte.weight, targets)
     else:
         logprobs, _ = token_logprobs(model.logits(hidden), targets)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kernels import token_logprobs
+from kernels import linear_token_logprobs, token_logprobs
 from minirlhf.model import GPT, KVCache, ValueModel
 
 
@@ -53,16 +53,21 @@ def forbid(logits: Tensor, token: int | None) -> Tensor:
 
 
 def response_logprobs(
-    model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int, temperature: float, forbidden: int | None = None
-) -> tuple[Tensor, Tensor]:
+    model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int, temperature: float, forbidden: int | None = None,
+    fused_head: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities and entropies [B, R] of the responses in tokens [B, T].
 
     The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
+    With fused_head the logits never exist as a whole; a forbidden token needs them.
     """
     real = mask[:, prompt_len:]
     hidden = response_hidden(model, tokens, mask, prompt_len)[real]  # [N, C]: no logits for padding
-    logits = forbid(model.logits(hidden), forbidden)
-    logprobs, entropy = token_logprobs(logits, tokens[:, prompt_len:][real], temperature)
+    targets = tokens[:, prompt_len:][real]
+    if fused_head and forbidden is None:
+        logprobs, entropy = linear_token_logprobs(hidden, model.wte.weight, targets, temperature)
+    else:
+        logprobs, entropy = token_logprobs(forbid(model.logits(hidden), forbidden), targets, temperature)
     empty = torch.zeros(real.shape, dtype=logprobs.dtype, device=real.device)
     return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropy)
 

@@ -174,6 +174,12 @@ def trim_freed_memory(step: int, every: int = 50) -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def fuse_head(asked: str, tokens: int, vocab: int) -> bool:
+    """Whether to make logits a tile at a time and twice (once again in backward): where asked to, or where those of a
+    forward pass, held at once, would take more than 128 MiB in fp32."""
+    return asked == "on" or asked == "auto" and 4 * tokens * vocab > 2**27
+
+
 def has_fast_bf16() -> bool:
     """bf16 matrix units: without them bf16 on a CPU is emulated and slower than fp32."""
     if torch.cuda.is_available():

@@ -131,3 +131,19 @@ def test_D8_values_are_read_before_the_token():
     after = response_values(critic, changed, mask, 4)
     assert torch.equal(values[:, :3], after[:, :3])
     assert not torch.equal(values[:, 3], after[:, 3])
+
+
+@pytest.mark.parametrize("forbidden", [None, EOS])
+def test_fused_head_gives_the_same_logprobs_and_gradients(forbidden):
+    """Also where a token is forbidden, for which the logits are made after all."""
+    model, (prompts, prompt_mask) = sharp_model(), left_padded()
+    responses, mask = generate(model, prompts, prompt_mask, 8, 1.0, EOS, PAD, forbidden=forbidden)
+    tokens, real = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
+    found = []
+    for fused in (False, True):
+        model.zero_grad()
+        logprobs, entropy = response_logprobs(model, tokens, real, 4, 0.7, forbidden, fused)
+        (logprobs.sum() + 0.1 * entropy.sum()).backward()
+        found.append([logprobs.detach(), entropy.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

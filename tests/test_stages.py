@@ -364,6 +364,7 @@ REFUSED = [
     ("train_ppo", "--save-every 0", r"--save-every must be above 0"),
     ("train_ppo", "--response-tokens 0", r"--response-tokens must be above 0"),
     ("train_ppo", "--temperature 0", r"--temperature must be above 0"),
+    ("train_ppo", "--no-stop --fused-head on", r"--no-stop takes a token out of the logits, .*: drop one of them"),
     ("train_ppo", "--no-stop --missing-eos replace", r"--no-stop .* --missing-eos must be none"),
     ("minirlhf.evaluate", "--run {m}/none", r"none/ppo: no checkpoint here.*run train_ppo.py first"),
     ("minirlhf.evaluate", "--rum x", r"unknown option --rum: did you mean --run\?"),
@@ -398,6 +399,14 @@ def test_a_finished_stage_is_skipped(run, capsys, smoke):
             assert run(script, "--preset", "smoke", "--out", smoke / stage, *more) == 0
             assert f"{smoke / stage} is complete: nothing to do" in capsys.readouterr().out
     assert {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")} == before
+
+
+def test_the_fused_head_trains_the_same_model(run, tmp_path):
+    """With the logits and without: all that differs is rounding."""
+    for name in ("on", "off"):
+        assert run("train_sft", *SFT, "--out", tmp_path / name, "--fused-head", name, "--precision", "fp32") == 0
+    a, b = (checkpoint.load_config(tmp_path / name)["results"]["val_bits_per_byte"] for name in ("on", "off"))
+    assert abs(a - b) < 1e-3
 
 
 def test_other_settings_are_refused(run, capsys, smoke):
