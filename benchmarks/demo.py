@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = {"no-stop": ["--no-stop"], "kl-0.01": ["--kl-coef", "0.01"]}
+VARIANTS = {"no-stop": ["--no-stop", "--missing-eos", "none"], "kl-0.01": ["--kl-coef", "0.01"]}
 ROWS = {
     "SFT, bits per byte": "sft.val_bits_per_byte",
     "reward model, r": "rm.test.pearson",

@@ -202,6 +202,8 @@ def test_other_ways_to_run_ppo(smoke, run, metrics, tmp_path):
     """Without an end, with a critic from the SFT model, and left early: the minibatch that went too far is not learnt."""
     options = [
         "--no-stop",
+        "--missing-eos",
+        "none",
         "--value-init",
         "sft",
         "--clip-range-value",
@@ -365,7 +367,7 @@ REFUSED = [
     ("train_ppo", "--response-tokens 0", r"--response-tokens must be above 0"),
     ("train_ppo", "--temperature 0", r"--temperature must be above 0"),
     ("train_ppo", "--no-stop --fused-head on", r"--no-stop takes a token out of the logits, .*: drop one of them"),
-    ("train_ppo", "--no-stop --missing-eos replace", r"--no-stop .* --missing-eos must be none"),
+    ("train_ppo", "--no-stop --missing-eos replace", r"--no-stop .*: add --missing-eos none"),
     ("minirlhf.evaluate", "--run {m}/none", r"none/ppo: no checkpoint here.*run train_ppo.py first"),
     ("minirlhf.evaluate", "--rum x", r"unknown option --rum: did you mean --run\?"),
 ]
