@@ -80,7 +80,7 @@ class Config:
     """--no-stop takes the end-of-text token out of policy and reference: every response has full length."""
 
     # Reward
-    kl_coef: float = 0.08
+    kl_coef: float = 0.1
     """Reward points a nat (Ziegler: .15)."""
     kl_target: float | None = None
     """Nats a sequence that an adaptive kl_coef steers to [D11]; None keeps it fixed (Ziegler: 6)."""
