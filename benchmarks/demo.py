@@ -63,7 +63,7 @@ def demo(seed: int, variants: bool) -> dict[str, dict]:
     found = {}
     for name, options in ({"demo": []} | (VARIANTS if variants else {})).items():
         out = run / ("ppo" if name == "demo" else f"ppo-{name}")
-        command("train_ppo.py", "--out", out, "--init", run / "sft", "--reward-model", run / "rm-a", "--monitor",
+        command("train_ppo.py", "--out", out, "--reward-model", run / "rm-a", "--monitor",
                 run / "judge", "--seed", seed, "--resume", *options)  # fmt: skip
         command("-m", "minirlhf.evaluate", "--run", run, "--policy", out, "--results", run / f"results-{name}.json")
         found[name] = json.loads((ROOT / run / f"results-{name}.json").read_text())
