@@ -311,7 +311,12 @@ def main() -> None:
     with training.Interrupt() as interrupt:
         for k, batch in bar:
             start = time.perf_counter()
-            training.seed_everything(config.seed, step, machine.rank)  # dropout, case and pairs [D21]
+            training.seed_everything(config.seed, step, 0)  # [D21]
+            low = (
+                torch.rand(len(batch)) < config.lowercase
+            ).tolist()  # drawn alike on every rank: who reads a text is no matter
+            if machine.rank:
+                training.seed_everything(config.seed, step, machine.rank)  # dropout
             if step == k * per_member and step:
                 optimizer = new_optimizer(k)
             at = step - k * per_member
@@ -322,8 +327,7 @@ def main() -> None:
             mine = batch[machine.rank :: machine.world]
             loss = torch.zeros((), device=machine.device)
             if mine:
-                low = (torch.rand(len(mine)) < config.lowercase).tolist()
-                items = [encoded[id(r)][lower] for r, lower in zip(mine, low, strict=True)]
+                items = [encoded[id(r)][lower] for r, lower in zip(mine, low[machine.rank :: machine.world], strict=True)]
                 sequences = [i.ids for i in items] + [i.ids_b for i in items if i.ids_b is not None]
                 tokens, mask = data.collate(sequences, tokenizer.pad)
                 with machine.autocast(precision):
