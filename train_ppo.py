@@ -135,20 +135,8 @@ class Config:
     def __post_init__(self):
         if self.fused_head == "on" and not self.stop:
             raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
-        training.check_positive(
-            self,
-            "iterations",
-            "epochs",
-            "batch",
-            "minibatch",
-            "microbatch",
-            "prompt_tokens",
-            "response_tokens",
-            "temperature",
-            "lr",
-            "value_lr",
-            "save_every",
-        )
+        training.check_positive(self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens",
+                                "response_tokens", "temperature", "lr", "value_lr", "save_every")  # fmt: skip
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
             b, s = getattr(self, big), getattr(self, small)
             if s is not None and b % s:

@@ -103,6 +103,8 @@ class Config:
 
     def __post_init__(self):
         training.check_positive(self, "members", "epochs", "batch", "lr", "prompt_tokens", "response_tokens", "temperature")
+        if not 0 <= self.lowercase <= 1:
+            raise UserError(f"--lowercase is a share: want 0 to 1, not {self.lowercase}")
 
 
 PRESETS = {
@@ -312,9 +314,8 @@ def main() -> None:
         for k, batch in bar:
             start = time.perf_counter()
             training.seed_everything(config.seed, step, 0)  # [D21]
-            low = (
-                torch.rand(len(batch)) < config.lowercase
-            ).tolist()  # drawn alike on every rank: who reads a text is no matter
+            # Drawn before the seeds of the ranks part: how a text is read does not depend on who reads it.
+            low = (torch.rand(len(batch)) < config.lowercase).tolist()
             if machine.rank:
                 training.seed_everything(config.seed, step, machine.rank)  # dropout
             if step == k * per_member and step:

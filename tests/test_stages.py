@@ -345,6 +345,8 @@ REFUSED = [
     ("train_sft", "--tokenizer {m}/none", r"none"),
     ("train_rm", "", r"run train_sft.py first, or name one with --init"),
     ("train_rm", "--init {s}/sft --members 0", r"--members must be above 0"),
+    ("train_rm", "--lowercase 1.5", r"--lowercase is a share: want 0 to 1, not 1\.5"),
+    ("train_rm", "--lowercase nan", r"--lowercase is a share: want 0 to 1, not nan"),
     ("train_rm", "--init {m}/sft", r"tokenizer does not match"),
     ("train_rm", "--init {s}/sft --data {m}/texts.jsonl", r"hold no judgement"),
     ("train_rm", "--init {s}/sft --data {m}/rated.jsonl", r"rated\.jsonl:2: rating: expected finite numbers, got None$"),
