@@ -14,7 +14,6 @@ is subtracted BEFORE scaling, and S is kept apart from it, so that logits of any
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,7 +118,7 @@ def token_logprobs_backward(
 # Plain PyTorch, for CPU and float64: tiles of a few rows [n, V]
 
 
-def row_stats(x: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row_stats(x: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x [n, V], overwritten; tokens [n] -> logprobs, entropy, max, S, each [n]."""
     peak = x.amax(-1, keepdim=True)
     d = x.sub_(peak).mul_(1 / temperature)  # [D3]
@@ -130,27 +129,21 @@ def row_stats(x: Tensor, tokens: Tensor, temperature: float) -> tuple[Tensor, Te
     return picked - log_total, log_total - e.mul_(d).sum(-1) / total, peak.squeeze(-1), total
 
 
-def row_grad(x: Tensor, tokens: Tensor, stats: Any, g: Tensor, g_entropy: Tensor | None, temperature: float) -> Tensor:
-    """x [n, V], overwritten by its gradient; stats = entropy, max, S of the rows; g, g_entropy [n]."""
-    entropy, peak, total = stats
-    d = x.sub_(peak[:, None]).mul_(1 / temperature)
-    if g_entropy is None:
-        d.exp_().mul_((g / total)[:, None])
-    else:
+def _row_grads(x: Tensor, tokens: Tensor, stats: Tensor, up: Tensor, temperature: float) -> Iterator[Tensor]:
+    """x [n, V], overwritten by its gradient, the only one that is yielded; stats [3, n], up [2, n]."""
+    entropy, peak, total = stats[..., None]
+    g, g_entropy = up[..., None]
+    d = x.sub_(peak).mul_(1 / temperature)
+    if g_entropy.any():
         e = d.clamp_(min=ZERO).exp()
-        d.add_((entropy - total.log())[:, None]).mul_(g_entropy[:, None]).add_(g[:, None])
-        d.mul_(e).div_(total[:, None])
-    d.scatter_add_(-1, tokens[:, None], -g[:, None])
-    return d.mul_(-1 / temperature)
-
-
-def _row_grads(x: Tensor, tokens: Tensor, stats: Tensor, upstream: Tensor, temperature: float) -> Iterator[Tensor]:
-    g, g_entropy = upstream
-    yield row_grad(x, tokens, stats, g, g_entropy if g_entropy.any() else None, temperature)
+        d.add_(entropy - total.log()).mul_(g_entropy).add_(g).mul_(e).div_(total)
+    else:
+        d.exp_().mul_(g / total)
+    yield d.scatter_add_(-1, tokens[:, None], -g).mul_(-1 / temperature)
 
 
 # Results: logprobs, entropy. For backward: entropy, max, S.
-_op = row_op("token_logprobs", 2, 3, (token_logprobs_forward, token_logprobs_backward), (row_stats, _row_grads))
+_op = row_op("token_logprobs", 2, 3, (token_logprobs_forward, token_logprobs_backward), (_row_stats, _row_grads))
 
 
 def token_logprobs(

@@ -109,7 +109,7 @@ def slack(
     return {"d hidden": hidden.view(inputs[0].shape), "d weight": weight}
 
 
-def agree(f, arguments: list[Tensor], up: dict | None = None, only: str = "", wide: Any = None, **options: Any) -> None:
+def agree(f, arguments: list[Tensor], up: dict | None = None, only: str = "", wide: list | None = None, **options: Any) -> None:
     """Results, and gradients for the upstream gradients `up`, are the oracle's for `arguments`; f may get others (`wide`)."""
     options = f.takes(**options)
     want = f.oracle(*arguments, upstream=up, **options)
