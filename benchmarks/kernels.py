@@ -99,6 +99,13 @@ def installed(*modules: str) -> bool:
     return True
 
 
+def liger_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The gradient is made in forward, in the logits' own memory, and scaled by one number for all rows."""
+    from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+    return LigerCrossEntropyFunction.apply(logits, tokens, None, -100, 0.0, 0.0, "none")[0]
+
+
 def public_logprobs() -> dict[str, Callable]:
     calls = {}
     if installed("trl.trainer.utils"):
@@ -107,11 +114,7 @@ def public_logprobs() -> dict[str, Callable]:
         calls["TRL selective_log_softmax"] = lambda x, tokens: (selective_log_softmax(x, tokens),)
         calls["TRL selective_log_softmax_and_entropy"] = selective_log_softmax_and_entropy
     if DEVICE == "cuda" and installed("liger_kernel.ops.cross_entropy"):
-        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-
-        # Its gradient is made in forward, in the logits' own memory, and scaled by one number for all rows.
-        call = lambda x, tokens: LigerCrossEntropyFunction.apply(x, tokens, None, -100, 0.0, 0.0, "none")[0]
-        calls["Liger cross entropy"] = lambda x, tokens: (-call(x, tokens),)
+        calls["Liger cross entropy"] = lambda x, tokens: (-liger_losses(x, tokens),)
     return calls
 
 
@@ -183,10 +186,8 @@ def compiled(function: Callable) -> dict[str, Callable]:
 
 def logprobs(V: int) -> Operation:
     calls = {OURS: token_logprobs, "log_softmax + gather": plain, "the same and entropy": plain_with_entropy}
-    calls |= {"F.cross_entropy": cross_entropy} | (
-        {"torch.compile": torch.compile(plain_with_entropy, dynamic=False)} if GPU else {}
-    )
-    return Operation(of_logits(1, V), (0,), calls | public_logprobs())
+    calls |= {"F.cross_entropy": cross_entropy, **compiled(plain_with_entropy), **public_logprobs()}
+    return Operation(of_logits(1, V), (0,), calls)
 
 
 def kl(V: int) -> Operation:
@@ -394,10 +395,8 @@ def public_cases() -> list[Case]:
 
             cases.append(Case(f"TRL logprob_entropy V={V}", selective_log_softmax_and_entropy, partial(inputs, V, 8192)))
         if installed("triton", "liger_kernel.ops.cross_entropy"):
-            from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
-
-            call = lambda x, tokens: LigerCrossEntropyFunction.apply(x, tokens, None, -100, 0.0, 0.0, "none")[0]
-            cases.append(Case(f"Liger cross_entropy V={V}", call, partial(inputs, V, 3)))  # it looks at the tokens: no meta
+            # It looks at the tokens: no meta tensors.
+            cases.append(Case(f"Liger cross_entropy V={V}", liger_losses, partial(inputs, V, 3)))
     return cases
 
 
