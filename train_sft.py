@@ -132,7 +132,7 @@ def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, dev
     hidden = model(tokens[:, :-1])[trained]  # [N, C]; padding is on the right, where causal attention hides it
     targets = tokens[:, 1:][trained]
     if training.fuse_head(fused_head, len(hidden), model.config.vocab_size):
-        logprobs, _ = linear_token_logprobs(hidden, model.wte.weight, targets)
+        logprobs, _ = linear_token_logprobs(hidden, model.head_weight, targets)
     else:
         logprobs, _ = token_logprobs(model.logits(hidden), targets)
     return -logprobs.sum()

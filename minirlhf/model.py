@@ -1,16 +1,23 @@
-"""GPT-2 in PyTorch, and the scalar models built on it.
+"""A transformer in PyTorch, and the scalar models built on it.
 
-Dimension key: B sequences, T tokens, V vocabulary, C channels, H heads, D = C / H channels a head, L layers.
+Dimension key: B sequences, T tokens, V vocabulary, C channels, H heads, G key-value heads, D = C / H channels a head, L layers.
 
-The architecture is GPT-2's (Radford et al. 2019): learned positions, pre-norm blocks, GELU (tanh form), a head tied to the
-token embedding, N(0, .02) weights with the projections into the residual stream scaled by 1 / sqrt(2 L).  Attention is
-`scaled_dot_product_attention`.  What it does not do: rotary positions, RMS norm, grouped queries.
+One block, whose parts a config chooses.  The default is GPT-2's (Radford et al. 2019): learned positions, pre-norm blocks,
+GELU (tanh form), a head tied to the token embedding, N(0, .02) weights with the projections into the residual stream scaled by
+1 / sqrt(2 L).  Real weights need the other choices:
+
+    Llama (Touvron et al. 2023)    norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
+    Qwen2 (Yang et al. 2024)       the same, with biases on q, k and v
+    BERT (Devlin et al. 2019)      an encoder, not causal: norms after each residual sum, and one after the embeddings
+
+What it does not do: experts, sliding windows, a head width other than C / H.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +34,35 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 192
     dropout: float = 0.0
+    n_kv_head: int | None = None  # heads that keys and values share (grouped queries); None: n_head
+    n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
+    norm: Literal["layer", "rms"] = "layer"
+    norm_eps: float = 1e-5
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 10_000.0
+    rope_scaling: dict | None = (
+        None  # of Llama 3.1 on: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
+    )
+    mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
+    bias: bool = True  # in the blocks' linear layers
+    qkv_bias: bool | None = None  # None: as `bias`
+    tied: bool = True  # the head is the token embedding
+    causal: bool = True  # False: an encoder
+    pre_norm: bool = True  # False: norms after the residual sums, and the last one after the embeddings instead
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change --n-embd or --n-head")
+        if self.n_head % self.kv_heads:
+            raise UserError(f"n_head {self.n_head} does not divide by n_kv_head {self.n_kv_head}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -49,18 +81,38 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * (keep * (256 / (256 - drop))).to(x.dtype)
 
 
+def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """positions [..., T] -> cosines, sines [..., T, D / 2] of the angles by which pairs of channels turn (Su et al. 2021)."""
+    steps = torch.arange(0, config.head_dim, 2, device=positions.device)
+    frequency = 1.0 / config.rope_theta ** (steps / config.head_dim)
+    if config.rope_scaling:  # Llama 3.1: slow channels turn slower still, so that a longer context reaches the same angles
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the context of pre-training
+        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / s["factor"])
+    angle = positions[..., None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., T, D]: channel i turns with channel i + D / 2."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 class KVCache:
-    """Keys and values of every layer, preallocated for `length` tokens: 2 x [L, B, H, length, D]."""
+    """Keys and values of every layer, preallocated for `length` tokens: 2 x [L, B, G, length, D]."""
 
     def __init__(self, model: GPT, batch: int, length: int):
         c, like = model.config, model.wte.weight
-        shape = (c.n_layer, batch, c.n_head, length, c.n_embd // c.n_head)
+        shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=torch.float32, device=like.device) for _ in range(2))
         self.mask = torch.zeros(batch, length, dtype=torch.bool, device=like.device)
         self.filled = 0  # tokens stored so far, padding included
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, H, t, D] of the new tokens; return those of all tokens so far."""
+        """Store k, v [B, G, t, D] of the new tokens; return those of all tokens so far."""
         end = self.filled + k.shape[2]
         self.k[layer, :, :, self.filled : end] = k
         self.v[layer, :, :, self.filled : end] = v
@@ -70,29 +122,51 @@ class KVCache:
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
-        C = config.n_embd
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.ln_1, self.ln_2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.qkv, self.attn_out = nn.Linear(C, 3 * C), nn.Linear(C, C)
-        self.fc, self.mlp_out = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+        self.config, self.dropout = config, config.dropout
+        C, inner, D = config.n_embd, config.n_inner or 4 * config.n_embd, config.head_dim
+        self.ln_1, self.ln_2 = norm(config), norm(config)
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.qkv = nn.Linear(C, (config.n_head + 2 * config.kv_heads) * D, bias=qkv_bias)
+        self.attn_out = nn.Linear(C, C, bias=config.bias)
+        self.fc, self.mlp_out = nn.Linear(C, inner, bias=config.bias), nn.Linear(inner, C, bias=config.bias)
+        if config.mlp == "swiglu":
+            self.gate = nn.Linear(C, inner, bias=config.bias)
 
-    def attention(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def attention(self, x: Tensor, turn: tuple | None, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each [B, H, T, D]
+        H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
+        q, k, v = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2).split([H, G, G], 1)  # each [B, H or G, T, D]
         # CPU backends run the backward of half-precision attention many times slower than fp32's.
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cpu":
                 q, k, v = q.float(), k.float(), v.float()
+            if turn is not None:
+                q, k = (rotate(y, *turn).to(v.dtype) for y in (q, k))
             if cache is not None:
                 k, v = cache.append(layer, k, v)
+            if G < H:
+                k, v = (y.repeat_interleave(H // G, 1) for y in (k, v))
             # No dropout on the attention weights: it would rule out the fused kernels.
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None and T > 1)
+            is_causal = self.config.causal and allowed is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=is_causal)
         return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
 
-    def forward(self, x: Tensor, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def mlp(self, x: Tensor) -> Tensor:
+        if self.config.mlp == "swiglu":
+            return self.mlp_out(F.silu(self.gate(x)) * self.fc(x))
+        return self.mlp_out(F.gelu(self.fc(x), approximate="tanh" if self.config.mlp == "gelu_tanh" else "none"))
+
+    def forward(self, x: Tensor, *context) -> Tensor:
         drop = lambda y: dropout(y, self.dropout, self.training)
-        x = x + drop(self.attention(self.ln_1(x), allowed, cache, layer))
-        return x + drop(self.mlp_out(F.gelu(self.fc(self.ln_2(x)), approximate="tanh")))
+        if self.config.pre_norm:
+            x = x + drop(self.attention(self.ln_1(x), *context))
+            return x + drop(self.mlp(self.ln_2(x)))
+        x = self.ln_1(x + drop(self.attention(x, *context)))
+        return self.ln_2(x + drop(self.mlp(x)))
+
+
+def norm(config: GPTConfig) -> nn.Module:
+    return (nn.LayerNorm if config.norm == "layer" else nn.RMSNorm)(config.n_embd, eps=config.norm_eps)
 
 
 class GPT(nn.Module):
@@ -100,9 +174,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dropout = config, config.dropout
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.context, config.n_embd)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.context, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config)
+        if not config.tied:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 into_residual = name.endswith(("attn_out.weight", "mlp_out.weight"))
@@ -113,13 +190,13 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T] -> hidden states [B, T, C].
 
-        mask [B, T] bool, True = real.  None means that there is no padding before a real token: causal attention already
-        hides padding on the right.  With a cache, tokens (and mask) are the new ones only, after those it holds.
+        mask [B, T] bool, True = real.  None means that there is no padding that a real token could see: causal attention
+        already hides what is on the right.  With a cache, tokens (and mask) are the new ones only, after those it holds.
         """
-        B, T = tokens.shape
+        config, T = self.config, tokens.shape[1]
         past = cache.filled if cache is not None else 0
-        if past + T > self.config.context:
-            raise UserError(f"{past + T} tokens do not fit the model's context of {self.config.context}: shorten the "
+        if past + T > config.context:
+            raise UserError(f"{past + T} tokens do not fit the model's context of {config.context}: shorten the "
                             "prompt or response, or train with a larger --context")  # fmt: skip
         allowed = None
         if mask is not None or cache is not None:
@@ -128,25 +205,55 @@ class GPT(nn.Module):
                 cache.mask[:, past : past + T] = real
                 real = cache.mask[:, : past + T]
             positions = position_ids(real)[:, past:]
-            new, old = (torch.arange(n, device=tokens.device) for n in (past + T, past + T))
-            causal = new[past:, None] >= old
+            place = torch.arange(past + T, device=tokens.device)
+            allowed = real[:, None, None, :]
+            if config.causal:
+                allowed = allowed & (place[past:, None] >= place)
             # A padding query may look at itself, or its row of the softmax would be empty.
-            allowed = (causal & real[:, None, None, :]) | (new[past:, None] == old)
+            allowed = allowed | (place[past:, None] == place)
         else:
             positions = torch.arange(T, device=tokens.device)
-        x = self.wte(tokens) + self.wpe(positions)
+        x = self.wte(tokens).float()  # the residual stream is fp32, also where frozen weights are stored in bf16
+        turn = None
+        if config.positions == "learned":
+            x = x + self.wpe(positions)
+        else:  # [T, D / 2], or a row for each sequence and one head's place for all
+            cos, sin = rotary(config, positions)
+            turn = (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
         if mask is not None:
             x = x.masked_fill(~mask[..., None], 0.0)  # whatever stands in the padding, it cannot reach a real token [D6]
+        if not config.pre_norm:
+            x = self.ln_f(x)
         x = dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
-            x = block(x, allowed, cache, layer)
+            x = block(x, turn, allowed, cache, layer)
         if cache is not None:
             cache.filled += T
-        return self.ln_f(x)
+        return self.ln_f(x) if config.pre_norm else x
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, C]: hidden @ head_weight.T are the logits."""
+        return self.wte.weight if self.config.tied else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., C] -> logits [..., V], with the head tied to the token embedding."""
-        return F.linear(hidden, self.wte.weight)
+        """hidden [..., C] -> logits [..., V]."""
+        return F.linear(hidden, self.head_weight)
+
+
+def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None:
+    """Train only the last `layers` blocks of every GPT in `model`, and what comes after them; None trains everything.
+
+    Frozen matrices are stored in `dtype`, which saves memory, and time where autocast would round them at every use.
+    """
+    for gpt in [m for m in model.modules() if isinstance(m, GPT)] if layers is not None else []:
+        if not 0 <= layers <= len(gpt.blocks):
+            raise UserError(f"--train-layers {layers}: the model has {len(gpt.blocks)} layers")
+        embeddings = [gpt.wte] + ([gpt.wpe] if gpt.config.positions == "learned" else [])
+        for module in (*embeddings, *gpt.blocks[: len(gpt.blocks) - layers]):
+            for p in module.requires_grad_(False).parameters():
+                if p.dim() == 2:
+                    p.data = p.data.to(dtype)
 
 
 def last_real(mask: Tensor) -> Tensor:
@@ -160,6 +267,7 @@ POOLINGS = ("last", "mean", "last+mean")
 
 class ValueModel(nn.Module):
     """A GPT with a two-layer MLP head that scores every prefix: values [B, T], values[:, t] having read tokens 0..t.
+    (An encoder has read all tokens at each: of its values only the last is a prefix's.)
 
     Pooling says what the head sees of a prefix: its last token's hidden state, the mean over its real tokens, or both.
     """
@@ -181,8 +289,8 @@ class ValueModel(nn.Module):
 
     def values(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding.  Left and right padding are both allowed."""
-        left_padded = not bool(mask[:, 0].all())
-        h = self.backbone(tokens, mask if left_padded else None).float()
+        seen_padding = not self.backbone.config.causal or not bool(mask[:, 0].all())
+        h = self.backbone(tokens, mask if seen_padding else None).float()
         features = []
         if "last" in self.pooling:
             features.append(h)
@@ -226,6 +334,8 @@ class RewardEnsemble(nn.Module):
 
 def critic_from(reward_model: RewardModel) -> ValueModel:
     """A value model that starts as the reward model: V of a whole text is its score, scale included [D13] [D14]."""
+    if not reward_model.backbone.config.causal:
+        raise UserError("the reward model is an encoder, which cannot value a prefix: --value-init sft")
     critic = ValueModel(reward_model.backbone.config, reward_model.pooling)
     critic.load_state_dict({k: v for k, v in reward_model.state_dict().items() if k not in ("gain", "bias")})
     with torch.no_grad():

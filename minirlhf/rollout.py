@@ -65,7 +65,7 @@ def response_logprobs(
     hidden = response_hidden(model, tokens, mask, prompt_len)[real]  # [N, C]: no logits for padding
     targets = tokens[:, prompt_len:][real]
     if fused_head and forbidden is None:
-        logprobs, entropy = linear_token_logprobs(hidden, model.wte.weight, targets, temperature)
+        logprobs, entropy = linear_token_logprobs(hidden, model.head_weight, targets, temperature)
     else:
         logprobs, entropy = token_logprobs(forbid(model.logits(hidden), forbidden), targets, temperature)
     empty = torch.zeros(real.shape, dtype=logprobs.dtype, device=real.device)
