@@ -337,10 +337,10 @@ def _vader_rows(tables: dict[str, list[list[str]]]) -> tuple[list[tuple[str, lis
 
 
 def encode_example(tok, prompt: str, completion: str, context: int, eos: bool = True) -> tuple[list, list]:
-    """-> ids of `<eot> prompt completion <eot>`, loss_mask (True = learn this token). Prompt and completion are encoded
+    """-> ids of `<bos> prompt completion <eot>`, loss_mask (True = learn this token). Prompt and completion are encoded
     apart, so that the prompt's ids are a prefix; they are masked, the last <eot> is trained [D19]. What exceeds the
     `context` is cut on the right, the end with it. Raises UserError for a prompt that leaves no room."""
-    head, body = [tok.eot, *tok.encode(prompt)], tok.encode(completion)
+    head, body = [tok.bos, *tok.encode(prompt)], tok.encode(completion)
     _check(len(head) < context, f"prompt: {len(head)} tokens, context {context}: raise --context: {prompt[:30]!r}")
     ids = (head + body + [tok.eot] * eos)[:context]
     return ids, [i >= len(head) for i in range(len(ids))]
@@ -352,13 +352,13 @@ def encode_all(tok, records: Sequence[Response | Preference], context: int) -> l
 
 
 def prompts_of(records: Sequence[Response | Preference], tok, prompt_tokens: int) -> list[list[int]]:
-    """Prompts as ids, each opened by the <eot> that opens every training text: a record's own prompt, or the first
+    """Prompts as ids, each opened by the <bos> that opens every training text: a record's own prompt, or the first
     `prompt_tokens` tokens of a text without one. Texts that would leave nothing to write are passed over."""
     found = []
     for prompt, text in map(as_example, records):
         ids = tok.encode(prompt or text)
         if prompt or len(ids) > prompt_tokens:
-            found.append([tok.eot, *(ids if prompt else ids[:prompt_tokens])])
+            found.append([tok.bos, *(ids if prompt else ids[:prompt_tokens])])
     _check(found, f"no text is longer than {prompt_tokens} tokens: lower --prompt-tokens")
     return found
 
@@ -424,7 +424,7 @@ def main() -> None:
         shown = [prompt, "[[", completion, "<eot>"]
         if tok:
             ids, mask = encode_example(tok, prompt, completion, sys.maxsize)
-            shown = ["<eot>" if i == tok.eot else tok.decode([i]) for i in ids]
+            shown = [tok.token_str(i) if i in (tok.bos, tok.eot) else tok.decode([i]) for i in ids]
             shown.insert(mask.index(True), "[[")
         print(f"{split_of(prompt, completion):6s}" + ("|" if tok else "").join(shown).replace("\n", "\\n") + "]]")
 
