@@ -424,7 +424,7 @@ def main() -> None:
         shown = [prompt, "[[", completion, "<eot>"]
         if tok:
             ids, mask = encode_example(tok, prompt, completion, sys.maxsize)
-            shown = [tok.token_str(i) if i in (tok.bos, tok.eot) else tok.decode([i]) for i in ids]
+            shown = [{tok.bos: "<bos>", tok.eot: "<eot>"}.get(i) or tok.decode([i]) for i in ids]
             shown.insert(mask.index(True), "[[")
         print(f"{split_of(prompt, completion):6s}" + ("|" if tok else "").join(shown).replace("\n", "\\n") + "]]")
 

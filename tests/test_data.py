@@ -21,13 +21,13 @@ from minirlhf.data import Preference, Response, batches, collate, encode_all, en
 
 
 class ByteTokenizer:
-    pad, eot, vocab_size = 0, 1, 258
+    pad, eot, bos, vocab_size = 0, 1, 2, 259
 
     def encode(self, text):
-        return [b + 2 for b in text.encode()]
+        return [b + 3 for b in text.encode()]
 
     def decode(self, ids):
-        return bytes(i - 2 for i in ids if i > 1).decode(errors="replace")
+        return bytes(i - 3 for i in ids if i > 2).decode(errors="replace")
 
 
 TOK = ByteTokenizer()
@@ -131,7 +131,7 @@ def test_text_that_looks_like_a_special_token_is_plain_text(tmp_path):
     [record] = load(write(tmp_path / "x.jsonl", {"text": text})).records
     ids, _ = encode_example(TOK, "", record.response, 99)
     assert record.response == text and TOK.decode(ids) == text
-    assert ids.count(TOK.eot) == 2 and TOK.pad not in ids  # one opens, one ends
+    assert ids.count(TOK.bos) == ids.count(TOK.eot) == 1 and TOK.pad not in ids
 
 
 # ---------------------------------------------------------------- bad rows and bad sources
@@ -539,7 +539,7 @@ def test_offline_tells_the_reason_and_two_ways_out(monkeypatch, tmp_path, outcom
 @given(st.text(max_size=20), st.text(min_size=1, max_size=20), st.integers(1, 100), st.booleans())
 def test_D19_the_prompts_ids_are_a_prefix_masked_and_the_end_is_trained(prompt, completion, context, eos):
     prompt, completion = (t.encode(errors="replace").decode() for t in (prompt, completion))
-    head, body = [TOK.eot, *TOK.encode(prompt)], TOK.encode(completion)
+    head, body = [TOK.bos, *TOK.encode(prompt)], TOK.encode(completion)
     if len(head) >= context:
         with pytest.raises(UserError, match=rf"prompt: {len(head)} tokens, context {context}: raise --context"):
             encode_example(TOK, prompt, completion, context, eos)
@@ -618,7 +618,7 @@ def test_D21_the_cursor_walks_through_epochs_whatever_the_start(n, batch_size, s
 def test_prompts_are_a_records_own_or_the_beginning_of_its_text():
     records = [Response("own prompt", "x"), Response("", "abcdef"), Response("", "abc")]
     found = data.prompts_of(records, TOK, 3)
-    assert found == [[TOK.eot, *TOK.encode("own prompt")], [TOK.eot, *TOK.encode("abc")]]
+    assert found == [[TOK.bos, *TOK.encode("own prompt")], [TOK.bos, *TOK.encode("abc")]]
     with pytest.raises(UserError, match="no text is longer than 9 tokens: lower --prompt-tokens"):
         data.prompts_of(records[1:], TOK, 9)
 
