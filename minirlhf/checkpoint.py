@@ -2,8 +2,12 @@
 
 step-000120/   model.safetensors, config.json, tokenizer.*, metrics.jsonl so far; to resume: trainer.safetensors, .json
 latest, best   relative symlinks to whole step folders, so that OUT can be moved; `latest` is flipped last
-config.json …  links through `latest`: OUT itself reads as a checkpoint folder"""
+config.json …  links through `latest`: OUT itself reads as a checkpoint folder
 
+    python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint: see minirlhf.convert
+    python -m minirlhf.checkpoint export CKPT OUT    a checkpoint becomes a folder that transformers loads"""
+
+import argparse
 import json
 import os
 import shutil
@@ -47,7 +51,8 @@ def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer
         os.rename(final, f"{new}.gone")
     os.rename(new, final)
     for file in ("model.safetensors", "config.json", "tokenizer.tiktoken", "tokenizer.json"):
-        point(out, file, f"latest/{file}")
+        if (final / file).exists():  # WordPiece has no ranks
+            point(out, file, f"latest/{file}")
     for link in [*followers, "latest"]:
         point(out, link, name)
     older = sorted((path.name for path in out.glob("step-*") if path.name < name), reverse=True)
@@ -151,3 +156,28 @@ def _read(file: Path) -> dict:
     except (SafetensorError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if file.exists() else "missing (a pickle, .bin or .pt, is never read)"
         raise UserError(f"{file}: {reason}: take another step folder or train again") from error
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m minirlhf.checkpoint", description="Real models in and out.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    importing = commands.add_parser("import", help="a Hugging Face folder or a .gguf file becomes a checkpoint")
+    importing.add_argument("source", help="folder, .gguf file, smollm2 or minilm (inside the packages of those extras)")
+    importing.add_argument("out", type=Path)
+    exporting = commands.add_parser("export", help="a checkpoint becomes a folder that transformers loads")
+    exporting.add_argument("source", type=Path, metavar="checkpoint")
+    exporting.add_argument("out", type=Path)
+    exporting.add_argument("--backbone", action="store_true", help="of a reward model: the model under its head")
+    args = parser.parse_args()
+    from minirlhf import convert
+
+    if args.command == "import":
+        print(f"{args.out}: {convert.import_model(args.source, args.out)}")
+    else:
+        print(f"{args.out}: loads as {convert.export_model(args.source, args.out, args.backbone)}")
+
+
+if __name__ == "__main__":
+    from minirlhf.training import run_script
+
+    run_script(main)

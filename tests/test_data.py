@@ -656,7 +656,7 @@ def test_inspect_shows_tokens_and_what_is_trained(monkeypatch, capsys, tmp_path)
     monkeypatch.setattr(Tokenizer, "load", classmethod(lambda cls, source: TOK))
     path = write(tmp_path / "x.jsonl", {"prompt": "a\n", "completion": "bc"}, "{", {"prompt": "d", "completion": "e"})
     out = inspect(monkeypatch, capsys, path, "--skip-bad", "--tokenizer", "any")
-    assert "<eot>|a|\\n|[[|b|c|<eot>]]" in out and "2 completion rows; skipped 1 bad rows" in out
+    assert "<bos>|a|\\n|[[|b|c|<eot>]]" in out and "2 completion rows; skipped 1 bad rows" in out
 
 
 def test_inspect_takes_single_ratings_and_stars(monkeypatch, capsys, tmp_path):
