@@ -29,7 +29,7 @@ from torch import Tensor
 
 from minirlhf import UserError, checkpoint, convert_tokenizer, training
 from minirlhf.convert_tokenizer import read_json
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, rotary
 from minirlhf.tokenizer import Tokenizer, WordPiece
 
 Load = dict[str, Callable[[], Tensor]]  # tensor name -> read it
@@ -99,9 +99,9 @@ BERT = Family(
     {
         "wte": "embeddings.word_embeddings", "wpe": "embeddings.position_embeddings", "ln_f": "embeddings.LayerNorm",
         "blocks.*.qkv": tuple(f"encoder.layer.*.attention.self.{name}" for name in ("query", "key", "value")),
-        "blocks.*.attn_out": "encoder.layer.*.attention.output.dense", "blocks.*.ln_1": "encoder.layer.*.attention.output.LayerNorm",
+        "blocks.*.attn_out": "encoder.layer.*.attention.output.dense",
+        "blocks.*.ln_1": "encoder.layer.*.attention.output.LayerNorm", "blocks.*.ln_2": "encoder.layer.*.output.LayerNorm",
         "blocks.*.fc": "encoder.layer.*.intermediate.dense", "blocks.*.mlp_out": "encoder.layer.*.output.dense",
-        "blocks.*.ln_2": "encoder.layer.*.output.LayerNorm",
     },
     {"vocab_size": "vocab_size", "context": "max_position_embeddings", "n_layer": "num_hidden_layers",
      "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size", "norm_eps": "layer_norm_eps"},
@@ -158,9 +158,7 @@ def layout(config: GPTConfig, tensors: dict) -> dict[str, list[tuple[str, tuple[
     return found
 
 
-def pull(
-    config: GPTConfig, tensors: dict, load: Load, unused: str, source: Path, adapt: Callable[[str, Tensor], Tensor]
-) -> dict:
+def pull(config: GPTConfig, tensors: dict, load: Load, unused: str, source: Path, adapt: Callable) -> dict[str, Tensor]:
     """Our state from theirs; `adapt(name, tensor)` undoes what is stored otherwise. UserError unless every tensor fits."""
     state, seen = {}, set()
     for name, parts in layout(config, tensors).items():
@@ -170,9 +168,7 @@ def pull(
                 raise UserError(f"{source}: no tensor {theirs}: the file is incomplete, or its config is another model's")
             piece = adapt(theirs, load[theirs]())
             if tuple(piece.shape) != shape:
-                raise UserError(
-                    f"{source}: {theirs} has shape {tuple(piece.shape)}, its config says {shape}: take both from one model"
-                )
+                raise UserError(f"{source}: {theirs} has shape {tuple(piece.shape)}, its config says {shape}: not one model's")
             pieces.append(piece.float())
             seen.add(theirs)
         state[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
@@ -263,7 +259,10 @@ def from_folder(folder: Path) -> Imported:
         load[family.tensors["wpe"] + ".weight"] = lambda: places().float() + kinds()[0].float()
     unused = family.unused + (r"|lm_head\.weight" if config.tied else "")  # a copy of the embedding
     state = pull(config, family.tensors, load, unused, folder, lambda name, t: turned(family, name, t))
-    return config, state, convert_tokenizer.from_folder(folder, model), files
+    try:
+        return config, state, convert_tokenizer.from_folder(folder, model), files
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{folder}: tokenizer: {error!r}: not as Hugging Face writes it; fetch its files again") from error
 
 
 def from_gguf(file: Path) -> Imported:
@@ -291,9 +290,8 @@ def from_gguf(file: Path) -> Imported:
         values |= {"vocab_size": len(embedding), "tied": tied, "norm_eps": float(f"{eps:.6g}")}  # stored as float32
         config = _config(family, values, "swiglu" if family is not GPT2 else "gelu_tanh")
         width = config.head_dim
-        odd = {
-            key: value for key, value in of_arch.items() if value != GGUF_NEEDS.get(key, width if key in GGUF_WIDTHS else value)
-        }
+        needs = GGUF_NEEDS | dict.fromkeys(GGUF_WIDTHS, width)
+        odd = {key: value for key, value in of_arch.items() if value != needs.get(key, value)}
         if odd:
             raise UserError(f"{file}: {arch}.{min(odd)} = {odd[min(odd)]} is not supported: this model cannot be imported")
         if "rope_freqs.weight" in load:
@@ -317,8 +315,9 @@ def _rope_scaling(factors: Tensor, config: GPTConfig, file: Path) -> dict:
     plain = dataclasses.replace(config, rope_scaling=None)
     for factor in (8.0, 32.0):
         scaling = dict(zip(ROPE_KEYS, (factor, 1.0, 4.0, 8192), strict=True))
-        slow = frequencies(dataclasses.replace(plain, rope_scaling=scaling))
-        if torch.allclose(frequencies(plain) / slow, factors.flatten(), rtol=1e-4):
+        slowed = dataclasses.replace(plain, rope_scaling=scaling)
+        fast, slow = (torch.atan2(*reversed(rotary(c, torch.ones(1)))) for c in (plain, slowed))  # the angles at position 1
+        if torch.allclose(fast / slow, factors.flatten(), rtol=1e-4):
             return scaling
     raise UserError(f"{file}: rope_freqs are not those of Llama 3.1, 3.2 or 3.3: not supported")
 
@@ -343,9 +342,7 @@ def import_model(source: str, out: Path) -> str:
         raise UserError(f"{source}: no such file or folder: give a Hugging Face folder, a .gguf file, {' or '.join(PACKAGES)}")
     config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{path}: {tokenizer.vocab_size} tokens, the model has {config.vocab_size} rows: take both from one model"
-        )
+        raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model")
     about = training.describe("import", config, Import(source), 0, True, tokenizer)
     about["source"] = {"name": source, "sha256": {file.name: _sha256(file) for file in files}}
     with whole(out) as new:
@@ -368,16 +365,13 @@ def _sha256(file: Path) -> str:
 
 def export_model(source: Path, out: Path, backbone: bool) -> str:
     """Write OUT, a folder for transformers, from a checkpoint; returns the class that it loads as."""
-    about, state, tokenizer = (
-        checkpoint.load_config(source),
-        checkpoint.load_state(source),
-        Tokenizer.load(checkpoint.resolve(source)),
-    )
+    about, state = checkpoint.load_config(source), checkpoint.load_state(source)
+    tokenizer = Tokenizer.load(checkpoint.resolve(source))
     checkpoint.check_tokenizer(about, tokenizer)
     if "head" in about:
         if not backbone:
-            raise UserError(f"{source}: a reward model's MLP head has no class in transformers, whose sequence classifiers read "
-                            "one bias-free linear layer at the last token: --backbone exports the model under it")  # fmt: skip
+            raise UserError(f"{source}: a reward model's MLP head has no class in transformers (its sequence classifiers read "
+                            "one bias-free linear layer at the last token): --backbone exports the model below it")  # fmt: skip
         first = "members.0.backbone."
         state = {name.removeprefix(first): t for name, t in state.items() if name.startswith(first)}
     config = GPTConfig(**about["model"])
@@ -387,10 +381,9 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
         raise UserError(f"{source}: no architecture of transformers' is shaped like this: {about['model']}")
     tensors = {}
     for name, parts in layout(config, family.tensors).items():
-        for (theirs, shape), piece in zip(parts, state[name].split([shape[0] for _, shape in parts]), strict=True):
-            theirs = theirs if theirs.startswith("lm_head") else family.prefix + theirs
-            tensors[theirs] = turned(family, theirs.removeprefix(family.prefix), piece.float()).contiguous().clone()
-            assert family.transposed or tensors[theirs].shape == shape
+        for (theirs, _), piece in zip(parts, state[name].split([shape[0] for _, shape in parts]), strict=True):
+            prefix = "" if theirs.startswith("lm_head") or family is BERT else family.prefix
+            tensors[prefix + theirs] = turned(family, theirs, piece.float()).contiguous().clone()
     values = {theirs: resolved(config)[ours] for ours, theirs in family.keys.items()}
     key, names = family.activation
     model = {"architectures": [family.classes[0]], "model_type": family.model_type} | values
@@ -398,7 +391,7 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     if config.rope_scaling:
         model["rope_scaling"] = config.rope_scaling | {"rope_type": "llama3"}
     if family is BERT:
-        tensors["bert." * 0 + TOKEN_TYPES], model["type_vocab_size"] = torch.zeros(2, config.n_embd), 2
+        tensors[TOKEN_TYPES], model["type_vocab_size"] = torch.zeros(2, config.n_embd), 2
     elif family is GPT2:  # dropout belongs to a training run, not to the weights
         model |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     with whole(out) as new:

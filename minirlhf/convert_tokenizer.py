@@ -38,13 +38,16 @@ GGUF_STAGES = {
     "qwen2": (QWEN2_PATTERN,),
 }
 HARD_TEXTS = [
-    "", " ", "  ", "\n", "\n\n \n", "\t\tx", " x", "x ", "   x   y  ", "a\r\nb\r\rc", "tail \n", "tail\n  ", "\u00a0x\u2003y\u3000z",
+    "", " ", "  ", "\n", "\n\n \n", "\t\tx", " x", "x ", "   x   y  ", "a\r\nb\r\rc", "tail \n", "tail\n  ",
+    "\u00a0x\u2003y\u3000z",
     "Hello, world!", "It's I'm you'll we've they'd he's SHE'S DON'T o'clock 'tis ''''s 'sss", "naïve café", "e\u0301 vs \u00e9",
     "1", "12", "123", "1234", "12345678901", " 1 22  333   4444", "3.14159e-10", "$1,000.00", "1st 2nd x1y2z3", "a1 b22  c333",
     "½ ² Ⅷ ٣٤ १२३ 〇", "  1", "x  1", "\n1", "1\n2", "9's 9 's",
-    "def f(x):\n    return x  # 4 spaces\n\n\n\tif a!=b: print('{}'.format(x))\n", "<html>&amp;</html> {\"k\": [1, 2]} //--==>> ___",
+    "def f(x):\n    return x  # 4 spaces\n\n\n\tif a!=b: print('{}'.format(x))\n",
+    "<html>&amp;</html> {\"k\": [1, 2]} //--==>> ___",
     "你好，世界。你好你好", "こんにちは 世界", "Привет, мир! Как дела?", "مرحبا بالعالم", "שלום", "ภาษาไทย", "हिन्दी", "한국어",
-    "🙂🙂 👩‍👩‍👧 🏳️‍🌈 a🙂b", "\ufeffbom \u200bzero\u200d", "\x00\x01\x04!\x06!", "\U000f0000\U0010ffff", "ab\x7f\x80\x85c", "ﬁ ŉ ǆ ſ K",
+    "🙂🙂 👩‍👩‍👧 🏳️‍🌈 a🙂b", "\ufeffbom \u200bzero\u200d", 
+    "\x00\x01\x04!\x06!", "\U000f0000\U0010ffff", "ab\x7f\x80\x85c", "ﬁ ŉ ǆ ſ K",
     "<|endoftext|><|im_start|>user\n<s></s>[CLS]", "http://example.org/a?b=c&d=%20", "aaaaaaaaaaaaaaaaaaaa", "!!!!!!???...",
     "ALL CAPS camelCase snake_case kebab-case", "the quick brown fox jumps over the lazy dog " * 3, " \u0301x", "'\u017f 'S",
 ]  # fmt: skip
@@ -67,15 +70,11 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
     tokens = {*ranks.values(), *specials.values()}
     for name in "bos_token", "eos_token", "pad_token":
         if named.get(name) is not None and named[name] not in specials:
-            raise UserError(
-                f"{source}: {name} {named[name]!r} is no special token of its vocabulary: correct tokenizer_config.json"
-            )
+            raise UserError(f"{source}: {name} {named[name]!r} is no special token here: correct tokenizer_config.json")
     if named.get("eos_token") is None:
         raise UserError(f"{source}: no eos_token: name the token that ends a text in tokenizer_config.json")
     if max(tokens) >= vocab_size:
-        raise UserError(
-            f"{source}: has an id {max(tokens)}, the model only {vocab_size} rows: take the tokenizer of this model"
-        )
+        raise UserError(f"{source}: id {max(tokens)}, but the model has {vocab_size} rows: take both from one model")
     specials = dict(sorted(specials.items(), key=lambda item: item[1]))
     bos, eot, pad = (specials.get(named.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
     pad = None if pad == eot else pad
@@ -88,15 +87,11 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
     reference = reference or replayer(vocab, merges, stages, normalize)
     if any(a > b for a, b in pairwise(order)):
         at = next(i for i, (a, b) in enumerate(pairwise(order)) if a > b)
-        raise UserError(
-            f"{source}: ids do not follow the merges (the token {products[at + 1]!r}): ids would differ; not supported"
-        )
+        raise UserError(f"{source}: ids do not follow the merges ({products[at + 1]!r}): ids would differ; not supported")
     whole = [text for token in ranks if "\ufffd" not in (text := token.decode("utf-8", "replace"))]
     for text in HARD_TEXTS + whole + ["".join(whole[i : i + 20]) for i in range(0, len(whole), 400)]:
         if (ours := tokenizer.encode(text)) != (theirs := reference(text)):
-            raise UserError(
-                f"{source}: ids differ: {text!r} is {theirs[:20]}, ours {ours[:20]}: this tokenizer is not supported"
-            )
+            raise UserError(f"{source}: the ids of {text!r} are {theirs[:20]}, here {ours[:20]}: not supported")
     return tokenizer
 
 
@@ -147,9 +142,11 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
         return WordPiece(file)
     if document:
         bpe, stages, normalize = document["model"], _stages(document.get("pre_tokenizer"), file), _normalizer(document, file)
-        unusual = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-        if bpe.get("type") != "BPE" or any(bpe.get(key) for key in unusual[2:]) or bpe.get("dropout"):
-            raise UserError(f"{file}: model {bpe.get('type')}: only byte-level BPE without prefixes or fallbacks is read")
+        odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if bpe.get(key)]
+        if bpe.get("unk_token") and not bpe["vocab"].keys() >= BYTE_OF.keys():
+            odd.append("unk_token")
+        if bpe.get("type") != "BPE" or odd:
+            raise UserError(f"{file}: model {bpe.get('type')} {' '.join(odd)}: only plain byte-level BPE is read")
         vocab, merges = bpe["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
         specials = {token["content"]: token["id"] for token in document.get("added_tokens", [])}
         reference = _package(file)
@@ -247,8 +244,8 @@ def from_gguf(file: Path, fields: dict, vocab_size: int) -> Tokenizer:
     kinds = fields.get("token_type", [1] * len(tokens))  # 1 a word, 2 to 4 special, 5 unused
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
     specials = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (2, 3, 4)}
-    named = {f"{ours}_token": tokens[fields[f"{theirs}_token_id"]]
-             for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")) if f"{theirs}_token_id" in fields}  # fmt: skip
+    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+    named = {name: tokens[fields[key]] for name, key in named.items() if key in fields}
     specials |= {token: vocab.pop(token) for token in named.values() if token in vocab}
     hf = {"chat_template": fields["tokenizer.chat_template"]} if "tokenizer.chat_template" in fields else {}
     if fields.get("add_bos_token"):
@@ -274,18 +271,12 @@ def write(tokenizer: Tokenizer | WordPiece, folder: Path, context: int) -> dict[
     word = lambda token: "".join(CHARACTERS[b] for b in token)
     ranks = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     # Every pair that makes a token, where a list of merges would have the one met in training: tiktoken joins any of them.
-    merges = [
-        [word(t[:i]), word(t[i:])]
-        for t in ranks
-        for i in range(1, len(t))
-        if t[:i] in tokenizer.ranks and t[i:] in tokenizer.ranks
-    ]
+    pairs = ((t[:i], t[i:]) for t in ranks for i in range(1, len(t)))
+    merges = [[word(left), word(right)] for left, right in pairs if left in tokenizer.ranks and right in tokenizer.ranks]
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {
-        GPT2_PATTERN: [],
-        SMOLLM_PATTERN: [{"type": "Digits", "individual_digits": True}],
-    }.get(tokenizer.pattern, [{"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}])  # fmt: skip
-    steps = [*split, plain | {"use_regex": tokenizer.pattern in (GPT2_PATTERN, SMOLLM_PATTERN)}]
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    known = {GPT2_PATTERN: [], SMOLLM_PATTERN: [{"type": "Digits", "individual_digits": True}]}
+    steps = [*known.get(tokenizer.pattern, [split]), plain | {"use_regex": tokenizer.pattern in known}]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     bos = name[tokenizer.bos]
     opening = [{"SpecialToken": {"id": bos, "type_id": 0}}] if add_bos else []
