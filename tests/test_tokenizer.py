@@ -233,3 +233,58 @@ def test_missing_files_and_no_network_are_one_line_with_a_remedy(tokenizer, tmp_
     with pytest.raises(UserError, match="tokenizer gpt2: .*TIKTOKEN_CACHE_DIR") as error:
         Tokenizer.load("gpt2")
     assert "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- a model's own ids
+
+
+def imported(**changes):
+    """Specials first, bytes that no UTF-8 text has left out, a model with more rows than tokens: SmolLM2's way."""
+    specials = {"<|unk|>": 0, "<|open|>": 1, "<|close|>": 2}
+    words = [bytes([b]) for b in range(256) if b not in (4, 6, 0xC0, 0xC1) and b < 0xF1] + [b"th", b"the", b"!!"]
+    return Tokenizer({word: 3 + i for i, word in enumerate(words)},
+                     **{"specials": specials, "eot": 2, "bos": 1, "vocab_size": 300} | changes)  # fmt: skip
+
+
+def test_an_imported_tokenizer_keeps_its_ids_and_its_ends(tmp_path):
+    found = imported(hf={"chat_template": "{{ x }}"})
+    assert (found.bos, found.eot, found.pad, found.vocab_size) == (1, 2, 0, 300)
+    assert found.decode([1, *found.encode("the end"), 2, 0, 299]) == "the end" and found.token_str(299) == "<unused 299>"
+    assert found.encode("the") == [found.ranks[b"the"]]
+    found.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert (again.hash, again.about, again.hf) == (found.hash, found.about, found.hf)
+    assert len({found.hash, *(imported(**c).hash for c in ({"eot": 1}, {"bos": 2}, {"vocab_size": 301}, {"pad": 2}))}) == 5
+    assert imported(hf={}).hash == found.hash  # what only an export needs does not make another tokenizer
+
+
+def test_D6_pad_is_a_special_that_is_no_end_where_there_is_one():
+    assert imported(pad=2).pad == 2  # a model's own choice stays
+    assert imported(specials={"<|open|>": 1, "<|close|>": 2}).pad == 2  # none to spare
+
+
+@pytest.mark.parametrize("text", ["!\x04!", "a\x04b", "!\x06\x04!!", "\x04", "\U000fffff!", "t\x04he"])
+def test_bytes_without_a_token_drop_out_of_their_word_before_merging(text):
+    found = imported()
+    words = regex.findall(GPT2_PATTERN, text)
+    keep = lambda word: [bytes([b]) for b in word.encode() if bytes([b]) in found.ranks]
+    expected = [found.ranks[part] for word in words for part in merge(keep(word), found.ranks)]
+    assert found.encode(text) == found.encode_batch(["plain", text])[1] == expected
+    assert max(expected, default=0) < found.vocab_size
+    assert text != "!\x04!" or expected == [found.ranks[b"!!"]]
+
+
+def test_text_is_normalised_where_the_model_was_trained_so():
+    assert imported(normalize="NFC").encode("e\u0301") == imported().encode("\u00e9") != imported().encode("e\u0301")
+    assert imported(normalize="NFC").encode_batch(["e\u0301"]) == [imported().encode("\u00e9")]
+
+
+def test_hashes_of_older_folders_stand(tmp_path):
+    """Computed by the first version, which wrote no more than these four fields."""
+    old = Tokenizer(BYTES)
+    assert old.hash == "7882b991cb6872d8f42f0a859cf8fdb11ec2a8d89c7892cb50dc59d66764b257"
+    meta = {"format": "minirlhf.tokenizer/1", "pattern": GPT2_PATTERN, "specials": old.specials, "hash": old.hash}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(meta))
+    (tmp_path / "tokenizer.tiktoken").write_bytes(lines())
+    found = Tokenizer.load(tmp_path)
+    assert (found.eot, found.bos, found.pad, found.vocab_size) == (256, 256, 257, 258)
