@@ -2,9 +2,11 @@
 
     python benchmarks/demo.py --seeds 1 2 3               # runs/seed-1 ... ; finished stages are not run again
     python benchmarks/demo.py --seeds 1 --variants        # also: free to stop or not, and a KL coefficient near 0
+    python benchmarks/demo.py --preset smollm2 --seeds 1  # the same with a real language model, runs/smollm2-1
+    python benchmarks/demo.py --preset minilm             # a reward model on a real encoder, runs/minilm-1 ...
     python benchmarks/demo.py --tables                    # trains nothing: the tables of the results that are there
 
-Writes benchmarks/results/demo.json (every results.json, whole) and prints the README's tables from it.  One process at a
+Writes benchmarks/results/PRESET.json (every results.json, whole) and prints the README's tables from it.  One process at a
 time: two processes of two threads on two cores run many times slower.
 """
 
@@ -16,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks/results/demo.json"
+PRESETS = ("demo", "minilm", "smollm2")
 VARIANTS = {"no-stop": ["--no-stop", "--missing-eos", "none"], "kl-0.01": ["--kl-coef", "0.01"]}
 SEEDS = {  # a row of the table over seeds: where its numbers stand, decimals, what we set out to reach
     "SFT, validation bits per byte": ("sft.val_bits_per_byte", 3, "<= 1.90"),
@@ -43,20 +45,33 @@ def command(*arguments) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
 
 
-def demo(seed: int, variants: bool) -> dict[str, dict]:
+def results_of(preset: str) -> Path:
+    return ROOT / f"benchmarks/results/{preset}.json"
+
+
+def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
     """Run everything of one seed; {'demo' or a variant's name: results.json}."""
-    run = Path(f"runs/seed-{seed}")
-    command("train_sft.py", "--out", run / "sft", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "rm", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "rm-a", "--part", "a", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "judge", "--part", "b", "--seed", seed + 100, "--resume")
+    run, base = Path(f"runs/{'seed' if preset == 'demo' else preset}-{seed}"), Path(f"runs/{preset}/base")
+    stage = lambda script, out, *options: command(
+        script, "--preset", preset, "--out", run / out, "--seed", seed, "--resume", *options
+    )
+    if preset != "demo":
+        command("-m", "minirlhf.checkpoint", "import", preset, base)
+    if preset == "minilm":
+        stage("train_rm.py", "rm")
+        return {"demo": {"rm": json.loads((ROOT / run / "rm/config.json").read_text())["results"]}}
+    stage("train_sft.py", "sft")
+    stage("train_rm.py", "rm")
+    stage("train_rm.py", "rm-a", "--part", "a")
+    stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100)
     found = {}
     for name, options in ({"demo": []} | (VARIANTS if variants else {})).items():
-        out = run / ("ppo" if name == "demo" else f"ppo-{name}")
-        command("train_ppo.py", "--out", out, "--reward-model", run / "rm-a", "--monitor",
-                run / "judge", "--seed", seed, "--resume", *options)  # fmt: skip
-        command("-m", "minirlhf.evaluate", "--run", run, "--policy", out, "--results", run / f"results-{name}.json")
-        found[name] = json.loads((ROOT / run / f"results-{name}.json").read_text())
+        out = "ppo" if name == "demo" else f"ppo-{name}"
+        stage("train_ppo.py", out, "--reward-model", run / "rm-a", "--monitor", run / "judge", *options)
+        target = run / f"results-{name}.json"
+        command("-m", "minirlhf.evaluate", "--run", run, "--policy", run / out, "--results", target,
+                *(["--best-of", 4] if preset == "smollm2" else []))  # fmt: skip
+        found[name] = json.loads((ROOT / target).read_text())
     return found
 
 
@@ -118,27 +133,50 @@ def over_seeds(found: dict[str, dict]) -> str:
     return table([*(f"seed {seed}" for seed in found), "mean", "set out to reach"], rows)
 
 
-def tables(found: dict[str, dict]) -> str:
-    """The README's, in its order; all but the last are of the first seed."""
+def backbones(known: dict[str, dict]) -> str:
+    """Test r of reward models on every backbone that was measured, all seeds, beside the baselines and people."""
+    names = {"demo": "from scratch, 4 layers", "minilm": "MiniLM, 6 layers, an encoder", "smollm2": "SmolLM2-135M, 30 layers"}
+    rows = []
+    for preset, found in known.items():
+        tests = [f["demo"]["rm"]["test"] for f in found.values()]
+        cells = [[t[m] for t in tests] for m in ("pearson", "pair_accuracy_1")]
+        rows.append([names[preset], *(f"{mean(c):.3f}" + f" ({min(c):.3f} to {max(c):.3f})" * (len(c) > 1) for c in cells),
+                     str(len(tests))])  # fmt: skip
+    rm = next(iter(known["demo"].values()))["demo"]["rm"]
+    measures = ("pearson", "pair_accuracy_1")
+    rows.append(["TF-IDF + ridge", *(number(rm["baselines"]["TF-IDF + ridge"][m]) for m in measures), ""])
+    rows.append(["one human, against the mean of the others", *(number(rm["humans"][f"one_{m}"]) for m in measures), ""])
+    return table(["Pearson r", "pairs a point or more apart", "seeds"], rows)
+
+
+def tables(known: dict[str, dict]) -> str:
+    """The README's, in its order, of {preset: what `demo` found of each seed}; samples are of the first seed."""
+    found = known["demo"]
     first = next(iter(found.values()))
-    results = first["demo"]
-    return "\n\n".join([policies(first), samples(results), reward_model(results["rm"]), over_seeds(found)])
+    shown = [policies(first), samples(first["demo"]), reward_model(first["demo"]["rm"]), over_seeds(found)]
+    if len(known) > 1:
+        shown.append(backbones(known))
+    if "smollm2" in known:
+        first = next(iter(known["smollm2"].values()))
+        shown += [policies(first), samples(first["demo"])]
+    return "\n\n".join(shown)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="from scratch, or on real weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", action="store_true", help="PPO's variants as well, with the first seed")
     parser.add_argument("--tables", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
     if not args.tables:
-        found = {seed: demo(seed, args.variants and seed == args.seeds[0]) for seed in args.seeds}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(found, indent=1))
-        print(f"\nraw results in {RESULTS.relative_to(ROOT)}\n")
-    elif not RESULTS.exists():
-        parser.error(f"{RESULTS.relative_to(ROOT)}: no results yet: run without --tables first")
-    print(tables(json.loads(RESULTS.read_text())))
+        found = {seed: demo(args.preset, seed, args.variants and seed == args.seeds[0]) for seed in args.seeds}
+        results_of(args.preset).write_text(json.dumps(found, indent=1))
+        print(f"\nraw results in {results_of(args.preset).relative_to(ROOT)}\n")
+    known = {preset: json.loads(results_of(preset).read_text()) for preset in PRESETS if results_of(preset).exists()}
+    if "demo" not in known:
+        parser.error(f"{results_of('demo').relative_to(ROOT)}: no results yet: run the demo first")
+    print(tables(known))
 
 
 if __name__ == "__main__":
