@@ -55,7 +55,7 @@ def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
     stage = lambda script, out, *options: command(
         script, "--preset", preset, "--out", run / out, "--seed", seed, "--resume", *options
     )
-    if preset != "demo":
+    if preset != "demo" and not (ROOT / base).exists():
         command("-m", "minirlhf.checkpoint", "import", preset, base)
     if preset == "minilm":
         stage("train_rm.py", "rm")
@@ -96,10 +96,11 @@ def policies(found: dict[str, dict]) -> str:
     if "kl-0.01" in found:
         rows["PPO, `--kl-coef 0.01`"] = found["kl-0.01"]["ppo"]
     head = ["score", "judge's wins", "lexicon's wins", "KL, nats", "entropy", "distinct-1 / 2 / 3", "length", "EOS rate"]
-    return table(head, [
+    fluency = ["perplexity to SFT"] * ("sft_perplexity" in found["demo"]["ppo"])
+    return table(head + fluency, [
         [name, f"{row['score']:+.2f}", number(row.get("judge_win_rate")), number(row["lexicon_win_rate"]),
          number(row["kl"], 2), number(row["entropy"], 2), " / ".join(number(row[f"distinct_{n}"], 2) for n in (1, 2, 3)),
-         number(row["mean_length"], 1), number(row["eos_rate"], 2)]
+         number(row["mean_length"], 1), number(row["eos_rate"], 2), *(number(row["sft_perplexity"], 1) for _ in fluency)]
         for name, row in rows.items()
     ])  # fmt: skip
 

@@ -60,7 +60,7 @@ def test_scripts_meet_only_through_checkpoints(script):
 def test_readme_holds_the_tables_that_its_command_prints():
     printed = subprocess.check_output([sys.executable, "benchmarks/demo.py", "--tables"], cwd=ROOT, text=True)
     printed, readme = printed.strip().split("\n\n"), (ROOT / "README.md").read_text()
-    assert len(printed) == 4
+    assert len(printed) >= 4
     for table in printed:
         assert f"\n\n{table}\n\n" in readme, table
 
