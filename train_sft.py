@@ -298,7 +298,8 @@ def main() -> None:
         model.eval()
         start = torch.full((config.samples, 1), tokenizer.bos, device=machine.device)
         real, length = torch.ones_like(start, dtype=torch.bool), min(48, model.config.context - 1)
-        responses, mask = generate(model, start, real, length, 0.8, tokenizer.eot, tokenizer.pad)
+        with machine.autocast(precision):
+            responses, mask = generate(model, start, real, length, 0.8, tokenizer.eot, tokenizer.pad)
         for row, keep in zip(responses, mask, strict=True):
             print(f"  {tokenizer.decode(row[keep].tolist())}")
 
