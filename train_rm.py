@@ -68,6 +68,8 @@ class Config:
     """auto: regression for ratings, pairwise for choices."""
     pooling: Literal["last", "mean", "last+mean"] = "last+mean"
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """Two layers, or one, as transformers' sequence classifiers have: with --pooling last such a model can be exported."""
     members: int = 1
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
     dropout: float = 0.2
@@ -274,7 +276,7 @@ def main() -> None:
 
     schedule = [entry for member in range(config.members) for entry in schedule_of(member)]
     per_member = len(schedule) // config.members
-    model = RewardEnsemble(shape, config.pooling, config.members)
+    model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
     for k, member in enumerate(model.members):
         training.seed_everything(config.seed + k)  # members differ in head and in data order
         member.reset_head()
@@ -315,7 +317,7 @@ def main() -> None:
         tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
         if machine.rank == 0:
             about = training.describe("rm", shape, config, step, complete, tokenizer,
-                                      head={"pooling": config.pooling, "members": config.members},
+                                      head={"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"},
                                       data={"name": source.name, "sha256": source.sha256}, **more)  # fmt: skip
             checkpoint.save(out, step, model.state_dict(), about, tokenizer,
                             {"tensors": tensors, "state": {"optimizer": state, "step": step, "seconds": seconds}})  # fmt: skip

@@ -195,10 +195,11 @@ def test_D15_score_is_read_at_the_last_real_token(pooling):
     torch.testing.assert_close(scores, torch.cat(alone), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mlp", [True, False])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_D13_a_critic_from_the_reward_model_scores_whole_texts_alike(pooling):
+def test_D13_a_critic_from_the_reward_model_scores_whole_texts_alike(pooling, mlp):
     torch.manual_seed(0)
-    reward_model = RewardModel(SMALL, pooling).eval()
+    reward_model = RewardModel(SMALL, pooling, mlp).eval()
     reward_model.gain.fill_(0.7)
     reward_model.bias.fill_(-1.3)
     critic = critic_from(reward_model)

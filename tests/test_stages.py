@@ -144,6 +144,27 @@ def test_D12_actor_and_critic_both_move_and_nothing_else(smoke, ppo_run):
     assert all(p.requires_grad for m in (policy, value) for p in m.parameters())
 
 
+@pytest.mark.usefixtures("no_baselines")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precision):
+    """From a trained model on: what is frozen never changes, and the linear head's critic starts as its reward model."""
+    options = ["--preset", "smoke", "--precision", precision, "--train-layers", 1]
+    assert run("train_sft", *options, "--init", smoke / "sft", "--batch", 208, "--samples", 2, "--out", tmp_path / "sft") == 0
+    head = ["--head", "linear", "--pooling", "last", "--epochs", 1]
+    assert run("train_rm", *options, *head, "--out", tmp_path / "rm") == 0
+    assert run("train_ppo", *options, "--iterations", 1, "--out", tmp_path / "ppo") == 0
+    before = {
+        k: v.to(torch.bfloat16 if precision == "bf16" and v.dim() == 2 else v.dtype) for k, v in final(smoke / "sft").items()
+    }
+    reward = {k.removeprefix("members.0.backbone."): v for k, v in final(tmp_path / "rm").items()}
+    for after in final(tmp_path / "sft"), reward, final(tmp_path / "ppo"):
+        for name, value in before.items():
+            if name.startswith(("wte", "wpe", "blocks.0")):
+                assert torch.equal(after[name], value), name
+            elif name.endswith("weight"):
+                assert not torch.equal(after[name].float(), value.float()), name
+
+
 def test_D4_ratio_is_one_while_nothing_is_learnt(smoke, run, metrics, tmp_path):
     """All epochs and minibatches of a run that cannot move, split unlike the rollout was scored; prompts are padded."""
     short = [{"prompt": text} for text in ("The plot", "The cast is very", "The music is not very odd", "I smiled at")]
