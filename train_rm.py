@@ -26,19 +26,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import UserError, baselines, checkpoint, data, preference, stats, training
-from minirlhf.model import RewardEnsemble
+from minirlhf.model import RewardEnsemble, train_last
 from minirlhf.rollout import generate
 from minirlhf.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    preset: Literal["smoke", "demo", "gpt2"] = "demo"
+    preset: Literal["smoke", "demo", "gpt2", "smollm2", "minilm"] = "demo"
     """Named settings; any option given beside it wins."""
     out: Path = Path("runs/demo/rm")
     """Where checkpoints, metrics and the report go.  The SFT model is looked for beside it."""
     init: Path | None = None
-    """SFT checkpoint: the backbone, the tokenizer and the reference policy.  Default: OUT/../sft."""
+    """Checkpoint of the backbone and its tokenizer: a language model, or an imported encoder.  Default: OUT/../sft."""
+    backbone: Literal["auto", "gpt", "bert"] = "auto"
+    """What --init must be: a causal language model, or an encoder, which reads a text in both directions.  auto: either."""
+    reference: Path | None = None
+    """The policy on whose samples scores are normalised.  Default: --init, or, where that is an encoder, OUT/../sft."""
     data: str = "vader"
     """Ratings or preferences: vader (built in), toy, or a file or folder (.jsonl, .jsonl.gz)."""
     data_dir: Path | None = None
@@ -64,10 +68,14 @@ class Config:
     """auto: regression for ratings, pairwise for choices."""
     pooling: Literal["last", "mean", "last+mean"] = "last+mean"
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
+    head: Literal["mlp", "linear"] = "mlp"
+    """Two layers, or one, as transformers' sequence classifiers have: with --pooling last such a model can be exported."""
     members: int = 1
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
     dropout: float = 0.2
     """As in stage 1, in place of the SFT model's."""
+    train_layers: int | None = None
+    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision."""
     lowercase: float = 0.5
     """Share of the training texts read in lower case, others each epoch: rare spellings learn from common ones."""
     epochs: int = 2
@@ -102,7 +110,9 @@ class Config:
     """auto: bf16 where the hardware multiplies it natively."""
 
     def __post_init__(self):
-        training.check_positive(self, "members", "epochs", "batch", "lr", "prompt_tokens", "response_tokens", "temperature")
+        training.check_positive(
+            self, "members", "epochs", "batch", "lr", "train_layers", "prompt_tokens", "response_tokens", "temperature"
+        )
         if not 0 <= self.lowercase <= 1:
             raise UserError(f"--lowercase is a share: want 0 to 1, not {self.lowercase}")
 
@@ -111,6 +121,11 @@ PRESETS = {
     "demo": Config(),
     "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", epochs=2, warmup=5, normalise_samples=32,
                     response_tokens=12),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14, pooling="mean",
+                      dropout=0.0, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
+    "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"), genres=("movies",),
+                     pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, embedding_lr=1.0, epochs=4,
+                     normalise="none"),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), epochs=2, lr=3e-5, members=3),
 }  # fmt: skip
 
@@ -204,18 +219,18 @@ def print_report(found: dict) -> None:
 
 
 def reference_samples(
-    config: Config, init: Path, tokenizer: Tokenizer, prompts: list[list[int]], machine: training.Machine
+    config: Config, reference: Path, tokenizer: Tokenizer, prompts: list[list[int]], machine: training.Machine
 ) -> list[list[int]]:
-    """Continuations by the reference policy, as train_ppo.py will see them: prompt and response tokens, unpadded."""
-    ref = checkpoint.load_gpt(init).to(machine.device).eval()
+    """Continuations by the reference policy, as train_ppo.py will see them: prompt and response in tokens of `tokenizer`."""
+    ref, own = checkpoint.load_gpt(reference).to(machine.device).eval(), Tokenizer.load(reference)
     picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
     found = []
     for i in range(0, len(picks), 64):
-        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], tokenizer.pad, side="left", multiple_of=1)
+        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], own.pad, side="left", multiple_of=1)
         responses, keep = generate(ref, queries.to(machine.device), query_mask.to(machine.device), config.response_tokens,
-                                   config.temperature, tokenizer.eot, tokenizer.pad)  # fmt: skip
+                                   config.temperature, own.eot, own.pad)  # fmt: skip
         found += [prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)]
-    return found
+    return [data.translate(ids, own, tokenizer) for ids in found]
 
 
 def main() -> None:
@@ -226,7 +241,7 @@ def main() -> None:
         print(f"{out} is complete: nothing to do (--overwrite to run it again)")
         return
 
-    # Setup: data, the SFT model as backbone of each member, optimiser.
+    # Setup: data, a trained model as backbone of each member, optimiser.
     init = checkpoint.resolve(config.init or out.parent / "sft", "run train_sft.py first, or name one with --init")
     machine = training.setup_machine(config.seed)
     precision = training.pick_precision(config.precision)
@@ -238,8 +253,12 @@ def main() -> None:
         raise UserError(f"--loss {loss_kind} needs ratings, but {source.name} holds choices: use --loss pairwise")
     tokenizer, init_config = Tokenizer.load(init), checkpoint.load_config(init)
     checkpoint.check_tokenizer(init_config, tokenizer)
-    sft = checkpoint.load_gpt(init)
-    shape = dataclasses.replace(sft.config, dropout=config.dropout)
+    backbone = checkpoint.load_gpt(init)
+    kind = "gpt" if backbone.config.causal else "bert"
+    if config.backbone not in ("auto", kind):
+        raise UserError(f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init")
+    shape = dataclasses.replace(backbone.config, dropout=config.dropout)
+    mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
 
     home = source.genres_among([config.genre])
     records = {split: source.select(split, home).records for split in ("train", "val", "test")}
@@ -257,14 +276,15 @@ def main() -> None:
 
     schedule = [entry for member in range(config.members) for entry in schedule_of(member)]
     per_member = len(schedule) // config.members
-    model = RewardEnsemble(shape, config.pooling, config.members)
+    model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
     for k, member in enumerate(model.members):
         training.seed_everything(config.seed + k)  # members differ in head and in data order
         member.reset_head()
-        member.backbone.load_state_dict(sft.state_dict())
+        member.backbone.load_state_dict(backbone.state_dict())
         if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
             member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
     model.to(machine.device).train()
+    train_last(model, config.train_layers, training.frozen_dtype(precision))
     new_optimizer = lambda k: training.adamw(
         [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr
     )
@@ -279,11 +299,14 @@ def main() -> None:
         if step % per_member:
             optimizer = new_optimizer(step // per_member)
             checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
-    prompts = data.prompts_of(records["val"], tokenizer, config.prompt_tokens)  # for the reference's samples, at the end
-    longest = max(map(len, prompts)) + config.response_tokens
-    if longest > shape.context:
-        raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the context of "
-                        f"{shape.context}: lower --response-tokens or --prompt-tokens")  # fmt: skip
+    if mode != "none":  # what the reference policy will continue, at the end
+        remedy = "name a language model with --reference, or leave scores on the raters' own scale with --normalise none"
+        reference = checkpoint.resolve(config.reference or (init if kind == "gpt" else out.parent / "sft"), remedy)
+        prompts = data.prompts_of(records["val"], Tokenizer.load(reference), config.prompt_tokens)
+        longest = max(map(len, prompts)) + config.response_tokens
+        if longest > shape.context:
+            raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the "
+                            f"context of {shape.context}: lower --response-tokens or --prompt-tokens")  # fmt: skip
     log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
     if machine.rank == 0:
         print(source.describe())
@@ -294,7 +317,7 @@ def main() -> None:
         tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
         if machine.rank == 0:
             about = training.describe("rm", shape, config, step, complete, tokenizer,
-                                      head={"pooling": config.pooling, "members": config.members},
+                                      head={"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"},
                                       data={"name": source.name, "sha256": source.sha256}, **more)  # fmt: skip
             checkpoint.save(out, step, model.state_dict(), about, tokenizer,
                             {"tensors": tensors, "state": {"optimizer": state, "step": step, "seconds": seconds}})  # fmt: skip
@@ -386,17 +409,18 @@ def main() -> None:
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
         found = report(config, source, held_out("test"), records)
-        mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
         training.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
-        samples = reference_samples(config, init, tokenizer, prompts, machine)
-        for member in model.members:
+        samples = reference_samples(config, reference, tokenizer, prompts, machine) if mode != "none" else []
+        for member in model.members if samples else []:
             gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)
             member.gain.fill_(gain)
             member.bias.fill_(bias)
         scale = getattr(records["test"][0], "scale", None)
         save(complete=True, results=found | {"seconds": seconds}, normalise={"mode": mode, "scale": scale})
         print_report(found)
-        print(f"scores x {gain:.3f} {bias:+.3f}: the reference policy's samples average 0; {seconds:.0f} s; model in {out}")
+        if samples:
+            print(f"scores x {gain:.3f} {bias:+.3f}: the reference policy's samples average 0")
+        print(f"{seconds:.0f} s; model in {out}")
 
 
 if __name__ == "__main__":

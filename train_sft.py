@@ -25,14 +25,14 @@ from tqdm import tqdm
 
 from kernels import linear_token_logprobs, token_logprobs
 from minirlhf import UserError, checkpoint, data, training
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, train_last
 from minirlhf.rollout import generate
 from minirlhf.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    preset: Literal["smoke", "demo", "gpt2"] = "demo"
+    preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
     """Named settings; any option given beside it wins."""
     out: Path = Path("runs/demo/sft")
     """Where checkpoints and metrics go."""
@@ -72,6 +72,8 @@ class Config:
     """Channels."""
     dropout: float = 0.2
     """On embeddings and on what enters the residual stream."""
+    train_layers: int | None = None
+    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision."""
 
     # Optimisation
     epochs: int = 6
@@ -105,7 +107,18 @@ class Config:
 
     def __post_init__(self):
         training.check_positive(
-            self, "epochs", "batch", "microbatch", "lr", "vocab", "context", "n_layer", "n_head", "n_embd", "patience"
+            self,
+            "epochs",
+            "batch",
+            "microbatch",
+            "lr",
+            "train_layers",
+            "vocab",
+            "context",
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "patience",
         )
         if self.context % 8:
             raise UserError(f"--context must be a multiple of 8, as batches are padded, not {self.context}")
@@ -117,6 +130,8 @@ PRESETS = {
     "demo": Config(),
     "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2, n_embd=64,
                     epochs=2, warmup=5),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/sft"), init=Path("runs/smollm2/base"), genres=("movies",),
+                      train_layers=14, dropout=0.0, epochs=1, final_epochs=1, lr=1e-4, warmup=20),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12, n_head=12,
                    n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
 }  # fmt: skip
@@ -182,6 +197,7 @@ def main() -> None:
             GPTConfig(tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
         )
     model.to(machine.device)
+    train_last(model, config.train_layers, training.frozen_dtype(precision))
     rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
     # Bytes of what is trained, not of the whole text: --context may have cut it.
     learnt = [[t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot] for ids, mask in rows["val"]]
@@ -280,9 +296,10 @@ def main() -> None:
         save(complete=True, results={"val_bits_per_byte": best, "best_step": best_step, "seconds": seconds})
         print(f"best validation {best:.4f} bits per byte after {best_step} steps; {seconds:.0f} s; model in {out}")
         model.eval()
-        start = torch.full((config.samples, 1), tokenizer.eot, device=machine.device)
+        start = torch.full((config.samples, 1), tokenizer.bos, device=machine.device)
         real, length = torch.ones_like(start, dtype=torch.bool), min(48, model.config.context - 1)
-        responses, mask = generate(model, start, real, length, 0.8, tokenizer.eot, tokenizer.pad)
+        with machine.autocast(precision):
+            responses, mask = generate(model, start, real, length, 0.8, tokenizer.eot, tokenizer.pad)
         for row, keep in zip(responses, mask, strict=True):
             print(f"  {tokenizer.decode(row[keep].tolist())}")
 

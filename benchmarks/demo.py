@@ -2,9 +2,12 @@
 
     python benchmarks/demo.py --seeds 1 2 3               # runs/seed-1 ... ; finished stages are not run again
     python benchmarks/demo.py --seeds 1 --variants        # also: free to stop or not, and a KL coefficient near 0
+    python benchmarks/demo.py --preset smollm2 --seeds 1  # the same with a real language model, runs/smollm2-1
+    python benchmarks/demo.py --preset minilm             # a reward model on a real encoder, runs/minilm-1 ...
+    python benchmarks/demo.py --tables                    # trains nothing: the tables of the results that are there
 
-Writes benchmarks/results/demo.json (every results.json, whole) and prints the tables.  One process at a time: two
-processes of two threads on two cores run many times slower.
+Writes benchmarks/results/PRESET.json (every results.json, whole) and prints the README's tables from it.  One process at a
+time: two processes of two threads on two cores run many times slower.
 """
 
 import argparse
@@ -15,29 +18,18 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
+PRESETS = ("demo", "minilm", "smollm2")
 VARIANTS = {"no-stop": ["--no-stop", "--missing-eos", "none"], "kl-0.01": ["--kl-coef", "0.01"]}
-ROWS = {
-    "SFT, bits per byte": "sft.val_bits_per_byte",
-    "reward model, r": "rm.test.pearson",
-    "  pairs": "rm.test.pair_accuracy",
-    "  pairs a point or more apart": "rm.test.pair_accuracy_1",
-    "  TF-IDF + ridge, r": "rm.baselines.TF-IDF + ridge.pearson",
-    "  TF-IDF + ridge with characters, r": "rm.baselines.TF-IDF + ridge, with characters.pearson",
-    "  one human, r": "rm.humans.one_pearson",
-    "reward model PPO used (half a), r": "rm_optimised.test.pearson",
-    "judge (half b), r": "judge.test.pearson",
-    "PPO, judge's win rate": "ppo.judge_win_rate",
-    "  lexicon's win rate": "ppo.lexicon_win_rate",
-    "  KL, nats a sequence": "ppo.kl",
-    "  distinct-2": "ppo.distinct_2",
-    "  distinct-2 of SFT samples": "sft_samples.distinct_2",
-    "  length, tokens": "ppo.mean_length",
-    "  EOS rate": "ppo.eos_rate",
-    "best of 4, judge's win rate": "best_of_n.4.judge_win_rate",
-    "best of 16, judge's win rate": "best_of_n.16.judge_win_rate",
-    "seconds: SFT": "sft.seconds",
-    "  reward model (all items)": "rm.seconds",
-    "  PPO": "ppo.seconds",
+SEEDS = {  # a row of the table over seeds: where its numbers stand, decimals, what we set out to reach
+    "SFT, validation bits per byte": ("sft.val_bits_per_byte", 3, "<= 1.90"),
+    "reward model, test r": ("rm.test.pearson", 3, ">= .70, above TF-IDF"),
+    "... TF-IDF + ridge on the same items": ("rm.baselines.TF-IDF + ridge.pearson", 3, ""),
+    "... pairs a point or more apart": ("rm.test.pair_accuracy_1", 3, ">= .84"),
+    "PPO, judge's win rate": ("ppo.judge_win_rate", 3, ">= .93"),
+    "... lexicon's win rate": ("ppo.lexicon_win_rate", 3, ">= .85"),
+    "... KL, nats a sequence": ("ppo.kl", 2, "<= 10"),
+    "... distinct-2": ("ppo.distinct_2", 3, ">= .60"),
+    "... distinct-2 of SFT samples": ("sft_samples.distinct_2", 3, ""),
 }
 
 
@@ -53,40 +45,139 @@ def command(*arguments) -> None:
     subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
 
 
-def demo(seed: int, variants: bool) -> dict[str, dict]:
+def results_of(preset: str) -> Path:
+    return ROOT / f"benchmarks/results/{preset}.json"
+
+
+def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
     """Run everything of one seed; {'demo' or a variant's name: results.json}."""
-    run = Path(f"runs/seed-{seed}")
-    command("train_sft.py", "--out", run / "sft", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "rm", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "rm-a", "--part", "a", "--seed", seed, "--resume")
-    command("train_rm.py", "--out", run / "judge", "--part", "b", "--seed", seed + 100, "--resume")
+    run, base = Path(f"runs/{'seed' if preset == 'demo' else preset}-{seed}"), Path(f"runs/{preset}/base")
+    stage = lambda script, out, *options: command(
+        script, "--preset", preset, "--out", run / out, "--seed", seed, "--resume", *options
+    )
+    if preset != "demo" and not (ROOT / base).exists():
+        command("-m", "minirlhf.checkpoint", "import", preset, base)
+    if preset == "minilm":
+        stage("train_rm.py", "rm")
+        return {"demo": {"rm": json.loads((ROOT / run / "rm/config.json").read_text())["results"]}}
+    stage("train_sft.py", "sft")
+    stage("train_rm.py", "rm")
+    stage("train_rm.py", "rm-a", "--part", "a")
+    stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100)
     found = {}
     for name, options in ({"demo": []} | (VARIANTS if variants else {})).items():
-        out = run / ("ppo" if name == "demo" else f"ppo-{name}")
-        command("train_ppo.py", "--out", out, "--reward-model", run / "rm-a", "--monitor",
-                run / "judge", "--seed", seed, "--resume", *options)  # fmt: skip
-        command("-m", "minirlhf.evaluate", "--run", run, "--policy", out, "--results", run / f"results-{name}.json")
-        found[name] = json.loads((ROOT / run / f"results-{name}.json").read_text())
+        out = "ppo" if name == "demo" else f"ppo-{name}"
+        stage("train_ppo.py", out, "--reward-model", run / "rm-a", "--monitor", run / "judge", *options)
+        target = run / f"results-{name}.json"
+        command("-m", "minirlhf.evaluate", "--run", run, "--policy", run / out, "--results", target,
+                *(["--best-of", 4] if preset == "smollm2" else []))  # fmt: skip
+        found[name] = json.loads((ROOT / target).read_text())
     return found
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown. `head` names the columns behind the first, which has no name unless there is one for each."""
+    head = [""] * (len(rows[0]) - len(head)) + head
+    body = ["|" + "|".join(f" {cell} " if cell else " " for cell in row) + "|" for row in (head, *rows)]
+    return "\n".join([body[0], "|---" * len(head) + "|", *body[1:]])
+
+
+def policies(found: dict[str, dict]) -> str:
+    """What each policy's samples are like. `found`: the demo's results, and those of variants, of one seed."""
+    best = {f"best of {n}": row for n, row in found["demo"]["best_of_n"].items()}
+    rows = {"SFT": found["demo"]["sft_samples"]} | best | {"**PPO**": found["demo"]["ppo"]}
+    if "no-stop" in found:
+        rows["SFT, never stops"] = found["no-stop"]["sft_samples"]
+        rows["PPO, never stops (`--no-stop`)"] = found["no-stop"]["ppo"]
+    if "kl-0.01" in found:
+        rows["PPO, `--kl-coef 0.01`"] = found["kl-0.01"]["ppo"]
+    head = ["score", "judge's wins", "lexicon's wins", "KL, nats", "entropy", "distinct-1 / 2 / 3", "length", "EOS rate"]
+    fluency = ["perplexity to SFT"] * ("sft_perplexity" in found["demo"]["ppo"])
+    return table(head + fluency, [
+        [name, f"{row['score']:+.2f}", number(row.get("judge_win_rate")), number(row["lexicon_win_rate"]),
+         number(row["kl"], 2), number(row["entropy"], 2), " / ".join(number(row[f"distinct_{n}"], 2) for n in (1, 2, 3)),
+         number(row["mean_length"], 1), number(row["eos_rate"], 2), *(number(row["sft_perplexity"], 1) for _ in fluency)]
+        for name, row in rows.items()
+    ])  # fmt: skip
+
+
+def samples(results: dict) -> str:
+    quote = lambda text: text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ").strip()
+    return table(["prompt", "SFT (score)", "PPO (score, KL)"], [
+        [quote(s["prompt"]), f"{quote(s['sft'])} ({s['score_sft']:+.1f})",
+         f"{quote(s['ppo'])} ({s['score_ppo']:+.1f}, {s['kl']:.1f})"]
+        for s in results["samples"]
+    ])  # fmt: skip
+
+
+def reward_model(found: dict) -> str:
+    """On the test split, beside its baselines and people; `found`: results["rm"]."""
+    measures = ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1")
+    people = lambda who: {m: found["humans"].get(f"{who}_{m}") for m in measures}
+    rows = {"**reward model**": found["test"]} | found["baselines"]
+    rows["one human, against the mean of the others"] = people("one")
+    rows["half the humans, against the other half"] = people("half")
+    cells = [[name, *(number((row or {}).get(m)) for m in measures)] for name, row in rows.items()]  # None: not installed
+    return table(["Pearson r", "Spearman", "pairs right", "pairs a point or more apart"], cells)
+
+
+def over_seeds(found: dict[str, dict]) -> str:
+    rows = []
+    for name, (path, decimals, goal) in SEEDS.items():
+        values = [look_up(found[seed]["demo"], path) for seed in found]
+        known = [v for v in values if v is not None]
+        rows.append([name, *(number(v, decimals) for v in [*values, mean(known) if known else None]), goal])
+    return table([*(f"seed {seed}" for seed in found), "mean", "set out to reach"], rows)
+
+
+def backbones(known: dict[str, dict]) -> str:
+    """Test r of reward models on every backbone that was measured, all seeds, beside the baselines and people."""
+    names = {"demo": "from scratch, 4 layers", "minilm": "MiniLM, 6 layers, an encoder", "smollm2": "SmolLM2-135M, 30 layers"}
+    rows = []
+    for preset, found in known.items():
+        tests = [f["demo"]["rm"]["test"] for f in found.values()]
+        cells = [[t[m] for t in tests] for m in ("pearson", "pair_accuracy_1")]
+        rows.append([names[preset], *(f"{mean(c):.3f}" + f" ({min(c):.3f} to {max(c):.3f})" * (len(c) > 1) for c in cells),
+                     str(len(tests))])  # fmt: skip
+    rm = next(iter(known["demo"].values()))["demo"]["rm"]
+    measures = ("pearson", "pair_accuracy_1")
+    rows.append(["TF-IDF + ridge", *(number(rm["baselines"]["TF-IDF + ridge"][m]) for m in measures), ""])
+    rows.append(["one human, against the mean of the others", *(number(rm["humans"][f"one_{m}"]) for m in measures), ""])
+    return table(["Pearson r", "pairs a point or more apart", "seeds"], rows)
+
+
+def tables(known: dict[str, dict]) -> str:
+    """The README's, in its order, of {preset: what `demo` found of each seed}; samples are of the first seed."""
+    found = known["demo"]
+    first = next(iter(found.values()))
+    shown = [policies(first), samples(first["demo"]), reward_model(first["demo"]["rm"]), over_seeds(found)]
+    if len(known) > 1:
+        shown.append(backbones(known))
+    if "smollm2" in known:
+        first = next(iter(known["smollm2"].values()))
+        shown += [policies(first), samples(first["demo"])]
+    return "\n\n".join(shown)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="demo", help="from scratch, or on real weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", action="store_true", help="PPO's variants as well, with the first seed")
+    parser.add_argument("--tables", action="store_true", help="only print the tables of the results that are there")
     args = parser.parse_args()
-    found = {seed: demo(seed, args.variants and seed == args.seeds[0]) for seed in args.seeds}
-    target = ROOT / "benchmarks/results/demo.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(found, indent=1))
-    columns = [found[seed]["demo"] for seed in args.seeds]
-    print(f"\n{'':38s}" + "".join(f"{f'seed {s}':>10s}" for s in args.seeds) + f"{'mean':>10s}")
-    for name, path in ROWS.items():
-        values = [look_up(c, path) for c in columns]
-        known = [v for v in values if v is not None]
-        cells = [f"{v:10.3f}" if v is not None else f"{'-':>10s}" for v in [*values, mean(known) if known else None]]
-        print(f"{name:38s}" + "".join(cells))
-    print(f"raw results in {target.relative_to(ROOT)}")
+    if not args.tables:
+        found = {seed: demo(args.preset, seed, args.variants and seed == args.seeds[0]) for seed in args.seeds}
+        results_of(args.preset).write_text(json.dumps(found, indent=1))
+        print(f"\nraw results in {results_of(args.preset).relative_to(ROOT)}\n")
+    known = {preset: json.loads(results_of(preset).read_text()) for preset in PRESETS if results_of(preset).exists()}
+    if "demo" not in known:
+        parser.error(f"{results_of('demo').relative_to(ROOT)}: no results yet: run the demo first")
+    print(tables(known))
 
 
 if __name__ == "__main__":

@@ -86,9 +86,9 @@ def our_cases() -> list[Case]:
         rows.append(torch.zeros(N, dtype=torch.int64, device=device))
         return [*rows, 0.7, torch.ones(N, dtype=torch.bool, device=device)] if masked else rows
 
-    def hidden(masked: bool, device: str) -> list[Any]:
-        N, V, C = (8192, 151936, 4096) if device == "meta" else (192, 1031, 128)
-        rows = [torch.randn(n, C, device=device).to(torch.bfloat16).requires_grad_() for n in (N, V)]
+    def hidden(sizes: tuple[int, int, int], dtype: torch.dtype, masked: bool, device: str) -> list[Any]:
+        N, V, C = sizes if device == "meta" else (192, 300, 80)
+        rows = [torch.randn(n, C, device=device).to(dtype).requires_grad_() for n in (N, V)]
         rows.append(torch.zeros(N, dtype=torch.int64, device=device))
         return [*rows, 0.7, torch.ones(N, dtype=torch.bool, device=device)] if masked else rows
 
@@ -104,9 +104,12 @@ def our_cases() -> list[Case]:
         for count, call in enumerate((kernels.token_logprobs, kernels.token_kl), 1):
             inputs = partial(logits, count, V, getattr(torch, dtype), bool(note))
             cases.append(Case(f"{call.__name__} {dtype} V={V}{note}", call, inputs))
-    for note in ("", " masked"):
-        cases.append(Case(f"linear_token_logprobs bfloat16{note}", kernels.linear_token_logprobs, partial(hidden, bool(note))))
-        cases.append(Case(f"gae float32{note or ' with dones'}", kernels.gae, partial(steps, bool(note))))
+    qwen, gpt2 = (8192, 151936, 4096), (2048, 50257, 768)  # N, V, C
+    for sizes, dtype, note in ((qwen, "bfloat16", ""), (qwen, "bfloat16", " masked"), (gpt2, "float32", "")):
+        inputs = partial(hidden, sizes, getattr(torch, dtype), bool(note))
+        cases.append(Case(f"linear_token_logprobs {dtype}{note}", kernels.linear_token_logprobs, inputs))
+    for note in (" with dones", " masked"):
+        cases.append(Case(f"gae float32{note}", kernels.gae, partial(steps, note == " masked")))
     return cases
 
 

@@ -119,13 +119,14 @@ def load_gpt(path: str | Path, **changes: float) -> GPT:
     return _fill(GPT(GPTConfig(**load_config(path)["model"] | changes)), path)
 
 
-def load_reward(path: str | Path, tokenizer: Tokenizer) -> RewardEnsemble:
-    """The reward model of a checkpoint, on the CPU; it must read the tokens of `tokenizer`."""
+def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
+    """The reward model of a checkpoint, on the CPU, and the tokenizer that it reads with."""
     config = load_config(path)
     if "head" not in config:
         raise UserError(f"{path}: a {config.get('stage')} checkpoint, not a reward model: name one made by train_rm.py")
+    tokenizer = Tokenizer.load(resolve(path))
     check_tokenizer(config, tokenizer)
-    return _fill(RewardEnsemble(GPTConfig(**config["model"]), **config["head"]), path)
+    return _fill(RewardEnsemble(GPTConfig(**config["model"]), **config["head"]), path), tokenizer
 
 
 def _fill(model: Module, path: str | Path) -> Module:

@@ -363,6 +363,14 @@ def prompts_of(records: Sequence[Response | Preference], tok, prompt_tokens: int
     return found
 
 
+def translate(ids: list[int], source, target) -> list[int]:
+    """The same text in another tokenizer's ids, opened as its texts are, and closed if it was closed."""
+    if source.hash == target.hash:
+        return ids
+    closed = len(ids) > 1 and ids[-1] == source.eot
+    return [target.bos, *target.encode(source.decode(ids)), *[target.eot] * closed]
+
+
 def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", multiple_of: int = 8) -> tuple:
     """-> tokens (B, T) int64, mask (B, T) bool (True = real); T is the longest row, rounded up to `multiple_of`
     (few widths keep memory flat). The mask comes from the lengths: a real token may equal `pad` [D6]."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from minirlhf import baselines, checkpoint, data, ppo, stats, training
 from minirlhf.model import GPT
-from minirlhf.rollout import generate, response_logprobs
+from minirlhf.rollout import generate, read, response_logprobs
 from minirlhf.tokenizer import Tokenizer
 
 CHUNK = 128  # texts written or read at a time
@@ -86,17 +87,17 @@ def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokeni
 
 
 @torch.no_grad()
-def kl_and_entropy(texts: Texts, policy: GPT, ref: GPT, setting: dict, eos: int) -> tuple[Tensor, Tensor]:
-    """Nats a sequence from ref to policy [N], estimated on the policy's own samples [D1], and summed entropies [N]."""
+def under_both(texts: Texts, policy: GPT, ref: GPT, setting: dict, eos: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the policy's own samples, [N] each: nats a sequence from ref to policy [D1], summed entropies of the policy, and
+    summed -log p under ref: a fluent text surprises the model that learnt from people no more than its own samples do."""
     P = texts.tokens.shape[1] - texts.responses.shape[1]
     forbidden = None if setting["stop"] else eos
-    kl, entropy = [], []
+    found = []
     for tokens, mask in zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True):
         logprobs, entropies = response_logprobs(policy, tokens, mask, P, setting["temperature"], forbidden)
         ref_logprobs, _ = response_logprobs(ref, tokens, mask, P, setting["temperature"], forbidden)
-        kl.append(ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1))
-        entropy.append(entropies.sum(1))
-    return torch.cat(kl), torch.cat(entropy)
+        found.append((ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1), entropies.sum(1), -ref_logprobs.sum(1)))
+    return tuple(torch.cat(x) for x in zip(*found, strict=True))
 
 
 def looks(texts: Texts, eos: int) -> dict[str, float]:
@@ -110,10 +111,11 @@ def looks(texts: Texts, eos: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def read(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[float]]:
+def scores_of(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[float]]:
     """Every reader's scores [N] of the whole texts."""
     chunks = list(zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True))
-    found = {name: torch.cat([model(t, m)[0] for t, m in chunks]).tolist() for name, model in models.items()}
+    read_all = lambda model, reader: torch.cat([read(model, reader, t, m, tokenizer)[0] for t, m in chunks]).tolist()
+    found = {name: read_all(*reader) for name, reader in models.items()}
     lexicon = baselines.vader_lexicon([tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)])
     return found | ({"lexicon": lexicon} if lexicon is not None else {})
 
@@ -140,7 +142,8 @@ def evaluate(config: Config) -> dict:
     models = {"score": config.reward_model or optimised}
     if config.judge or (run / "judge" / "latest").exists():
         models["judge"] = config.judge or run / "judge"
-    models = {name: checkpoint.load_reward(path, tokenizer).to(machine.device).eval() for name, path in models.items()}
+    models = {name: checkpoint.load_reward(path) for name, path in models.items()}
+    models = {name: (model.to(machine.device).eval(), reader) for name, (model, reader) in models.items()}
     sft, policy = (checkpoint.load_gpt(folder).to(machine.device).eval() for folder in (sft_dir, policy_dir))
 
     source = data.load(setting["data"], setting["skip_bad"], data_dir=setting["data_dir"])
@@ -152,27 +155,28 @@ def evaluate(config: Config) -> dict:
     drawn = [write(sft, prompts, setting, tokenizer, machine, config.seed + k)
              for k in tqdm(range(1 + max(config.best_of)), "SFT samples", leave=False)]  # fmt: skip
     tuned = write(policy, prompts, setting, tokenizer, machine, config.seed)
-    read_drawn = [read(d, models, tokenizer) for d in drawn]
-    base, base_scores, tuned_scores = drawn[0], read_drawn[0], read(tuned, models, tokenizer)
+    read_drawn = [scores_of(d, models, tokenizer) for d in drawn]
+    base, base_scores, tuned_scores = drawn[0], read_drawn[0], scores_of(tuned, models, tokenizer)
 
-    def row(texts: Texts, scores: dict[str, list[float]], kl: float, entropy: float | None) -> dict:
-        return compare(scores, base_scores) | {"kl": kl, "entropy": entropy} | looks(texts, tokenizer.eot)
+    def row(texts: Texts, scores: dict[str, list[float]], kl: float, entropy: Tensor | None, surprise: Tensor | None) -> dict:
+        a_token = lambda x: None if x is None else (x.sum() / texts.response_mask.sum()).item()
+        found = compare(scores, base_scores) | {"kl": kl, "entropy": a_token(entropy)} | looks(texts, tokenizer.eot)
+        return found | {"sft_perplexity": None if surprise is None else math.exp(a_token(surprise))}
 
-    kl, entropy = kl_and_entropy(tuned, policy, sft, setting, tokenizer.eot)
-    _, base_entropy = kl_and_entropy(base, sft, sft, setting, tokenizer.eot)
-    a_token = lambda x, texts: (x.sum() / texts.response_mask.sum()).item()
+    kl, *rest = under_both(tuned, policy, sft, setting, tokenizer.eot)
+    _, *base_rest = under_both(base, sft, sft, setting, tokenizer.eot)
     best_of_n = {}
     for n in config.best_of:
         pick = torch.tensor([r["score"] for r in read_drawn[1 : n + 1]]).argmax(0).tolist()  # by PPO's own reward model
         texts = Texts(*(torch.stack([getattr(drawn[1 + k], f.name)[i] for i, k in enumerate(pick)])
                         for f in dataclasses.fields(Texts)))  # fmt: skip
         scores = {name: [read_drawn[1 + k][name][i] for i, k in enumerate(pick)] for name in base_scores}
-        best_of_n[str(n)] = row(texts, scores, ppo.best_of_n_kl(n), None)  # [D20]
+        best_of_n[str(n)] = row(texts, scores, ppo.best_of_n_kl(n), None, None)  # [D20]
     show = lambda texts, i: tokenizer.decode(texts.responses[i][texts.response_mask[i]].tolist())
     return {
-        "sft_samples": row(base, base_scores, 0.0, a_token(base_entropy, base)),
+        "sft_samples": row(base, base_scores, 0.0, *base_rest),
         "best_of_n": best_of_n,
-        "ppo": row(tuned, tuned_scores, kl.mean().item(), a_token(entropy, tuned)),
+        "ppo": row(tuned, tuned_scores, kl.mean().item(), *rest),
         "samples": [
             {"prompt": tokenizer.decode(prompts[i]), "sft": show(base, i), "ppo": show(tuned, i), "kl": kl[i].item(),
              "score_sft": base_scores["score"][i], "score_ppo": tuned_scores["score"][i]}
@@ -204,8 +208,8 @@ def collect(run: Path, results: dict, report_model: Path) -> dict:
 def print_table(results: dict) -> None:
     rows = {"SFT": results["sft_samples"]}
     rows |= {f"best of {n}": row for n, row in results["best_of_n"].items()} | {"PPO": results["ppo"]}
-    columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy", "distinct_1", "distinct_2",
-               "distinct_3", "mean_length", "eos_rate"]  # fmt: skip
+    columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy", "sft_perplexity", "distinct_1",
+               "distinct_2", "distinct_3", "mean_length", "eos_rate"]  # fmt: skip
     columns = [c for c in columns if c in results["ppo"]]
     print(f"\n{results['prompts']} {results['split']} prompts, one SFT sample each to win against")
     print(f"{'':12s}" + "".join(f"{c.replace('_win_rate', ' wins').replace('_', ' '):>14s}" for c in columns))

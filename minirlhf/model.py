@@ -266,24 +266,25 @@ POOLINGS = ("last", "mean", "last+mean")
 
 
 class ValueModel(nn.Module):
-    """A GPT with a two-layer MLP head that scores every prefix: values [B, T], values[:, t] having read tokens 0..t.
+    """A GPT with a head, a two-layer MLP, that scores every prefix: values [B, T], values[:, t] having read tokens 0..t.
     (An encoder has read all tokens at each: of its values only the last is a prefix's.)
 
     Pooling says what the head sees of a prefix: its last token's hidden state, the mean over its real tokens, or both.
+    Without `mlp` the head is one linear layer, the only kind that transformers' sequence classifiers have.
     """
 
-    def __init__(self, config: GPTConfig, pooling: str = "last"):
+    def __init__(self, config: GPTConfig, pooling: str = "last", mlp: bool = True):
         super().__init__()
         if pooling not in POOLINGS:
             raise UserError(f"unknown pooling {pooling!r}: choose one of {', '.join(POOLINGS)}")
         self.backbone, self.pooling = GPT(config), pooling
-        C = config.n_embd
-        self.fc = nn.Linear(C * len(pooling.split("+")), C)
-        self.out = nn.Linear(C, 1)
+        C, seen = config.n_embd, config.n_embd * len(pooling.split("+"))
+        self.fc = nn.Linear(seen, C) if mlp else None
+        self.out = nn.Linear(C if mlp else seen, 1)
         self.reset_head()
 
     def reset_head(self) -> None:
-        for layer in (self.fc, self.out):  # [D13]
+        for layer in (self.fc, self.out) if self.fc else (self.out,):  # [D13]
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features + 1))
             nn.init.zeros_(layer.bias)
 
@@ -297,7 +298,9 @@ class ValueModel(nn.Module):
         if "mean" in self.pooling:
             real = mask[..., None]
             features.append(torch.where(real, h, 0.0).cumsum(1) / real.cumsum(1).clamp(min=1))
-        x = F.gelu(self.fc(torch.cat(features, -1)))
+        x = torch.cat(features, -1)
+        if self.fc:
+            x = F.gelu(self.fc(x))
         return self.out(x).squeeze(-1).float().masked_fill(~mask, 0.0)
 
     forward = values
@@ -306,8 +309,8 @@ class ValueModel(nn.Module):
 class RewardModel(ValueModel):
     """The value of the whole text: scores [B] read at the last real token, on the scale gain * value + bias [D14] [D15]."""
 
-    def __init__(self, config: GPTConfig, pooling: str = "last"):
-        super().__init__(config, pooling)
+    def __init__(self, config: GPTConfig, pooling: str = "last", mlp: bool = True):
+        super().__init__(config, pooling, mlp)
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
@@ -322,9 +325,9 @@ class RewardModel(ValueModel):
 class RewardEnsemble(nn.Module):
     """K >= 1 reward models that differ in their seeds: the mean score, and how far they disagree."""
 
-    def __init__(self, config: GPTConfig, pooling: str = "last", members: int = 1):
+    def __init__(self, config: GPTConfig, pooling: str = "last", members: int = 1, mlp: bool = True):
         super().__init__()
-        self.members = nn.ModuleList(RewardModel(config, pooling) for _ in range(members))
+        self.members = nn.ModuleList(RewardModel(config, pooling, mlp) for _ in range(members))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, mask [B, T] -> scores [B], disagreement [B] (population standard deviation, 0 for one member)."""
@@ -336,7 +339,7 @@ def critic_from(reward_model: RewardModel) -> ValueModel:
     """A value model that starts as the reward model: V of a whole text is its score, scale included [D13] [D14]."""
     if not reward_model.backbone.config.causal:
         raise UserError("the reward model is an encoder, which cannot value a prefix: --value-init sft")
-    critic = ValueModel(reward_model.backbone.config, reward_model.pooling)
+    critic = ValueModel(reward_model.backbone.config, reward_model.pooling, reward_model.fc is not None)
     critic.load_state_dict({k: v for k, v in reward_model.state_dict().items() if k not in ("gain", "bias")})
     with torch.no_grad():
         critic.out.weight.mul_(reward_model.gain)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from kernels import linear_token_logprobs, token_logprobs
-from minirlhf.model import GPT, KVCache, ValueModel
+from minirlhf import data
+from minirlhf.model import GPT, KVCache, RewardEnsemble, ValueModel
+from minirlhf.tokenizer import Tokenizer
 
 
 @dataclass
@@ -75,6 +77,14 @@ def response_logprobs(
 def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
     """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8]."""
     return model(tokens[:, :-1], mask[:, :-1])[:, prompt_len - 1 :]
+
+
+def read(model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor, writer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Scores and disagreement [B] of texts [B, T], by a model that may read them with another tokenizer than wrote them."""
+    if reader.hash != writer.hash:
+        rows = [data.translate(row[real].tolist(), writer, reader) for row, real in zip(tokens, mask, strict=True)]
+        tokens, mask = (x.to(tokens.device) for x in data.collate(rows, reader.pad))
+    return model(tokens, mask)
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:

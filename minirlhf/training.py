@@ -193,6 +193,11 @@ def pick_precision(wish: str) -> str:
     return ("bf16" if has_fast_bf16() else "fp32") if wish == "auto" else wish
 
 
+def frozen_dtype(precision: str) -> torch.dtype:
+    """What frozen matrices are stored in: autocast to bf16 would round them to it at every use."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "minirlhf": metadata_version("minirlhf")}
     return found | {name: metadata_version(name) for name in ("torch", "triton", "numpy", "tiktoken")}

@@ -364,11 +364,13 @@ def test_models_come_back_from_their_checkpoints(tmp_path):
     checkpoint.save(tmp_path / "rm", 1, reward.state_dict(), about | {"stage": "rm", "head": head}, OLD)
     tokens, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
     assert torch.equal(checkpoint.load_gpt(tmp_path / "sft")(tokens), gpt(tokens))
-    assert torch.equal(checkpoint.load_reward(tmp_path / "rm", OLD)(tokens, mask)[0], reward(tokens, mask)[0])
+    loaded, reader = checkpoint.load_reward(tmp_path / "rm")
+    assert torch.equal(loaded(tokens, mask)[0], reward(tokens, mask)[0]) and reader.hash == OLD.hash
     with pytest.raises(UserError, match="a sft checkpoint, not a reward model"):
-        checkpoint.load_reward(tmp_path / "sft", OLD)
+        checkpoint.load_reward(tmp_path / "sft")
+    NEW.save(tmp_path / "rm" / "latest")
     with pytest.raises(UserError, match="tokenizer does not match"):
-        checkpoint.load_reward(tmp_path / "rm", NEW)
+        checkpoint.load_reward(tmp_path / "rm")
     checkpoint.save(tmp_path / "sft", 1, gpt.state_dict(), about | {"model": TINY | {"n_embd": 16}}, OLD)
     with pytest.raises(UserError, match="weights do not fit config.json") as error:
         checkpoint.load_gpt(tmp_path / "sft")

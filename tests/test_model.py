@@ -1,5 +1,6 @@
 """The GPT and the scalar models: padding, cache, dropout, initialisation."""
 
+import dataclasses
 import math
 
 import pytest
@@ -20,9 +21,17 @@ from minirlhf.model import (
     disable_dropout,
     last_real,
     position_ids,
+    rotary,
+    rotate,
+    train_last,
 )
 
 SMALL = GPTConfig(vocab_size=50, context=32, n_layer=2, n_head=2, n_embd=16)
+SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA = GPTConfig(50, 32, 2, 4, 16, n_kv_head=2, n_inner=24, norm="rms", positions="rotary", rope_scaling=SCALING, mlp="swiglu",
+                  bias=False, qkv_bias=True, tied=False)  # fmt: skip
+ENCODER = GPTConfig(50, 32, 2, 2, 16, mlp="gelu", causal=False, pre_norm=False)
+SHAPES = {"gpt2": SMALL, "llama": LLAMA, "encoder": ENCODER}
 
 
 def mask_of(rows):
@@ -36,10 +45,11 @@ def test_D6_positions_count_real_tokens():
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6), left=st.integers(0, 5), right=st.integers(0, 5), n=st.integers(1, 8))
-def test_D6_amount_side_and_content_of_padding_change_nothing(seed, left, right, n):
+@given(seed=st.integers(0, 10**6), left=st.integers(0, 5), right=st.integers(0, 5), n=st.integers(1, 8),
+       shape=st.sampled_from(sorted(SHAPES)))  # fmt: skip
+def test_D6_amount_side_and_content_of_padding_change_nothing(seed, left, right, n, shape):
     torch.manual_seed(seed)
-    model = GPT(SMALL).eval()
+    model = GPT(SHAPES[shape]).eval()
     text = torch.randint(50, (1, n))
     junk = torch.randint(50, (1, left + right))
     padded = torch.cat([junk[:, :left], text, junk[:, left:]], 1)
@@ -47,7 +57,7 @@ def test_D6_amount_side_and_content_of_padding_change_nothing(seed, left, right,
     mask[:, left : left + n] = True
     got = model(padded, mask)[:, left : left + n]
     torch.testing.assert_close(got, model(text), atol=2e-6, rtol=1e-5)
-    if left == 0:  # right padding needs no mask at all
+    if left == 0 and model.config.causal:  # right padding needs no mask at all
         torch.testing.assert_close(model(padded)[:, :n], model(text), atol=2e-6, rtol=1e-5)
 
 
@@ -69,10 +79,11 @@ def test_D6_poisoned_padding_reaches_no_output_and_no_gradient():
     assert (poisoned[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
 @pytest.mark.parametrize("left", [0, 2])
-def test_cached_decoding_equals_the_full_forward(left):
+def test_cached_decoding_equals_the_full_forward(left, shape):
     torch.manual_seed(0)
-    model = GPT(SMALL).eval()
+    model = GPT(SHAPES[shape]).eval()
     tokens = torch.randint(50, (3, 9))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :left] = False
@@ -83,13 +94,72 @@ def test_cached_decoding_equals_the_full_forward(left):
     torch.testing.assert_close(torch.cat(parts, 1)[mask], full[mask], atol=2e-6, rtol=1e-5)
 
 
-def test_the_future_cannot_be_seen():
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_future_can_be_seen_by_an_encoder_only(shape):
     torch.manual_seed(0)
-    model = GPT(SMALL).eval()
+    model = GPT(SHAPES[shape]).eval()
     tokens = torch.randint(50, (1, 8))
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 50
-    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5])
+    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5]) == (shape != "encoder")
+
+
+def test_an_encoders_score_ignores_padding_and_its_critic_is_refused():
+    torch.manual_seed(0)
+    model = RewardModel(ENCODER, "last+mean").eval()
+    tokens, mask = torch.randint(50, (2, 8)), mask_of([[1] * 8, [1] * 5 + [0] * 3])
+    torch.testing.assert_close(model(tokens, mask)[1:], model(tokens[1:, :5], mask[1:, :5]), atol=2e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="--value-init sft"):
+        critic_from(model)
+
+
+def test_rotary_products_depend_on_distance_alone_and_slow_channels_are_scaled():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, LLAMA.head_dim)
+    at = lambda x, position: rotate(x, *rotary(LLAMA, torch.tensor([position])))
+    torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 25) * at(k, 20)).sum(), atol=1e-5, rtol=1e-5)
+    assert not torch.allclose((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum())
+    plain, scaled = (
+        rotary(GPTConfig(9, n_head=1, n_embd=64, positions="rotary", rope_scaling=s), torch.tensor([1]))
+        for s in (None, SCALING | {"original_max_position_embeddings": 64})
+    )
+    slower = torch.atan2(plain[1], plain[0])[0] / torch.atan2(scaled[1], scaled[0])[0]
+    assert slower[0] == 1 and slower[-1].item() == pytest.approx(8) and (slower.diff() >= -1e-5).all()
+
+
+def test_shared_key_value_heads_equal_repeated_ones():
+    torch.manual_seed(0)
+    grouped = GPT(LLAMA).eval()
+    full = GPT(dataclasses.replace(LLAMA, n_kv_head=None)).eval()
+    state, D = grouped.state_dict(), LLAMA.head_dim
+    for name in [n for n in state if ".qkv." in n]:
+        q, k, v = state[name].split([4 * D, 2 * D, 2 * D])
+        k, v = (x.unflatten(0, (2, D)).repeat_interleave(2, 0).flatten(0, 1) for x in (k, v))
+        state[name] = torch.cat([q, k, v])
+    full.load_state_dict(state)
+    tokens = torch.randint(50, (2, 7))
+    torch.testing.assert_close(grouped(tokens), full(tokens), atol=2e-6, rtol=1e-5)
+    with pytest.raises(UserError, match="does not divide by n_kv_head 3"):
+        dataclasses.replace(LLAMA, n_kv_head=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_last_layers_are_trained(dtype):
+    torch.manual_seed(0)
+    model = RewardEnsemble(SMALL, "mean", 2)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train_last(model, 1, dtype)
+    tokens, mask = torch.randint(50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model(tokens, mask)[0].sum().backward()
+    for name, p in model.named_parameters():
+        below = ".wte." in name or ".wpe." in name or ".blocks.0." in name
+        assert (p.grad is None) == below == (not p.requires_grad)
+        assert p.dtype == (dtype if below and p.dim() == 2 else torch.float32)
+        assert torch.equal(p, before[name].to(p.dtype))
+    train_last(model, None, dtype)
+    with pytest.raises(UserError, match="the model has 2 layers"):
+        train_last(model, 3, dtype)
 
 
 def test_init_is_gpt2s():
@@ -125,10 +195,11 @@ def test_D15_score_is_read_at_the_last_real_token(pooling):
     torch.testing.assert_close(scores, torch.cat(alone), atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("mlp", [True, False])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_D13_a_critic_from_the_reward_model_scores_whole_texts_alike(pooling):
+def test_D13_a_critic_from_the_reward_model_scores_whole_texts_alike(pooling, mlp):
     torch.manual_seed(0)
-    reward_model = RewardModel(SMALL, pooling).eval()
+    reward_model = RewardModel(SMALL, pooling, mlp).eval()
     reward_model.gain.fill_(0.7)
     reward_model.bias.fill_(-1.3)
     critic = critic_from(reward_model)

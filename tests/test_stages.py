@@ -117,7 +117,7 @@ def ppo_run(smoke, run, tmp_path_factory):
 def test_D5_no_dropout_whatever_the_checkpoint_says(smoke, ppo_run):
     for stage in ("sft", "rm"):
         assert checkpoint.load_config(smoke / stage)["model"]["dropout"] > 0
-    for held in sum(ppo_run[1].values(), []):
+    for held in (x[0] if isinstance(x, tuple) else x for x in sum(ppo_run[1].values(), [])):
         found = [m.dropout for m in held.modules() if hasattr(m, "dropout")]
         assert found and set(found) == {0.0}
         assert not any(isinstance(m, torch.nn.Dropout) for m in held.modules())
@@ -133,16 +133,36 @@ def test_D12_actor_and_critic_both_move_and_nothing_else(smoke, ppo_run):
     assert all(not torch.equal(before[k], after[k]) for k in before if k.endswith("weight"))
     tensors, _ = checkpoint.load_trainer(out)
     values = {k.removeprefix("value."): v for k, v in tensors.items() if k.startswith("value.")}
-    tokenizer = Tokenizer.load(smoke / "rm")
-    start = model.critic_from(checkpoint.load_reward(smoke / "rm", tokenizer).members[0]).state_dict()
+    start = model.critic_from(checkpoint.load_reward(smoke / "rm")[0].members[0]).state_dict()
     assert values.keys() == start.keys()
     assert all(not torch.equal(values[k], start[k]) for k in start if k.endswith("weight"))
-    (policy, ref), (reward, judge), (value,) = held["gpt"], held["reward"], held["value"]
+    (policy, ref), ((reward, _), (judge, _)), (value,) = held["gpt"], held["reward"], held["value"]
     assert equal(policy.state_dict(), after) and equal(ref.state_dict(), before)
     assert equal(reward.state_dict(), final(smoke / "rm")) and equal(judge.state_dict(), final(smoke / "judge"))
     frozen = lambda m: not any(p.requires_grad or p.grad is not None for p in m.parameters())
     assert frozen(ref) and frozen(reward) and frozen(judge)
     assert all(p.requires_grad for m in (policy, value) for p in m.parameters())
+
+
+@pytest.mark.usefixtures("no_baselines")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precision):
+    """From a trained model on: what is frozen never changes, and the linear head's critic starts as its reward model."""
+    options = ["--preset", "smoke", "--precision", precision, "--train-layers", 1]
+    assert run("train_sft", *options, "--init", smoke / "sft", "--batch", 208, "--samples", 2, "--out", tmp_path / "sft") == 0
+    head = ["--head", "linear", "--pooling", "last", "--epochs", 1]
+    assert run("train_rm", *options, *head, "--out", tmp_path / "rm") == 0
+    assert run("train_ppo", *options, "--iterations", 1, "--out", tmp_path / "ppo") == 0
+    before = {
+        k: v.to(torch.bfloat16 if precision == "bf16" and v.dim() == 2 else v.dtype) for k, v in final(smoke / "sft").items()
+    }
+    reward = {k.removeprefix("members.0.backbone."): v for k, v in final(tmp_path / "rm").items()}
+    for after in final(tmp_path / "sft"), reward, final(tmp_path / "ppo"):
+        for name, value in before.items():
+            if name.startswith(("wte", "wpe", "blocks.0")):
+                assert torch.equal(after[name], value), name
+            elif name.endswith("weight"):
+                assert not torch.equal(after[name].float(), value.float()), name
 
 
 def test_D4_ratio_is_one_while_nothing_is_learnt(smoke, run, metrics, tmp_path):
@@ -321,7 +341,7 @@ def mistakes(smoke, tmp_path_factory):
 
 
 REFUSED = [
-    ("train_sft", "--preset hug", r"--preset 'hug' is not one of demo, smoke, gpt2"),
+    ("train_sft", "--preset hug", r"--preset 'hug' is not one of demo, smoke, smollm2, gpt2"),
     ("train_sft", "--lrr 3", r"unknown option --lrr: did you mean --lr\?"),
     ("train_rm", "--epoch 3", r"unknown option --epoch: did you mean --epochs\?"),
     ("train_ppo", "--kl-coeff 3", r"unknown option --kl-coeff: did you mean --kl-coef\?"),

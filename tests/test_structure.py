@@ -57,6 +57,14 @@ def test_scripts_meet_only_through_checkpoints(script):
     assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
+def test_readme_holds_the_tables_that_its_command_prints():
+    printed = subprocess.check_output([sys.executable, "benchmarks/demo.py", "--tables"], cwd=ROOT, text=True)
+    printed, readme = printed.strip().split("\n\n"), (ROOT / "README.md").read_text()
+    assert len(printed) >= 4
+    for table in printed:
+        assert f"\n\n{table}\n\n" in readme, table
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_equations_know_no_model_tokenizer_or_config(name):
     """Nor does anything that they import."""
