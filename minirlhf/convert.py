@@ -368,28 +368,32 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     about, state = checkpoint.load_config(source), checkpoint.load_state(source)
     tokenizer = Tokenizer.load(checkpoint.resolve(source))
     checkpoint.check_tokenizer(about, tokenizer)
-    if "head" in about:
-        if not backbone:
-            raise UserError(f"{source}: a reward model's MLP head has no class in transformers (its sequence classifiers read "
-                            "one bias-free linear layer at the last token): --backbone exports the model below it")  # fmt: skip
-        first = "members.0.backbone."
-        state = {name.removeprefix(first): t for name, t in state.items() if name.startswith(first)}
-    config = GPTConfig(**about["model"])
+    config, more = GPTConfig(**about["model"]), {}
     family = next((f for f in FAMILIES if all(resolved(config)[key] == value for key, value in f.fixed.items())
                    and config.mlp in f.activation[1].values()), None)  # fmt: skip
     if family is None:
         raise UserError(f"{source}: no architecture of transformers' is shaped like this: {about['model']}")
-    tensors = {}
-    for name, parts in layout(config, family.tensors).items():
-        for (theirs, _), piece in zip(parts, state[name].split([shape[0] for _, shape in parts]), strict=True):
-            prefix = "" if theirs.startswith("lm_head") or family is BERT else family.prefix
-            tensors[prefix + theirs] = turned(family, theirs, piece.float()).contiguous().clone()
-    values = {theirs: resolved(config)[ours] for ours, theirs in family.keys.items()}
+    name = family.classes[0]
+    if "head" in about:
+        member = {key.removeprefix("members.0."): t.float() for key, t in state.items() if key.startswith("members.0.")}
+        state = {key.removeprefix("backbone."): t for key, t in member.items() if key.startswith("backbone.")}
+        if not backbone:
+            name, more = _classifier(family, about["head"], member, state, tokenizer, source)
+            tokenizer.hf["pad_token"] = tokenizer.token_str(tokenizer.pad)
+    tensors = dict(more)
+    for ours, parts in layout(config, family.tensors).items():
+        for (theirs, _), piece in zip(parts, state[ours].split([shape[0] for _, shape in parts]), strict=True):
+            prefix = "" if ours == "head.weight" or family is BERT else family.prefix
+            if ours != "head.weight" or not more:  # a classifier has no words to choose from
+                tensors[prefix + theirs] = turned(family, theirs, piece.float()).contiguous().clone()
+    model = {"architectures": [name], "model_type": family.model_type}
+    model |= {theirs: resolved(config)[ours] for ours, theirs in family.keys.items()}
     key, names = family.activation
-    model = {"architectures": [family.classes[0]], "model_type": family.model_type} | values
-    model[key] = next(name for name, mlp in names.items() if mlp == config.mlp)
+    model[key] = next(theirs for theirs, ours in names.items() if ours == config.mlp)
     if config.rope_scaling:
         model["rope_scaling"] = config.rope_scaling | {"rope_type": "llama3"}
+    if more:
+        model |= {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
     if family is BERT:
         tensors[TOKEN_TYPES], model["type_vocab_size"] = torch.zeros(2, config.n_embd), 2
     elif family is GPT2:  # dropout belongs to a training run, not to the weights
@@ -399,7 +403,24 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
         model |= convert_tokenizer.write(tokenizer, new, config.context)
         (new / "config.json").write_text(json.dumps(model, indent=1))
         save_file(tensors, new / "model.safetensors", {"format": "pt"})
-    return family.classes[0]
+    return name
+
+
+def _classifier(family: Family, head: dict, member: dict, state: dict, tokenizer: Tokenizer, source: Path) -> tuple[str, dict]:
+    """A reward model as transformers' sequence classifier: the class, and its head's tensor."""
+    remedy = "--backbone exports the model below the head"
+    if head.get("mlp", True) or head["pooling"] != "last" or family is BERT:
+        raise UserError(f"{source}: transformers' sequence classifiers read one linear layer at the last token of a language "
+                        f"model; this head is another: {remedy}, train_rm.py --head linear --pooling last has an equal")  # fmt: skip
+    if head["members"] > 1 or tokenizer.pad == tokenizer.eot:
+        raise UserError(f"{source}: a sequence classifier is one model, and needs a pad that does not end texts: {remedy}")
+    weight, offset = member["gain"] * member["out.weight"], (member["gain"] * member["out.bias"] + member["bias"]).item()
+    if "ln_f.bias" in state:  # no bias in their head: the final norm, which nothing else reads, has one that does the same
+        state["ln_f.bias"] = state["ln_f.bias"] + offset * weight[0] / weight.square().sum()
+    elif offset:
+        print(f"{source}: add {offset:.6f} to their scores, since their head has no bias")
+    kind = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", family.classes[0])
+    return kind, {"score.weight": weight}
 
 
 def resolved(config: GPTConfig) -> dict:

@@ -40,7 +40,7 @@ def save(out, tokenizer, stage="sft", wrap=None, **shape):
     with torch.no_grad():
         for p in model.parameters():
             p.normal_()
-    head = {"head": {"pooling": "last", "members": 1}} if wrap else {}
+    head = {"head": {"pooling": "last", "members": 1, "mlp": True}} if wrap else {}
     about = training.describe(stage, config, convert.Import("random"), 3, True, tokenizer, **head)
     checkpoint.save(out, 3, model.state_dict(), about, tokenizer)
     return model
@@ -240,7 +240,7 @@ def test_what_has_no_equivalent_is_not_exported(tokenizer, tmp_path):
     with pytest.raises(UserError, match="no architecture of transformers' is shaped like this"):
         convert.export_model(tmp_path / "odd", tmp_path / "out", backbone=False)
     reward = save(tmp_path / "rm", tokenizer, "rm", RewardEnsemble, **LLAMA)
-    with pytest.raises(UserError, match="MLP head has no class in transformers .*: --backbone exports"):
+    with pytest.raises(UserError, match="read one linear layer at the last token .*--backbone exports"):
         convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=False)
     assert not (tmp_path / "out").exists()
     assert convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=True) == "LlamaForCausalLM"

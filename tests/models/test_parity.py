@@ -1,6 +1,10 @@
 """Models that transformers builds at random, in and out: the same logits, the same greedy text. Nothing is downloaded."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +13,10 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from minirlhf import UserError, checkpoint, convert  # noqa: E402
+from minirlhf import UserError, checkpoint, convert, training  # noqa: E402
 from minirlhf.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
+from minirlhf.data import collate  # noqa: E402
+from minirlhf.model import GPTConfig, RewardEnsemble  # noqa: E402
 from minirlhf.rollout import generate  # noqa: E402
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer  # noqa: E402
 
@@ -157,8 +163,9 @@ def test_shards_and_half_precision(tmp_path):
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 2
     convert.import_model(str(tmp_path / "hf"), tmp_path / "ours")
     tokens = torch.arange(60)[None]
+    wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = model.float()(tokens).logits
+        expected = wide(tokens).logits
     torch.testing.assert_close(logits(checkpoint.load_gpt(tmp_path / "ours").eval(), tokens), expected, atol=1e-4, rtol=0)
 
     shard = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
@@ -227,8 +234,51 @@ def test_a_checkpoint_of_our_own_loads_in_transformers(smoke, tmp_path):
         convert.import_model(str(tmp_path / stage), tmp_path / f"{stage} again")
         again = checkpoint.load_state(tmp_path / f"{stage} again")
         assert all(torch.equal(t, again[name]) for name, t in checkpoint.load_state(smoke / stage).items())
-    with pytest.raises(UserError, match="MLP head has no class in transformers.*--backbone"):
+    with pytest.raises(UserError, match="read one linear layer at the last token.*--backbone"):
         convert.export_model(smoke / "rm", tmp_path / "rm", backbone=False)
     assert not (tmp_path / "rm").exists()
     assert convert.export_model(smoke / "rm", tmp_path / "rm", backbone=True) == "GPT2LMHeadModel"
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "rm")
+
+
+@pytest.mark.parametrize("shape", [{}, {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}])
+def test_a_linear_reward_head_is_a_sequence_classifier(shape, tmp_path, capsys):
+    """GPT-2's exactly; Llama's up to the constant that is printed, since neither its head nor its norm has a bias."""
+    tokenizer = Tokenizer.train(SENTENCES, 300)
+    config = GPTConfig(vocab_size=300, context=64, n_layer=2, n_head=4, n_embd=32, **shape)
+    torch.manual_seed(7)
+    model = RewardEnsemble(config, "last", 1, mlp=False).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.3)
+        model.members[0].gain.fill_(2.5), model.members[0].bias.fill_(-0.75)
+    head = {"pooling": "last", "members": 1, "mlp": False}
+    about = training.describe("rm", config, convert.Import("random"), 1, True, tokenizer, head=head)
+    checkpoint.save(tmp_path / "rm", 1, model.state_dict(), about, tokenizer)
+    kind = convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=False)
+    assert kind.endswith("ForSequenceClassification")
+    said = capsys.readouterr().out
+    constant = float(said.split("add ")[1].split()[0]) if shape else 0.0
+    assert ("add" in said) == bool(shape)
+    texts = ["the film is good", "the scene", "a long one that isn't bad 333"]
+    rows = [[tokenizer.bos, *tokenizer.encode(text), tokenizer.eot] for text in texts]
+    tokens, mask = collate(rows, tokenizer.pad)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        scores = theirs(tokens, attention_mask=mask.long()).logits.squeeze(1)
+        expected = model(tokens, mask)[0]
+    assert scores.std() > 0.1
+    torch.testing.assert_close(scores + constant, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("code", ["import transformers; transformers.LlamaForCausalLM", "import trl; trl.SFTTrainer"])
+def test_other_libraries_load_beside_our_package_of_kernels(code):
+    """They import any package called `kernels`, and the working directory's comes first."""
+    library = code.split(";")[0].split()[1]
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    root = Path(__file__).resolve().parents[2]
+    told = subprocess.run([sys.executable, "-c", f"import kernels; {code}; print(kernels.__file__)"], cwd=root, text=True,
+                          capture_output=True)  # fmt: skip
+    assert told.returncode == 0, told.stderr[-800:]
+    assert told.stdout.strip() == str(root / "kernels" / "__init__.py")
