@@ -86,7 +86,7 @@ LLAMA = Family(
     {"norm": "rms", "positions": "rotary", "bias": False, "qkv_bias": False, "causal": True, "pre_norm": True},
     {"num_key_value_heads": None, "tie_word_embeddings": False, "rope_theta": 10_000.0, "rope_scaling": None,
      "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0},
+    {"attention_bias": False, "mlp_bias": False, "partial_rotary_factor": 1.0, "rope_interleaved": False},
     r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     ("hidden_act", {"silu": "swiglu", "swish": "swiglu"}),
 )  # fmt: skip
@@ -202,8 +202,8 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
         rope = (model["rope_scaling"] or {}) | model.get("rope_parameters", {})
         model["rope_theta"] = rope.get("rope_theta", model["rope_theta"])
         kind, model["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None
-        if kind == "llama3":
-            model["rope_scaling"] = {key: rope.get(key) for key in ROPE_KEYS}
+        if kind == "llama3" and rope.keys() >= {*ROPE_KEYS}:
+            model["rope_scaling"] = {key: rope[key] for key in ROPE_KEYS}
         elif kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
             refuse("rope_parameters", rope)
     if missing := [key for key in family.keys.values() if key not in model]:
@@ -411,7 +411,7 @@ def _classifier(family: Family, head: dict, member: dict, state: dict, tokenizer
     remedy = "--backbone exports the model below the head"
     if head.get("mlp", True) or head["pooling"] != "last" or family is BERT:
         raise UserError(f"{source}: transformers' sequence classifiers read one linear layer at the last token of a language "
-                        f"model; this head is another: {remedy}, train_rm.py --head linear --pooling last has an equal")  # fmt: skip
+                        f"model; this is another: {remedy}; train_rm.py --head linear --pooling last has an equal")  # fmt: skip
     if head["members"] > 1 or tokenizer.pad == tokenizer.eot:
         raise UserError(f"{source}: a sequence classifier is one model, and needs a pad that does not end texts: {remedy}")
     weight, offset = member["gain"] * member["out.weight"], (member["gain"] * member["out.bias"] + member["bias"]).item()

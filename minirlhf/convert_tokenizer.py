@@ -55,12 +55,14 @@ HARD_TEXTS = [
 
 def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], specials: dict[str, int], stages: tuple[str, ...],
           named: dict[str, str | None], vocab_size: int, normalize: str | None = None, hf: dict | None = None,
-          reference: Callable[[str], list[int]] | None = None) -> Tokenizer:  # fmt: skip
+          ignore_merges: bool = False, reference: Callable[[str], list[int]] | None = None) -> Tokenizer:  # fmt: skip
     """A tiktoken encoding with the ids of `vocab`; `named` says which tokens are bos, eos and pad (None: there is none).
-    UserError if any of its ids differs from those of `reference`, or, without one, of the merges applied as listed."""
+    UserError if any of its ids differs from those of `reference`, or, without one, of the merges applied as listed
+    (`ignore_merges`: to words that are no token whole)."""
     products = [left + right for left, right in merges]
     try:
-        ranks = {b"".join(BYTE_OF[c] for c in token): vocab[token] for token in {*products, *(vocab.keys() & BYTE_OF.keys())}}
+        words = dict.fromkeys([*(token for token in vocab if token in BYTE_OF), *products])
+        ranks = {b"".join(BYTE_OF[c] for c in token): vocab[token] for token in words}
         order = [vocab[token] for token in products]
     except KeyError as error:
         raise UserError(f"{source}: {error} in the merges is no token of byte-level BPE: this tokenizer is not read") from None
@@ -84,7 +86,7 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
         tokenizer = Tokenizer(ranks, pattern, specials, eot, bos, pad, vocab_size, normalize, hf)
     except ValueError as error:
         raise UserError(f"{source}: its split {pattern!r} is not read ({error}): this tokenizer is not supported") from None
-    reference = reference or replayer(vocab, merges, stages, normalize)
+    reference = reference or replayer(vocab, merges, stages, normalize, ignore_merges)
     if any(a > b for a, b in pairwise(order)):
         at = next(i for i, (a, b) in enumerate(pairwise(order)) if a > b)
         raise UserError(f"{source}: ids do not follow the merges ({products[at + 1]!r}): ids would differ; not supported")
@@ -95,12 +97,15 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
     return tokenizer
 
 
-def replayer(vocab: dict[str, int], merges: list, stages: tuple[str, ...], normalize: str | None) -> Callable[[str], list[int]]:
+def replayer(vocab: dict[str, int], merges: list, stages: tuple[str, ...], normalize: str | None = None,
+             ignore_merges: bool = False) -> Callable[[str], list[int]]:  # fmt: skip
     """text -> ids by the merges as listed, lowest first: the definition, slow."""
     order = {tuple(pair): i for i, pair in reversed([*enumerate(merges)])}
 
     def ids(word: str) -> Iterator[int]:
         parts = [c for c in (CHARACTERS[b] for b in word.encode()) if c in vocab]
+        if ignore_merges and "".join(parts) in vocab:
+            parts = ["".join(parts)]
         while found := [(order[pair], i) for i, pair in enumerate(pairwise(parts)) if pair in order]:
             i = min(found)[1]
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -180,7 +185,8 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
     hf = {"chat_template": template} if template else {}
     if _opens(document.get("post_processor") or {}, named["bos_token"]):
         hf["add_bos_token"] = True
-    return build(file, vocab, merges, specials, stages, named, model["vocab_size"], normalize, hf, reference)
+    ignore = document.get("model", {}).get("ignore_merges", False)
+    return build(file, vocab, merges, specials, stages, named, model["vocab_size"], normalize, hf, ignore, reference)
 
 
 def _stages(step: dict | None, file: Path) -> tuple[str, ...]:
@@ -252,7 +258,8 @@ def from_gguf(file: Path, fields: dict, vocab_size: int) -> Tokenizer:
         hf["add_bos_token"] = True
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
     normalize = "NFC" if fields["pre"] == "qwen2" else None
-    return build(file, vocab, merges, specials, stages, named, vocab_size, normalize, hf)
+    ignore = fields["pre"] == "llama-bpe"  # llama.cpp reads Llama 3's so, as its own library does
+    return build(file, vocab, merges, specials, stages, named, vocab_size, normalize, hf, ignore)
 
 
 # ----------------------------------------------------------------------------- out

@@ -156,6 +156,7 @@ def test_the_command_line(folders, tmp_path, run, capsys):
     ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
     ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_parameters = .*yarn.* is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters = .*linear"),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = .*llama3.* is not supported"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
@@ -291,6 +292,8 @@ def test_merges_that_leave_a_token_unreached_are_seen(tmp_path):
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
     with pytest.raises(UserError, match=r"x: the ids of 'abc' are \[97, 256\], here \[258\]"):
         convert_tokenizer.build("x", vocab, merges, **arguments)
+    built = convert_tokenizer.build("x", vocab, merges, ignore_merges=True, **arguments)  # Llama 3's way
+    assert built.encode("abc") == [258]
     del vocab["abc"]
     built = convert_tokenizer.build("x", vocab, merges[:2], **arguments)
     assert (built.eot, built.bos, built.pad, built.vocab_size) == (259, 259, 259, 260)  # no other special: pad is the end
@@ -351,7 +354,7 @@ def test_exported_merges_replay_the_ids(text, pattern):
 def exported(tokenizer, stages, folder):
     convert_tokenizer.write(tokenizer, folder, 48)
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    return convert_tokenizer.replayer(model["vocab"], model["merges"], stages, None)
+    return convert_tokenizer.replayer(model["vocab"], model["merges"], stages)
 
 
 @pytest.fixture(scope="module", autouse=True)
