@@ -242,7 +242,10 @@ def main() -> None:
         return
 
     # Setup: data, a trained model as backbone of each member, optimiser.
-    init = checkpoint.resolve(config.init or out.parent / "sft", "run train_sft.py first, or name one with --init")
+    init = checkpoint.resolve(
+        config.init or out.parent / "sft",
+        "run train_sft.py first, or name one with --init, such as minirlhf.checkpoint import makes",
+    )
     machine = training.setup_machine(config.seed)
     precision = training.pick_precision(config.precision)
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)

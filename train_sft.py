@@ -182,7 +182,9 @@ def main() -> None:
     texts = {"train": source.select("train", source.genres_among(config.genres)).records}
     texts |= {"final": source.select("train", home).records, "val": source.select("val", home).records}
     if config.init:
-        init = checkpoint.resolve(config.init, "name a checkpoint folder with --init")
+        init = checkpoint.resolve(
+            config.init, "name one with --init; real weights come by python -m minirlhf.checkpoint import"
+        )
         tokenizer = Tokenizer.load(init)
         checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
         model = checkpoint.load_gpt(init, dropout=config.dropout)

@@ -387,3 +387,9 @@ def test_write_atomically(tmp_path):
     assert (tmp_path / "a.json").read_bytes() == b"old"
     checkpoint.write_atomically(tmp_path / "a.json", b"new")
     assert listing(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_bytes() == b"new"
+
+
+def test_a_hugging_face_folder_is_sent_to_import(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(UserError, match=r"python -m minirlhf\.checkpoint import .* OUT"):
+        checkpoint.load_gpt(tmp_path)
