@@ -75,9 +75,10 @@ def resolve(path: str | Path, remedy: str = "train that stage first or fix the p
     """The real folder of one checkpoint: where `latest` leads if `path` is a run folder, else `path` itself."""
     for folder in Path(path) / "latest", Path(path):
         if (folder / "config.json").is_file():
+            folder = folder.resolve()
             if "model_type" in _read(folder / "config.json"):
                 raise UserError(f"{path}: a Hugging Face folder: python -m minirlhf.checkpoint import {path} OUT")
-            return folder.resolve()
+            return folder
     raise UserError(f"{path}: no checkpoint here (no config.json, no latest): {remedy}")
 
 
