@@ -153,7 +153,7 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8, epochs=2,
                     response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64, minibatch=32, train_layers=14,
-                      lr=3e-5, value_lr=5e-5, save_every=20),
+                      lr=1e-4, value_lr=1e-4, save_every=20),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512, minibatch=64, microbatch=16,
                    lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
 }  # fmt: skip
