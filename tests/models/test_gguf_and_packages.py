@@ -37,8 +37,11 @@ def write_gguf(file, model, arch="llama", quantise=None, drop=(), extra=(), toke
     for key, value in (KEYS | dict(extra)).items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{arch}.{key}", value)
-    writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
-    writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.norm_eps)
+    if arch == "gpt2":
+        writer.add_float32("gpt2.attention.layer_norm_epsilon", config.norm_eps)
+    else:
+        writer.add_float32(f"{arch}.rope.freq_base", config.rope_theta)
+        writer.add_float32(f"{arch}.attention.layer_norm_rms_epsilon", config.norm_eps)
     word = lambda token: "".join(convert_tokenizer.CHARACTERS[b] for b in token)
     ranks = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     pieces = [next(t[:i] for i in range(1, len(t)) if t[:i] in ranks and t[i:] in ranks) for t in ranks[256:]]
@@ -52,13 +55,13 @@ def write_gguf(file, model, arch="llama", quantise=None, drop=(), extra=(), toke
     writer.add_bos_token_id(len(ranks) + 1)
     writer.add_add_bos_token(True)
     kind = gguf.GGMLQuantizationType[quantise] if quantise else None
-    names = {"wte": "token_embd", "ln_f": "output_norm", "head": "output", "ln_1": "attn_norm", "ln_2": "ffn_norm",
+    names = {"wte": "token_embd", "wpe": "position_embd", "qkv": "attn_qkv", "ln_f": "output_norm", "head": "output", "ln_1": "attn_norm", "ln_2": "ffn_norm",
              "attn_out": "attn_output", "fc": "ffn_up", "gate": "ffn_gate", "mlp_out": "ffn_down"}  # fmt: skip
     tensors = {}
     for name, t in model.state_dict().items():
         *path, module, which = name.split(".")
         before = f"blk.{path[1]}." if path else ""
-        if module == "qkv":
+        if module == "qkv" and arch != "gpt2":
             heads = (config.n_head, config.kv_heads, config.kv_heads)
             for part, n, rows in zip("qkv", heads, t.split([n * D for n in heads]), strict=True):
                 turned = llama_cpp_order(rows.numpy(), n) if part != "v" and arch == "llama" else rows.numpy()
@@ -88,10 +91,16 @@ def random_model(**changes):
     return model.eval()
 
 
-@pytest.mark.parametrize("arch, changes", [("llama", {}), ("llama", {"tied": False}), ("qwen2", {"qkv_bias": True})])
+GPT2 = {"norm": "layer", "positions": "learned", "mlp": "gelu_tanh", "bias": True, "n_kv_head": None}
+
+
+@pytest.mark.parametrize("arch, changes", [
+    ("llama", {}), ("llama", {"tied": False}), ("qwen2", {"qkv_bias": True}), ("gpt2", GPT2),
+])  # fmt: skip
 def test_a_gguf_file_is_the_model_it_was_made_of(arch, changes, tmp_path):
     model = random_model(**changes)
-    trained = write_gguf(tmp_path / "tiny.gguf", model, arch)
+    heads = {"attention.head_count_kv": model.config.kv_heads}
+    trained = write_gguf(tmp_path / "tiny.gguf", model, arch, extra=heads)
     convert.import_model(str(tmp_path / "tiny.gguf"), tmp_path / "ours")
     found, tokenizer = checkpoint.load_gpt(tmp_path / "ours"), Tokenizer.load(tmp_path / "ours")
     # 300 and 301: the two specials are not text; 302 and 303 are rows without a token
