@@ -46,7 +46,7 @@ class Family:
     keys: dict[str, str]  # our config field -> their key
     fixed: dict  # our config fields that make a model one of this family
     defaults: dict  # of their keys that files leave out
-    needs: dict  # their keys that must have this value (or one of these) where present
+    needs: dict  # their keys that must have this value where present
     unused: str  # regex: tensors that hold nothing we compute with
     activation: tuple[str, dict[str, str]] = ("", {})  # their key, their name -> our mlp
     transposed: bool = False  # weights of the blocks are [in, out]
@@ -248,7 +248,7 @@ def from_folder(folder: Path) -> Imported:
         try:
             reader = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: {str(error).splitlines()[0]}: truncated or damaged: fetch it again") from None
+            raise UserError(f"{file}: {str(error).partition(chr(10))[0]}: truncated or damaged: fetch it again") from None
         for name in reader.keys():  # noqa: SIM118 (it is no mapping)
             ours = name.removeprefix(family.prefix)
             for old, new in family.rename.items():
@@ -275,7 +275,7 @@ def from_gguf(file: Path) -> Imported:
         reader = gguf.GGUFReader(file)
         fields = {name: value.contents() for name, value in reader.fields.items()}
     except Exception as error:  # whatever a damaged header makes of offsets and counts
-        raise UserError(f"{file}: {str(error).splitlines()[0]}: no GGUF file, or truncated: fetch it again") from None
+        raise UserError(f"{file}: {str(error).partition(chr(10))[0]}: no GGUF file, or truncated: fetch it again") from None
     arch = fields.get("general.architecture")
     family = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2}.get(arch)
     if family is None:

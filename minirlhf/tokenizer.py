@@ -192,7 +192,7 @@ class WordPiece:
             self.json = file.read_text(encoding="utf-8")
             self.encoding = Reader.from_str(self.json)
         except Exception as error:  # the package raises bare Exceptions
-            raise UserError(f"{file}: {str(error).splitlines()[0]}: restore tokenizer.tiktoken or this file") from error
+            raise UserError(f"{file}: {str(error).partition(chr(10))[0]}: restore tokenizer.tiktoken or this file") from error
         if missing := [t for t in ("[CLS]", "[SEP]", "[PAD]") if self.encoding.token_to_id(t) is None]:
             raise UserError(f"{file}: no token {missing[0]}: only BERT's WordPiece is read so; restore the file")
         self.encoding.no_truncation()
