@@ -70,6 +70,12 @@ class Config:
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
     head: Literal["mlp", "linear"] = "mlp"
     """Two layers, or one, as transformers' sequence classifiers have: with --pooling last such a model can be exported."""
+    raters: Literal["mean", "majority", "model"] = "mean"
+    """What several raters of a training item come to.  mean: the mean rating, and the share of the votes.  majority: the
+    median rating, and the side with more votes.  model: what a fit of all ratings and raters says of the item, each rater
+    with a bias, a slope and a noise (ratings) or a reliability (votes, which must be given by rater): who answers at random
+    counts nothing, who answers upside down is turned round.  Pairs made of ratings then go by this one number an item.
+    Validation and test are always against the mean."""
     members: int = 1
     """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
     dropout: float = 0.2
@@ -145,6 +151,21 @@ def items_of(records: list, tokenizer: Tokenizer, context: int) -> list[Item]:
     if isinstance(records[0], data.Preference):
         return [Item(encode(r.prompt, r.chosen), r.share, encode(r.prompt, r.rejected)) for r in records]
     return [Item(encode(r.prompt, r.response), r.rating) for r in records]
+
+
+def settle(records: list, how: str) -> tuple[list, dict]:
+    """(the records with the targets that `how` (--raters) makes of their judgements, what it found of each rater)."""
+    if how == "mean":  # as they were read, all ratings kept: pairs of them are soft targets
+        return records, {}
+    choices = isinstance(records[0], data.Preference)
+    if choices and how == "model" and not all(r.votes for r in records):
+        bare = next(r for r in records if not r.votes)
+        raise UserError(f"--raters model needs votes by rater ({{rater: a, b or tie}}), and the pair {bare.chosen[:30]!r} has "
+                        "none: use --raters mean or majority")  # fmt: skip
+    units = [(r.votes or (r.share,)) if choices else r.ratings for r in records]
+    targets, found = preference.settle(units, [r.raters for r in records], how, choices)
+    field = "share" if choices else "rating"
+    return [dataclasses.replace(r, **{field: t}) for r, t in zip(records, targets.tolist(), strict=True)], found
 
 
 def lowered(record: data.Response | data.Preference) -> data.Response | data.Preference:
@@ -267,6 +288,7 @@ def main() -> None:
     records = {split: source.select(split, home).records for split in ("train", "val", "test")}
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
+    train_records, raters = settle(train_records, config.raters)
     spellings = [items_of([change(r) for r in train_records], tokenizer, shape.context) for change in (lambda r: r, lowered)]
     encoded = {id(r): pair for r, pair in zip(train_records, zip(*spellings, strict=True), strict=True)}
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
@@ -315,6 +337,10 @@ def main() -> None:
         print(source.describe())
         print(f"{len(train_records)} items to learn from (part {config.part}), {loss_kind} loss; {len(schedule)} steps; "
               f"{precision} on {machine.device}")  # fmt: skip
+        if raters:  # first its reliability or its slope
+            weakest = sorted(raters.items(), key=lambda r: next(iter(r[1].values())))[:5]
+            print(f"weakest of {len(raters)} raters:", "; ".join(f"{who}: " + ", ".join(f"{k} {v:.2f}" for k, v in what.items())
+                                                                for who, what in weakest))  # fmt: skip
 
     def save(complete: bool, **more) -> None:
         tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
@@ -366,9 +392,8 @@ def main() -> None:
                     share = torch.tensor([i.target for i in items], device=machine.device)
                     loss = loss + preference.pairwise_loss(*scores.chunk(2), share)
                 elif loss_kind in ("pairwise", "both") and len(mine) > 1:
-                    a, b, share = preference.pairs_from_ratings(
-                        [r.ratings for r in mine], np.random.default_rng(step), 4 * len(mine)
-                    )
+                    ratings = [r.ratings if config.raters == "mean" else r.rating for r in mine]
+                    a, b, share = preference.pairs_from_ratings(ratings, np.random.default_rng(step), 4 * len(mine))
                     share = torch.tensor(share, dtype=torch.float32, device=machine.device)
                     loss = loss + preference.pairwise_loss(scores[a], scores[b], share)
                 loss = loss * (len(mine) / len(batch))
@@ -411,7 +436,7 @@ def main() -> None:
 
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
-        found = report(config, source, held_out("test"), records)
+        found = report(config, source, held_out("test"), records) | ({"raters": raters} if raters else {})
         training.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
         samples = reference_samples(config, reference, tokenizer, prompts, machine) if mode != "none" else []
         for member in model.members if samples else []:

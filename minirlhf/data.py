@@ -11,6 +11,9 @@ PATH is a .jsonl, .jsonl.gz or .txt file or a folder of them; the kind of its ro
     rated        {prompt?, response|text, rating|ratings, scale?, genre?}
     prompt       {prompt}
 
+Ratings are a list, or an object {rater: score}; votes are counts {a, b, tie}, or a list or an object {rater: "a"|"b"|"tie"}.
+In a list the places are people: the first of every row is one rater.
+
 Any of these texts may be a list of {role, content} messages: it becomes a transcript laid out as HH-RLHF's.
 """
 
@@ -47,6 +50,7 @@ SDIST, MAX_MEMBER = "vaderSentiment-3.3.2.tar.gz", 16 << 20  # bytes; the larges
 PIP = "-m pip download --no-deps --no-binary vaderSentiment --require-hashes --retries 1 --no-input"
 GENRES = {"movies": "movieReviewSnippets", "products": "amazonReviewSnippets", "tweets": "tweets"}
 GENRES |= {"editorials": "nytEditorialSnippets"}  # genre -> files; a fifth, "words", is the lexicon
+VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each is worth to the first text
 CACHE_FORMAT = 2  # raise it whenever the cached rows change
 
 
@@ -59,6 +63,7 @@ class Response:  # what follows a prompt, and what people said of it
     scale: tuple[float, float] | None = None  # the lowest and the highest score possible
     genre: str = ""
     label: bool | None = None  # thumbs up or down
+    raters: tuple[str, ...] = ()  # who gave `ratings`; left out: their places in it are people
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Preference:
     chosen: str
     rejected: str
     share: float = 1.0  # of the votes, went to `chosen`: .5 to 1, a tie counts a half
+    votes: tuple[float, ...] = ()  # each rater's, 1 for `chosen`, 0 for `rejected`, .5 a tie; left out: only counts are known
+    raters: tuple[str, ...] = ()  # who gave `votes`; left out: their places in it are people
 
 
 def as_example(record: Response | Preference) -> tuple[str, str]:
@@ -138,11 +145,34 @@ def _text(row: dict, field: str) -> str:
     return value
 
 
+def _by_rater(given: object) -> tuple[tuple[str, ...], object]:
+    """What each rater said, a list or {rater: what}, as (raters, list); () where the places of a list are people."""
+    return (tuple(given), [*given.values()]) if isinstance(given, dict) else ((), given)
+
+
+def _choice(row: dict) -> Preference:
+    prompt, a, b = (_text(row, field) for field in ("prompt", "response_a", "response_b"))
+    votes = row.get("votes")
+    raters, said = _by_rater(votes)
+    if isinstance(said, list) and said and all(isinstance(v, str) and v in VOTES for v in said):
+        each = tuple(VOTES[v] for v in said)
+        share = sum(each) / len(each)
+    else:
+        good = isinstance(votes, dict) and set(votes) <= set(VOTES) and any(votes.values())
+        good = good and all(type(n) is int and n >= 0 for n in votes.values())
+        wanted = '{"a": 2, "b": 1, "tie": 0}, or {rater: "a", "b" or "tie"}'
+        _check(good, f"votes: expected counts such as {wanted}, got {votes!r:.40}")
+        each, raters, share = (), (), sum(VOTES[v] * n for v, n in votes.items()) / sum(votes.values())
+    if share >= 0.5:
+        return Preference(prompt, a, b, share, each, raters)
+    return Preference(prompt, b, a, 1 - share, tuple(1 - v for v in each), raters)
+
+
 def _rated(row: dict, scale: tuple[float, float] | None) -> Response:
     # Neither NaN, which fails any comparison, nor a bool is a number here.
     numbers = lambda x: isinstance(x, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in x)
     field, ends = "ratings" if "ratings" in row else "rating", row.get("scale")
-    values = row[field] if field == "ratings" else [row[field]]
+    raters, values = _by_rater(row[field]) if field == "ratings" else ((), [row[field]])
     _check(numbers(values) and values, f"{field}: expected finite numbers, got {row[field]!r:.40}")
     if ends is not None:
         _check(numbers(ends) and len(ends) == 2 and ends[0] < ends[1], f"scale: expected [low, high], got {ends!r:.40}")
@@ -151,7 +181,7 @@ def _rated(row: dict, scale: tuple[float, float] | None) -> Response:
     _check(inside, f"{field}: {row[field]!r:.40} is outside the scale {scale}")
     prompt, genre = (_text(row, key) if key in row else "" for key in ("prompt", "genre"))
     response = _text(row, "response" if "response" in row else "text")
-    return Response(prompt, response, sum(values) / len(values), tuple(values), scale, genre)
+    return Response(prompt, response, sum(values) / len(values), tuple(values), scale, genre, raters=raters)
 
 
 def _parse(line: bytes, plain: bool, scale: tuple[float, float] | None) -> tuple[str, Response | Preference]:
@@ -171,12 +201,7 @@ def _parse(line: bytes, plain: bool, scale: tuple[float, float] | None) -> tuple
         _check(cut >= len(TURN), f"prompt: missing, and chosen and rejected share no {TURN!r} to split at")
         return "preference", Preference(chosen[:cut], chosen[cut:], rejected[cut:])
     if "votes" in row or "response_a" in row:
-        prompt, a, b, votes = text("prompt"), text("response_a"), text("response_b"), row.get("votes")
-        good = isinstance(votes, dict) and set(votes) <= {"a", "b", "tie"}
-        good = good and any(votes.values()) and all(type(n) is int and n >= 0 for n in votes.values())
-        _check(good, f'votes: expected counts such as {{"a": 2, "b": 1, "tie": 0}}, got {votes!r:.40}')
-        share = (votes.get("a", 0) + votes.get("tie", 0) / 2) / sum(votes.values())
-        return "preference", Preference(prompt, a, b, share) if share >= 0.5 else Preference(prompt, b, a, 1 - share)
+        return "preference", _choice(row)
     if "rating" in row or "ratings" in row:
         return "rated", _rated(row, scale)
     if "messages" in row:

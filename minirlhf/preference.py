@@ -1,11 +1,14 @@
-"""Preferences and ratings: the reward model's losses, pairs out of ratings, normalised scores, agreement.
+"""Preferences and ratings: the reward model's losses, pairs out of ratings, normalised scores, agreement, raters.
 
-Pure functions: no model, tokenizer or config. B items or pairs, L levels of a rating scale. Sources: losses,
+Pure functions: no model, tokenizer or config. B items or pairs, L levels of a rating scale, J raters. Sources: losses,
 Stiennon et al. 2020 (arXiv 2009.01325); gain and bias, Ziegler et al. 2019 (arXiv 1909.08593) and
-openai/lm-human-preferences; alpha, Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011).
+openai/lm-human-preferences; alpha, Krippendorff, "Computing Krippendorff's Alpha-Reliability" (2011); reliabilities
+by EM, Dawid & Skene, "Maximum Likelihood Estimation of Observer Error-Rates Using the EM Algorithm" (1979).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -18,6 +21,10 @@ from minirlhf.stats import GAP_SLACK, finite, pair_accuracy, pearson
 
 Ratings = Sequence[Sequence[float]]  # each item's individual scores, in any order, missing ones left out
 MAX_LEVELS = 256  # different scores on one scale; a slider of 0..100 has 101
+# What is believed of a rater unseen, in imagined votes and ratings: a handful, which thirty real ones outweigh.
+RIGHT, WRONG = 4.0, 1.0  # votes: four in five name the better text; researchers agree about as often (Stiennon et al.)
+ORDINARY, NOISE = 4.0, 0.5  # ratings without bias, of slope 1, half of whose variance is noise
+TOLERANCE, MAX_STEPS = 1e-7, 5000  # EM ends when a step gains less, in nats an item
 
 
 def _mean(loss: Tensor, weight: Tensor | None) -> Tensor:
@@ -159,3 +166,132 @@ def human_ceiling(ratings: Ratings, rng: np.random.Generator) -> dict[str, float
         "one_pair_accuracy_1": pair_accuracy(one, others, min_gap=1.0),
         "half_pearson": pearson(half, rest),
     }
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What `fit_choices` found."""
+
+    share: np.ndarray  # (B,) P(the first is the better one | all votes)
+    reliability: np.ndarray  # (J,) P(a vote names the better one): .5 chance, below it an adversary
+    trace: list[float]  # log-posterior, a step
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `fit_scores` found: rating = bias + slope * truth + noise, on the raters' own scale."""
+
+    truth: np.ndarray  # (B,) posterior mean: the fewer and the noisier an item's raters, the nearer to the average
+    sd: np.ndarray  # (B,) of the truth, were the raters known exactly
+    bias: np.ndarray  # (J,)
+    slope: np.ndarray  # (J,) 1 like the others, 0 without regard to the text, below 0 upside down
+    noise: np.ndarray  # (J,) standard deviation
+    trace: list[float]
+
+
+def rater_table(units: Ratings, raters: Sequence[Sequence[Hashable]]) -> tuple[list[Hashable], np.ndarray]:
+    """(who (J,), table (B, J), nan where a rater was not asked). raters[i] names those of units[i]; empty: the
+    places in the list are people, 1, 2, ..."""
+    names = [who or range(1, len(unit) + 1) for unit, who in zip(units, raters, strict=True)]
+    column = {name: j for j, name in enumerate(dict.fromkeys(chain.from_iterable(names)))}
+    table = np.full((len(units), len(column)), np.nan)
+    rows = np.repeat(np.arange(len(units)), [len(unit) for unit in units])
+    columns = np.fromiter((column[name] for name in chain.from_iterable(names)), dtype=np.int64)
+    table[rows, columns] = np.fromiter(chain.from_iterable(units), dtype=np.float64)
+    return list(column), table
+
+
+def _known(table: np.ndarray, what: str) -> np.ndarray:
+    """Where a (B, J) table has numbers; UserError for infinite ones, and for an item or a table without any."""
+    if table.ndim != 2 or not table.size:
+        raise UserError(f"{what}: none; want a table of items x raters")
+    known = ~np.isnan(table)
+    finite(table[known], what)
+    if not known.any(axis=1).all():
+        raise UserError(f"{what}: item {int(known.any(axis=1).argmin())} has none; leave it out")
+    return known
+
+
+def _converged(trace: list[float], items: int) -> bool:
+    return len(trace) > MAX_STEPS or len(trace) > 1 and trace[-1] - trace[-2] <= TOLERANCE * items
+
+
+def fit_choices(votes: np.ndarray) -> Choices:
+    """Who is right, and who can be relied on, from votes alone: (B, J), 1 for the first text of a pair, 0 for the
+    second, .5 a tie (half a vote each way), nan not asked.
+
+    Each pair has a better text, either with probability 1/2, and rater j names it with probability p_j: the model
+    of Dawid & Skene for two classes, one p for both, since which text is the first is chance. EM climbs from equal
+    p_j, so the majority settles which way round everyone is. logit(share) = sum of +-logit(p_j): a Bradley-Terry
+    margin in which each vote weighs what its rater is worth, and an adversary's counts for the other side.
+
+    Of THREE raters, one of them at chance (p = .5), nothing tells the other two apart: their votes determine only
+    (2 p_1 - 1)(2 p_2 - 1). A fourth, or a key of a few known answers entered as one more rater, does.
+    """
+    known = _known(votes, "votes")
+    if ((votes < 0) | (votes > 1)).any():
+        raise UserError("votes: want 1 for the first, 0 for the second, .5 for a tie")
+    first, second = np.where(known, votes, 0), np.where(known, 1 - votes, 0)  # (B, J) what went to each
+    p, trace = np.full(votes.shape[1], RIGHT / (RIGHT + WRONG)), []
+    while True:
+        right, wrong = np.log(p), np.log1p(-p)
+        log_first, log_second = first @ right + second @ wrong, first @ wrong + second @ right  # (B,)
+        evidence = np.logaddexp(log_first, log_second)
+        share = np.exp(log_first - evidence)
+        trace.append(float(evidence.sum() - len(votes) * math.log(2) + RIGHT * right.sum() + WRONG * wrong.sum()))
+        if _converged(trace, len(votes)):
+            return Choices(share, p, trace)
+        p = (share @ first + (1 - share) @ second + RIGHT) / (known.sum(axis=0) + RIGHT + WRONG)
+
+
+def fit_scores(ratings: np.ndarray) -> Scores:
+    """Each item's truth, and each rater's bias, slope and noise, from ratings alone: (B, J), nan not asked.
+
+    rating_ij = bias_j + slope_j * truth_i + N(0, noise_j^2), truth ~ N: one factor, by EM. It starts from the mean
+    of the raters; one who inverts the scale ends with a negative slope and is turned round, one who does not read
+    the texts with slope 0 and no weight. The truth is then put on the scale of those who measure it: the mean bias
+    and slope, weighted by (slope / noise)^2, become 0 and 1.
+    """
+    known = _known(ratings, "ratings")
+    centre, unit = ratings[known].mean(), ratings[known].std() or 1.0
+    y, w = np.where(known, (ratings - centre) / unit, 0.0), known.astype(np.float64)
+    total, squares, n = y.sum(axis=0), y**2, w.sum(axis=0)
+    bias, slope, var, trace = np.zeros(len(n)), np.ones(len(n)), np.full(len(n), NOISE), []
+    while True:
+        # E: the truth of each item given the raters, N(m, v).
+        v = 1 / (1 + w @ (slope**2 / var))
+        m = v * (y @ (slope / var) - w @ (bias * slope / var))
+        misfit = squares @ (1 / var) - y @ (2 * bias / var) + w @ (bias**2 / var + np.log(2 * math.pi * var))
+        prior = ORDINARY * (np.log(var) + (bias**2 + (slope - 1) ** 2 + NOISE) / var)
+        trace.append(-float((misfit - m**2 / v - np.log(v)).sum() + prior.sum()) / 2)
+        if _converged(trace, len(y)):
+            break
+        # M: least squares of each rater's y on (1, truth), the imagined ratings counted in.
+        one, x, xx, xy = n + ORDINARY, m @ w, (m**2 + v) @ w + ORDINARY, m @ y + ORDINARY
+        bias, slope = np.stack([xx * total - x * xy, one * xy - x * total]) / (one * xx - x**2)
+        var = (squares.sum(axis=0) + ORDINARY * (1 + NOISE) - bias * total - slope * xy) / one
+    weight = n * np.maximum(slope, 0) ** 2 / var
+    shift, gain = weight @ np.stack([bias, slope], axis=1) / weight.sum()
+    slope = slope / gain
+    bias = centre + unit * bias - slope * (centre + unit * shift)
+    return Scores(centre + unit * (shift + gain * m), unit * gain * np.sqrt(v), bias, slope, unit * np.sqrt(var), trace)
+
+
+def settle(
+    units: Ratings, raters: Sequence[Sequence[Hashable]], how: str = "mean", choices: bool = False
+) -> tuple[np.ndarray, dict[str, dict[str, float]]]:
+    """(one target an item (B,), {rater: what was found}) of units, each the ratings, or (`choices`) votes, of an item.
+
+    mean: the mean rating, the share of the votes. majority: the median rating, the side with more votes (.5 if
+    equal). model: `fit_scores` or `fit_choices`; only this asks who the `raters` are, as rater_table takes them.
+    """
+    if how not in ("mean", "majority", "model"):
+        raise UserError(f"raters '{how}': unknown; use mean, majority or model")
+    if how != "model":
+        middles = np.array([np.median(u) if how == "majority" and not choices else np.mean(u) for u in units])
+        return (1 + np.sign(middles - 0.5)) / 2 if how == "majority" and choices else middles, {}
+    who, table = rater_table(units, raters)
+    fit = fit_choices(table) if choices else fit_scores(table)
+    names = ["reliability"] if choices else ["slope", "bias", "noise"]
+    found = {str(name): {k: float(getattr(fit, k)[j]) for k in names} for j, name in enumerate(who)}
+    return fit.share if choices else fit.truth, found
