@@ -289,6 +289,7 @@ def main() -> None:
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
     train_records, raters = settle(train_records, config.raters)
+    records["train"], _ = settle(records["train"], config.raters)  # for the baselines, which learn from the same targets
     spellings = [items_of([change(r) for r in train_records], tokenizer, shape.context) for change in (lambda r: r, lowered)]
     encoded = {id(r): pair for r, pair in zip(train_records, zip(*spellings, strict=True), strict=True)}
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}

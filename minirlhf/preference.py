@@ -253,7 +253,8 @@ def fit_scores(ratings: np.ndarray) -> Scores:
     and slope, weighted by (slope / noise)^2, become 0 and 1.
     """
     known = _known(ratings, "ratings")
-    centre, unit = ratings[known].mean(), ratings[known].std() or 1.0
+    centre, unit = ratings[known].mean(), ratings[known].std()
+    unit = unit if unit > 1e-9 * np.abs(ratings[known]).max() else 1.0  # nobody ever gave another score
     y, w = np.where(known, (ratings - centre) / unit, 0.0), known.astype(np.float64)
     total, squares, n = y.sum(axis=0), y**2, w.sum(axis=0)
     bias, slope, var, trace = np.zeros(len(n)), np.ones(len(n)), np.full(len(n), NOISE), []

@@ -81,6 +81,12 @@ FORMATS = [
     ({"text": "t", "rating": 4, "scale": [1, 5]}, "rated", Response("", "t", 4.0, (4,), (1, 5))),
     ({"prompt": "p", "response": "r", "ratings": [-4, 1.5], "scale": [-4, 4], "genre": "g"}, "rated",
      Response("p", "r", -1.25, (-4, 1.5), (-4, 4), "g")),
+    ({"text": "t", "ratings": {"ann": 2, "bob": 5}, "scale": [1, 5]}, "rated",
+     Response("", "t", 3.5, (2, 5), (1, 5), raters=("ann", "bob"))),
+    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "b": "a", "cy": "b"}}, "preference",
+     Preference("p", "a", "b", 2 / 3, (1, 1, 0), ("ann", "b", "cy"))),
+    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": ["b", "tie"]}, "preference",
+     Preference("p", "b", "a", 0.75, (1, 0.5))),
 ]  # fmt: skip
 
 
@@ -164,6 +170,10 @@ BAD_ROWS = [
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"a": 2, "b": -1}}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"a": "2"}}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"c": 1}}, "votes: expected counts"),
+    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "bob": "c"}}, "votes: expected counts"),
+    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "b": 1}}, "votes: expected counts"),
+    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": ["a", ["b"]]}, "votes: expected counts"),
+    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": []}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "votes": {"a": 1}}, "response_b: missing"),
     ('{"text": "t", "rating": NaN}', "rating: expected finite numbers, got nan"),
     ('{"text": "t", "rating": 1e999}', "rating: expected finite numbers, got inf"),
@@ -173,6 +183,9 @@ BAD_ROWS = [
     ({"text": "t", "ratings": []}, "ratings: expected finite numbers, got []"),
     ({"text": "t", "ratings": [1, None]}, "ratings: expected finite numbers, got [1, None]"),
     ({"text": "t", "ratings": 4}, "ratings: expected finite numbers, got 4"),
+    ({"text": "t", "ratings": {}}, "ratings: expected finite numbers, got {}"),
+    ({"text": "t", "ratings": {"ann": None}}, "ratings: expected finite numbers, got {'ann': None}"),
+    ({"text": "t", "ratings": {"ann": 6}, "scale": [1, 5]}, "ratings: {'ann': 6} is outside the scale (1, 5)"),
     ({"rating": 4}, "text: missing"),
     ({"text": "t", "rating": 6, "scale": [1, 5]}, "rating: 6 is outside the scale (1, 5)"),
     ({"text": "t", "rating": 3, "scale": [5, 1]}, "scale: expected [low, high], got [5, 1]"),

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import baselines, checkpoint, data, model
+from minirlhf import baselines, checkpoint, data, model, stats
 from minirlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -261,6 +261,49 @@ def test_preferences_train_a_reward_model(smoke, run, tmp_path, metrics, no_base
     assert "val/accuracy" in metrics(tmp_path / "rm")[-1]
 
 
+def seen_targets(monkeypatch) -> list[list[float]]:
+    """What train_rm.py learns from: the targets of each call of items_of (train, train in lower case, val, test)."""
+    seen, items_of = [], train_rm.items_of
+    watch = lambda *args: seen.append([i.target for i in items_of(*args)]) or items_of(*args)
+    monkeypatch.setattr(train_rm, "items_of", watch)
+    return seen
+
+
+@pytest.mark.parametrize("how", ["mean", "majority", "model"])
+def test_votes_by_rater_become_targets(smoke, run, tmp_path, no_baselines, monkeypatch, how):
+    """One of three votes for the worse text every time: the model turns them round, and held-out targets stay shares."""
+    texts = [r.response for r in data.load("toy").records]
+    rows = [{"prompt": f"{i}:", "response_a": texts[i], "response_b": texts[i + 7],
+             "votes": {"ann": "ab"[i % 2], "bob": "ab"[i % 2], "eve": "ba"[i % 2]}} for i in range(150)]  # fmt: skip
+    file, seen = jsonl(tmp_path / "pairs.jsonl", rows), seen_targets(monkeypatch)
+    options = ["--data", file, "--init", smoke / "sft", "--epochs", 1, "--raters", how, "--normalise", "none"]
+    assert run("train_rm", *SMALL, *options, "--out", tmp_path / "rm") == 0
+    train, _, val, test = seen
+    low, high = {"mean": (0.66, 0.67), "majority": (1, 1), "model": (0.99, 1)}[how]
+    assert low <= min(train) and max(train) <= high
+    assert [*val, *test] == pytest.approx([2 / 3] * len([*val, *test]))
+    found = checkpoint.load_config(tmp_path / "rm")["results"].get("raters", {})
+    assert {who: r["reliability"] > 0.5 for who, r in found.items()} == (
+        {"ann": True, "bob": True, "eve": False} if how == "model" else {}
+    )
+
+
+def test_ratings_by_rater_become_targets(smoke, run, tmp_path, no_baselines, monkeypatch):
+    """The raters of the training items carry the fit; pairs of items of one number each are not limited in levels."""
+    rows = [{"text": r.response, "ratings": dict(zip("abcde", [*r.ratings[:4], -r.ratings[4]], strict=True)), "scale": [-4, 4]}
+            for r in data.load("toy").records]  # fmt: skip
+    file, seen = jsonl(tmp_path / "rated.jsonl", rows), seen_targets(monkeypatch)
+    options = ["--data", file, "--init", smoke / "sft", "--epochs", 1, "--raters", "model", "--loss", "both", "--batch", 312]
+    assert run("train_rm", *SMALL, *options, "--normalise", "none", "--out", tmp_path / "rm") == 0
+    records = {split: data.load(file).select(split).records for split in ("train", "val", "test")}
+    assert seen[2:] == [[r.rating for r in records[split]] for split in ("val", "test")]
+    clean = {r.response: r.rating for r in data.load("toy").records}
+    truth = [clean[r.response] for r in records["train"]]
+    assert stats.pearson(seen[0], truth) > 0.99 > stats.pearson([r.rating for r in records["train"]], truth)
+    slopes = {who: r["slope"] for who, r in checkpoint.load_config(tmp_path / "rm")["results"]["raters"].items()}
+    assert slopes.pop("e") < -0.8 and all(0.8 < slope < 1.2 for slope in slopes.values())
+
+
 @pytest.mark.parametrize("options", [["--loss", "pairwise", "--batch", 311], ["--warmup", 0, "--batch", 312]], ids=str)
 def test_reward_model_at_the_edges(smoke, run, tmp_path, metrics, no_baselines, options):
     """A last batch of one text makes no pair; no warm-up is a warm-up."""
@@ -371,6 +414,7 @@ REFUSED = [
     ("train_rm", "--init {s}/sft --data {m}/texts.jsonl", r"hold no judgement"),
     ("train_rm", "--init {s}/sft --data {m}/rated.jsonl", r"rated\.jsonl:2: rating: expected finite numbers, got None$"),
     ("train_rm", "--init {s}/sft --data {m}/pairs.jsonl --loss both", r"--loss both needs ratings"),
+    ("train_rm", "--init {s}/sft --data {m}/pairs.jsonl --raters model", r"needs votes by rater.*--raters mean or majority$"),
     ("train_rm", "--init {s}/sft --response-tokens 200", r"over the context of 128.*--response-tokens"),
     ("train_ppo", "", r"run train_sft.py first, or name one with --init"),
     ("train_ppo", "--init {s}/sft", r"run train_rm.py first, or name one with --reward-model"),
