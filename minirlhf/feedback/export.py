@@ -1,0 +1,62 @@
+"""Judgements as JSONL, for train_rm.py and other trainers.
+
+    preferences.jsonl  {prompt, response_a, response_b, votes: {rater: a|b|tie}, strengths: {rater: -2..2}}
+    ratings.jsonl      {prompt, response, ratings: {rater: 1..5}, scale}
+    pairs.jsonl        {prompt, chosen, rejected} by majority, without ties: what others' trainers read
+    events.jsonl       everything that was done, with its item: skips, undone votes, notes, gold items and repeats too
+
+The first three hold each rater's current vote on each item, without gold items and repeats, which measure raters. "Both bad"
+prefers neither text: it is a tie there.
+"""
+
+import json
+from pathlib import Path
+
+from minirlhf import UserError
+from minirlhf.checkpoint import write_atomically
+from minirlhf.feedback.store import SCALE, Store
+
+STRENGTH = {"a": 1, "tie": 0, "b": -1}
+
+
+def tables(store: Store) -> dict[str, list[dict]]:
+    """File name -> rows."""
+    items: dict[str, list[dict]] = {}
+    for vote in store.judgements():
+        if vote["gold"] is None and not vote["repeat"]:
+            items.setdefault(vote["item"], []).append(vote)
+    found = {"preferences": [], "ratings": [], "pairs": [], "events": store.events()}
+    for votes in items.values():
+        prompt, a, b = (votes[0][key] for key in ("prompt", "a", "b"))
+        if b is None:
+            ratings = {v["rater"]: v["rating"] for v in votes}
+            found["ratings"].append({"prompt": prompt, "response": a, "ratings": ratings, "scale": SCALE})
+            continue
+        choices = {v["rater"]: "tie" if v["choice"] == "bad" else v["choice"] for v in votes}
+        strengths = {v["rater"]: STRENGTH[choices[v["rater"]]] * v.get("strength", 1) for v in votes}
+        found["preferences"].append(
+            {"prompt": prompt, "response_a": a, "response_b": b, "votes": choices, "strengths": strengths}
+        )
+        lead = sum(STRENGTH[choice] for choice in choices.values())
+        if lead:
+            chosen, rejected = (a, b) if lead > 0 else (b, a)
+            found["pairs"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return found
+
+
+def export(store: Store, out: Path) -> None:
+    """Write the tables that have rows, each file whole or not at all; one without rows that is there already goes."""
+    found = tables(store)
+    if not found["events"]:
+        raise UserError(f"{store.path}: no judgements yet: collect some with python -m minirlhf.feedback serve")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, rows in found.items():
+            file = out / f"{name}.jsonl"
+            if rows:
+                write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+                print(f"{file}: {len(rows)} rows")
+            else:
+                file.unlink(missing_ok=True)
+    except OSError as e:
+        raise UserError(f"{out}: cannot be written: {e.strerror}") from None
