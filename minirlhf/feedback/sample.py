@@ -24,7 +24,7 @@ def sample(args: argparse.Namespace) -> None:
     setting = {key: about["training"].get(key, default) for key, default in
                (("response_tokens", 24), ("temperature", 1.0), ("stop", True))}  # fmt: skip
     setting |= {k: v for k in ("response_tokens", "temperature") if (v := getattr(args, k)) is not None}
-    if min(setting["response_tokens"], args.limit, args.per_prompt, args.prompt_tokens) < 1 or setting["temperature"] <= 0:
+    if min(setting["response_tokens"], args.limit, args.per_prompt, args.prompt_tokens) < 1 or not setting["temperature"] > 0:
         raise UserError("--response-tokens, --temperature, --limit, --per-prompt and --prompt-tokens must be above 0")
     if args.mode == "pair" and args.per_prompt < 2:
         raise UserError("--per-prompt must be 2 or more to make pairs: raise it, or use --mode rating")
