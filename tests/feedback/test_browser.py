@@ -78,8 +78,9 @@ class Tab:
         self.until(lambda: int(self.text("count").split()[0]) == done + 1, f"the answer to {key}")
 
     def shown(self) -> tuple:
-        texts = [e.get_attribute("textContent") for e in self.driver.find_elements(By.CSS_SELECTOR, ".text")]
-        return self.text("prompt"), *texts
+        """(prompt, the texts in their order), read at once: the page may be about to change."""
+        ids = "['#prompt', '.text'].flatMap((s) => [...document.querySelectorAll(s)])"
+        return tuple(self.driver.execute_script(f"return {ids}.map((e) => e.textContent)"))
 
 
 def pressed(store: Store) -> list:
