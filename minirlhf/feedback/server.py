@@ -180,7 +180,7 @@ def serve(store: Store, host: str, port: int, token: str | None) -> None:
         raise UserError(f"{store.path}: no items yet: put some in with python -m minirlhf.feedback sample, or add")
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a short queue is no news
     try:
-        server = create_server(create_app(store, host, token), host=host, port=port, threads=8, max_request_body_size=MAX_BODY,
+        server = create_server(create_app(store, host, token), host=host, port=port, threads=16, max_request_body_size=MAX_BODY,
                                ident=None)  # fmt: skip
     except (OSError, ValueError) as e:
         raise UserError(f"cannot listen on {host}:{port}: {e}: choose another --port or --host") from None

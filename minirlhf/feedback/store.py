@@ -17,13 +17,17 @@ import sqlite3
 import threading
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial, wraps
 from pathlib import Path
+from typing import TypeVar
 
 from minirlhf import UserError
 
+Result = TypeVar("Result")
 APPLICATION, FORMAT = 0x6D726C66, 1
 SCALE = (1, 5)  # of ratings
 CHOICES = ("a", "b", "tie", "bad")  # bad: neither is acceptable
@@ -125,19 +129,31 @@ def check_answer(mode: str, answer: object) -> tuple[str, dict]:
     return "vote", {"choice": choice} | data
 
 
+def written(method: Callable) -> Callable:
+    """A method of the store whose work is one transaction."""
+
+    @wraps(method)
+    def call(self: "Store", *args, **options):
+        return self.write(partial(method, self, *args, **options))
+
+    return call
+
+
 class Store:
-    """One connection and one lock for all threads: every operation is short, and SQLite has one writer in any case.
-    Other processes (a terminal rater, an export) share the file through SQLite's own locks."""
+    """One connection to write and one to read, for all threads. Other processes (a terminal rater, an export) share the file
+    through SQLite's own locks."""
 
     def __init__(self, path: str | Path, policy: Policy = Policy(), create: bool = False, seed: int | None = None):  # noqa: B008
-        self.path, self.policy, self.lock = Path(path), policy, threading.RLock()
+        self.path, self.policy, self.waiting = Path(path), policy, deque()
+        self.lock, self.reading = threading.Lock(), threading.Lock()
         if not create and not self.path.is_file():
             raise UserError(f"{path}: no such store: make one with python -m minirlhf.feedback sample, or add")
         if policy.raters < 1 or policy.gold_every < 0 or policy.repeat_every < 0 or not policy.lease > 0:
             raise UserError("--raters must be 1 or more, --lease above 0, --gold-every and --repeat-every 0 or more")
         try:
-            self.db = sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
-            self.db.row_factory = sqlite3.Row
+            connect = lambda: sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
+            self.db, self.reader = connect(), connect()
+            self.db.row_factory = self.reader.row_factory = sqlite3.Row
             self._prepare(random.SystemRandom().randrange(2**31) if seed is None else seed)
         except sqlite3.Error as e:
             raise UserError(f"{path}: not a store of feedback that can be opened: {e}") from None
@@ -151,51 +167,73 @@ class Store:
         self.db.execute("PRAGMA foreign_keys = ON")
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose the last commits with the power
-        with self.transaction():
-            if fresh():
-                for statement in re.split(r";\n(?=PRAGMA|CREATE|$)", SCHEMA):  # executescript would commit in between
-                    self.db.execute(statement)
-                meta = {"seed": seed, "secret": secrets.token_hex(32), "guidelines": ""}
-                self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(key, str(value)) for key, value in meta.items()])
+        self.write(lambda: self._create(seed) if fresh() else None)  # asked again: two may have come at once
         self.meta = dict(tuple(row) for row in self.db.execute("SELECT key, value FROM meta"))
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing, one at a time. Raises sqlite3.Error where the disk is full or the file locked."""
+    def _create(self, seed: int) -> None:
+        for statement in re.split(r";\n(?=PRAGMA|CREATE|$)", SCHEMA):  # executescript would commit in between
+            self.db.execute(statement)
+        meta = {"seed": seed, "secret": secrets.token_hex(32), "guidelines": ""}
+        self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(key, str(value)) for key, value in meta.items()])
+
+    def write(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, once what it wrote is on the disk. Whoever has the lock commits for all who wait for it, so that
+        many raters share one wait for the disk. Raises what `work` raises, having undone it alone, and sqlite3.Error where the
+        disk is full or the file locked."""
+        job: Future[Result] = Future()
+        self.waiting.append((work, job))
         with self.lock:
+            if not job.done():
+                self._commit([self.waiting.popleft() for _ in range(len(self.waiting))])
+        return job.result()
+
+    def _commit(self, jobs: list[tuple[Callable, Future]]) -> None:
+        results = []
+        try:
             self.db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self.db.execute("COMMIT")
-            except BaseException:
-                if self.db.in_transaction:
-                    self.db.execute("ROLLBACK")
-                raise
+            for work, _ in jobs:
+                self.db.execute("SAVEPOINT job")
+                try:
+                    results.append((work(), None))
+                except sqlite3.Error:
+                    raise  # of the file or the disk: nobody's work is safe
+                except Exception as e:
+                    self.db.execute("ROLLBACK TO job")
+                    results.append((None, e))
+                self.db.execute("RELEASE job")
+            self.db.execute("COMMIT")
+        except BaseException as e:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            results = [(None, e)] * len(jobs)
+        for (_, job), (result, error) in zip(jobs, results, strict=True):
+            job.set_exception(error) if error else job.set_result(result)
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
-        with self.lock:
-            return self.db.execute(query, values).fetchall()
+        """What is on the disk, without waiting for those who write."""
+        with self.reading:
+            return self.reader.execute(query, values).fetchall()
 
+    @written
     def set_guidelines(self, text: str) -> None:
-        with self.transaction():
-            self.db.execute("UPDATE meta SET value = ? WHERE key = 'guidelines'", [text])
+        self.db.execute("UPDATE meta SET value = ? WHERE key = 'guidelines'", [text])
         self.meta["guidelines"] = text
 
     # ------------------------------------------------------------------------- items
 
+    @written
     def add(self, items: Iterable[dict]) -> tuple[int, int]:
         """Put items {mode, prompt, a, b?, gold?, source?} in; (new, already there). An item is its texts: a second import
         changes nothing, and a pair is the same pair the other way round."""
         counts = [0, 0]
-        with self.transaction():
-            for item in items:
-                texts = [item["a"], *([item["b"]] if item["mode"] == "pair" else [])]
-                key = hashlib.sha256(json.dumps([item["mode"], item["prompt"], sorted(texts)]).encode()).hexdigest()[:20]
-                gold = None if item.get("gold") is None else str(item["gold"])
-                values = (key, item["mode"], item["prompt"], item["a"], item.get("b"), gold, json.dumps(item.get("source", {})),
-                          self._hash("place", key))  # fmt: skip
-                done = self.db.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
-                counts[done.rowcount == 0] += 1
+        for item in items:
+            texts = [item["a"], *([item["b"]] if item["mode"] == "pair" else [])]
+            key = hashlib.sha256(json.dumps([item["mode"], item["prompt"], sorted(texts)]).encode()).hexdigest()[:20]
+            gold = None if item.get("gold") is None else str(item["gold"])
+            values = (key, item["mode"], item["prompt"], item["a"], item.get("b"), gold, json.dumps(item.get("source", {})),
+                      self._hash("place", key))  # fmt: skip
+            done = self.db.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
+            counts[done.rowcount == 0] += 1
         return counts[0], counts[1]
 
     def _hash(self, *parts: object) -> int:
@@ -208,59 +246,59 @@ class Store:
 
     # ------------------------------------------------------------------------- a rater at work
 
+    @written
     def next(self, rater: str, release: bool = False) -> dict | None:
         """The item before the rater: the one left off, or a new one (`release`: give the lease back first); None when
         there is none for them. {item, lease, mode, prompt, texts in the order shown, previous answer or None}."""
-        with self.transaction():
-            if release:
-                self.db.execute("DELETE FROM leases WHERE rater = ?", [rater])
-            return self._next(rater)
+        if release:
+            self.db.execute("DELETE FROM leases WHERE rater = ?", [rater])
+        return self._next(rater)
 
+    @written
     def vote(self, rater: str, item: str, lease: str, answer: object) -> dict | None:
         """Store an answer (see `check_answer`) to a leased item, and return the next one. Raises UserError or Refused."""
-        with self.transaction():
-            held = self.db.execute("SELECT * FROM leases WHERE lease = ?", [lease]).fetchone()
-            mode = self.db.execute("SELECT mode FROM items WHERE id = ?", [item]).fetchone()
-            if mode is None:
-                raise Refused("unknown", "no such item in this store")
-            if held is None:
-                used = self.db.execute("SELECT rater FROM events WHERE lease = ?", [lease]).fetchone()
-                if used and used["rater"] == rater:
-                    raise Refused("replayed", "this judgement is already stored; it is not stored twice")
-            if held is None or held["rater"] != rater or held["item"] != item:
-                raise Refused("foreign", "this item is not before you (any more): another page or another rater has it")
-            kind, data = check_answer(mode["mode"], answer)
-            if not self._room(item, rater, held["repeat"]):
-                raise Refused("taken", "you were away for long and others have judged this item: take the next one")
-            now = time.time()
-            data["seconds"] = round(min(data["seconds"], max(0.0, now - held["opened"])), 3)
-            if mode["mode"] == "pair":
-                data["shown"] = self.shown(item, rater, held["repeat"])
-                if data.get("choice") in ("left", "right"):
-                    data["choice"] = data["shown"][data["choice"] == "right"]
-            self._append(kind, rater, item, held["repeat"], lease, data)
-            self.db.execute("DELETE FROM leases WHERE rater = ?", [rater])
-            return self._next(rater)
+        held = self.db.execute("SELECT * FROM leases WHERE lease = ?", [lease]).fetchone()
+        mode = self.db.execute("SELECT mode FROM items WHERE id = ?", [item]).fetchone()
+        if mode is None:
+            raise Refused("unknown", "no such item in this store")
+        if held is None:
+            used = self.db.execute("SELECT rater FROM events WHERE lease = ?", [lease]).fetchone()
+            if used and used["rater"] == rater:
+                raise Refused("replayed", "this judgement is already stored; it is not stored twice")
+        if held is None or held["rater"] != rater or held["item"] != item:
+            raise Refused("foreign", "this item is not before you (any more): another page or another rater has it")
+        kind, data = check_answer(mode["mode"], answer)
+        if not self._room(item, rater, held["repeat"]):
+            raise Refused("taken", "you were away for long and others have judged this item: take the next one")
+        now = time.time()
+        data["seconds"] = round(min(data["seconds"], max(0.0, now - held["opened"])), 3)
+        if mode["mode"] == "pair":
+            data["shown"] = self.shown(item, rater, held["repeat"])
+            if data.get("choice") in ("left", "right"):
+                data["choice"] = data["shown"][data["choice"] == "right"]
+        self._append(kind, rater, item, held["repeat"], lease, data)
+        self.db.execute("DELETE FROM leases WHERE rater = ?", [rater])
+        return self._next(rater)
 
+    @written
     def undo(self, rater: str) -> dict | None:
         """Take the rater's latest judgement back and put its item before them again."""
-        with self.transaction():
-            last = self.db.execute("SELECT * FROM current WHERE rater = ? ORDER BY event DESC LIMIT 1", [rater]).fetchone()
-            if last is None:
-                raise Refused("unknown", "nothing to undo")
-            self._append("undo", rater, last["item"], last["repeat"], None, {"undoes": last["event"]})
-            if self._room(last["item"], rater, last["repeat"]):
-                return self._open(rater, last["item"], last["repeat"])
-            return self._next(rater)  # a skipped item that others have judged meanwhile
+        last = self.db.execute("SELECT * FROM current WHERE rater = ? ORDER BY event DESC LIMIT 1", [rater]).fetchone()
+        if last is None:
+            raise Refused("unknown", "nothing to undo")
+        self._append("undo", rater, last["item"], last["repeat"], None, {"undoes": last["event"]})
+        if self._room(last["item"], rater, last["repeat"]):
+            return self._open(rater, last["item"], last["repeat"])
+        return self._next(rater)  # a skipped item that others have judged meanwhile
 
+    @written
     def edit(self, rater: str, item: str, repeat: int) -> dict:
         """Put a judged item before the rater again; what they said stands until they say otherwise."""
-        with self.transaction():
-            if self._current(rater, item, repeat) is None:
-                raise Refused("unknown", "you have not judged this item")
-            if not self._room(item, rater, repeat):
-                raise Refused("taken", "you skipped this item, and others have judged it meanwhile")
-            return self._open(rater, item, repeat)
+        if self._current(rater, item, repeat) is None:
+            raise Refused("unknown", "you have not judged this item")
+        if not self._room(item, rater, repeat):
+            raise Refused("taken", "you skipped this item, and others have judged it meanwhile")
+        return self._open(rater, item, repeat)
 
     def progress(self, rater: str) -> dict[str, int]:
         """{done: by this rater, left: open to them}."""

@@ -2,7 +2,11 @@
 
 import json
 import sqlite3
+import tempfile
+import threading
+import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +55,29 @@ def test_durability_settings(make_store):
     store = make_store()
     pragma = lambda name: store.db.execute(f"PRAGMA {name}").fetchone()[0]
     assert (pragma("journal_mode"), pragma("synchronous"), pragma("foreign_keys")) == ("wal", 2, 1)  # 2: FULL
+
+
+def test_those_who_wait_share_one_commit_and_no_mistake(make_store):
+    store, said, commits = make_store(ratings=4), {}, []
+
+    def work(rater):
+        try:
+            said[rater] = store.vote(rater, items[rater]["item"], items[rater]["lease"], {"rating": 3 if rater != "bob" else 9})
+        except UserError as e:
+            said[rater] = str(e)
+
+    items = {rater: store.next(rater) for rater in ("ann", "bob", "cy")}
+    store.db.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
+    threads = [threading.Thread(target=work, args=[rater]) for rater in items]
+    with store.lock:
+        for thread in threads:
+            thread.start()
+        while len(store.waiting) < 3:
+            time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert commits == ["COMMIT"] and "rating: expected" in said["bob"] and said["ann"]["lease"] and said["cy"]["lease"]
+    assert sorted(v["rater"] for v in store.judgements()) == ["ann", "cy"]
 
 
 def test_the_order_is_blind_stored_and_the_seed_s_alone(make_store, judge):
@@ -237,13 +264,22 @@ class Work(RuleBasedStateMachine):
         self.clock, self.said, self.before = 1e9, {}, {}
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(module, "time", SimpleNamespace(time=lambda: self.clock))
-        self.store = Store(":memory:", Policy(raters=K, lease=10, gold_every=4, repeat_every=3), create=True, seed=pairs)
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = Store(
+            Path(self.folder.name, "store.db"),
+            Policy(raters=K, lease=10, gold_every=4, repeat_every=3),
+            create=True,
+            seed=pairs,
+        )
         self.store.add(make_items(pairs, ratings) + make_items(1, prompt="gold", gold="b"))
         self.order, self.count = [], 0
 
     def teardown(self):
         if hasattr(self, "patch"):
             self.patch.undo()
+            self.store.db.close()
+            self.store.reader.close()
+            self.folder.cleanup()
 
     def key(self, rater):
         held = self.store.rows("SELECT * FROM leases WHERE rater = ?", rater)[0]
