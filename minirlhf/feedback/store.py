@@ -312,8 +312,8 @@ class Store:
     def history(self, rater: str, limit: int = 30) -> list[dict]:
         """The rater's current judgements, latest first, in the order in which they saw the texts."""
         found = self.rows(JUDGEMENTS + " WHERE current.rater = ? ORDER BY event DESC LIMIT ?", rater, limit)
-        return [{"item": r["item"], "repeat": r["repeat"], "mode": r["mode"], "prompt": r["prompt"], "texts": self._texts(r),
-                 "previous": self._answer(r)} for r in found]  # fmt: skip
+        return [{"item": r["item"], "repeat": r["repeat"], "mode": r["mode"], "prompt": r["prompt"],
+                 "texts": self._texts(r, rater, r["repeat"]), "previous": self._answer(r)} for r in found]  # fmt: skip
 
     def _current(self, rater: str, item: str, repeat: int) -> sqlite3.Row | None:
         query = "SELECT kind FROM current JOIN events ON events.id = event WHERE (current.rater, current.item, current.repeat)"
@@ -379,14 +379,11 @@ class Store:
                         [rater, lease, item, repeat, opened, now + 60 * self.policy.lease])  # fmt: skip
         query = "SELECT * FROM events WHERE (rater, item, repeat) = (?, ?, ?) AND kind != 'undo' ORDER BY id DESC LIMIT 1"
         last = self.db.execute(query, [rater, item, repeat]).fetchone()
-        order = self.shown(item, rater, repeat)
-        texts = [row[side] for side in order] if row["mode"] == "pair" else [row["a"]]
-        return {"item": item, "lease": lease, "mode": row["mode"], "prompt": row["prompt"], "texts": texts,
-                "previous": self._answer(last) if last else None}  # fmt: skip
+        return {"item": item, "lease": lease, "mode": row["mode"], "prompt": row["prompt"],
+                "texts": self._texts(row, rater, repeat), "previous": self._answer(last) if last else None}  # fmt: skip
 
-    def _texts(self, row: sqlite3.Row) -> list[str]:
-        order = self.shown(row["item"], row["rater"], row["repeat"])
-        return [row[side] for side in order] if row["mode"] == "pair" else [row["a"]]
+    def _texts(self, row: sqlite3.Row, rater: str, repeat: int) -> list[str]:
+        return [row[side] for side in self.shown(row["item"], rater, repeat)] if row["mode"] == "pair" else [row["a"]]
 
     @staticmethod
     def _answer(event: sqlite3.Row) -> dict:

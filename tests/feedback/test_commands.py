@@ -232,6 +232,8 @@ def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
     assert {r.prompt for r in found.records} <= {json.loads(line)["prompt"] for line in prompts.read_text().splitlines()}
     about = json.loads((tmp_path / "runs/round1/ppo/config.json").read_text())
     assert about["complete"] and about["reward_model"] == str(tmp_path / "runs/round1/rm")
+    weighed = ["--data", tmp_path / "runs/feedback/preferences.jsonl", "--init", smoke / "sft", "--raters", "model"]
+    assert run("train_rm", "--preset", "smoke", *weighed, "--out", tmp_path / "runs/weighed") == 0
     # The same sample again changes nothing.
     assert run("minirlhf.feedback.__main__", "sample", smoke / "ppo", "--prompts", prompts, "--store", store) == 0
     assert len(Store(store).rows("SELECT 1 FROM items")) == len(found.records)
