@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import baselines, checkpoint, data, model, stats
+from minirlhf import baselines, checkpoint, data, model, rollout, stats
 from minirlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,6 +163,25 @@ def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precisio
                 assert torch.equal(after[name], value), name
             elif name.endswith("weight"):
                 assert not torch.equal(after[name].float(), value.float()), name
+
+
+@pytest.mark.usefixtures("no_baselines")
+def test_a_reward_model_may_read_with_another_tokenizer(smoke, run, metrics, tmp_path, capsys):
+    assert run("train_sft", *SFT, "--vocab", 300, "--epochs", 1, "--final-epochs", 1, "--out", tmp_path / "sft") == 0
+    assert run("train_rm", *SMALL, "--epochs", 1, "--out", tmp_path / "rm") == 0
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", tmp_path / "rm", "--iterations", 1, "--out", tmp_path / "ppo"]
+    assert run("train_ppo", *options) == 2 and "--value-init sft" in capsys.readouterr().err
+    assert run("train_ppo", *options, "--value-init", "sft") == 0
+    assert math.isfinite(metrics(tmp_path / "ppo")[-1]["objective/rm_scores"])
+
+    reward, reader = checkpoint.load_reward(tmp_path / "rm")
+    writer = Tokenizer.load(smoke / "sft")
+    assert reader.hash != writer.hash
+    texts = ["The plot is great, I smiled.", "The cast"]
+    rows = [[writer.bos, *writer.encode(texts[0]), writer.eot], [writer.bos, *writer.encode(texts[1])]]
+    found, _ = rollout.read(reward.eval(), reader, *data.collate(rows, writer.pad, side="left"), writer)
+    own = [[reader.bos, *reader.encode(texts[0]), reader.eot], [reader.bos, *reader.encode(texts[1])]]
+    torch.testing.assert_close(found, reward(*data.collate(own, reader.pad))[0])
 
 
 def test_D4_ratio_is_one_while_nothing_is_learnt(smoke, run, metrics, tmp_path):
