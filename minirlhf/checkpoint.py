@@ -34,9 +34,8 @@ def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer
     new.mkdir(parents=True)
     parts = [("model.safetensors", state, "config.json", config)]
     parts += [("trainer.safetensors", trainer["tensors"], "trainer.json", trainer["state"])] if trainer else []
-    for tensor_file, tensors, json_file, document in parts:  # clones: safetensors refuses shared memory
-        clones = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(clones, new / tensor_file, {"format": "pt"})  # the tag is what transformers looks for
+    for tensor_file, tensors, json_file, document in parts:
+        save_file(_apart(tensors), new / tensor_file, {"format": "pt"})  # the tag is what transformers looks for
         (new / json_file).write_text(json.dumps(document, indent=1))
     tokenizer.save(new)
     if (out / "metrics.jsonl").is_file():
@@ -60,6 +59,18 @@ def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer
     for path in [path for path in out.glob("*step-*") if path.name not in kept]:
         shutil.rmtree(path.rename(f"{new}.{path.name}"))  # renamed first: whatever bears a step's name is whole
     return final
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU, and copied only where memory is shared, which safetensors refuses: a copy of all optimisers
+    would be the peak of a run."""
+    found, seen = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        found[name] = value.clone() if storage.data_ptr() in seen or storage.nbytes() != value.nbytes else value
+        seen.add(storage.data_ptr())
+    return found
 
 
 def point(out: Path, name: str, step: int | str) -> None:
