@@ -229,7 +229,10 @@ def _package(file: Path) -> Callable[[str], list[int]] | None:
         from tokenizers import Tokenizer as Reader
     except ImportError:
         return None
-    reader = Reader.from_file(str(file))
+    try:
+        reader = Reader.from_file(str(file))
+    except Exception:  # the package raises bare ones for what it cannot read: then the merges decide
+        return None
     reader.no_truncation()
     reader.no_padding()
     reader.encode_special_tokens = True
