@@ -81,7 +81,8 @@ class Config:
     dropout: float = 0.2
     """As in stage 1, in place of the SFT model's."""
     train_layers: int | None = None
-    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision."""
+    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision, and has no
+    dropout."""
     lowercase: float = 0.5
     """Share of the training texts read in lower case, others each epoch: rare spellings learn from common ones."""
     epochs: int = 2

@@ -73,7 +73,8 @@ class Config:
     dropout: float = 0.2
     """On embeddings and on what enters the residual stream."""
     train_layers: int | None = None
-    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision."""
+    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision, and has no
+    dropout."""
 
     # Optimisation
     epochs: int = 6

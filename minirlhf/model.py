@@ -249,8 +249,11 @@ def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None
     for gpt in [m for m in model.modules() if isinstance(m, GPT)] if layers is not None else []:
         if not 0 <= layers <= len(gpt.blocks):
             raise UserError(f"--train-layers {layers}: the model has {len(gpt.blocks)} layers")
+        frozen = gpt.blocks[: len(gpt.blocks) - layers]
+        for module in (gpt, *frozen):  # noise that nothing below can learn to bear ruins what a trained model has read
+            module.dropout = 0.0
         embeddings = [gpt.wte] + ([gpt.wpe] if gpt.config.positions == "learned" else [])
-        for module in (*embeddings, *gpt.blocks[: len(gpt.blocks) - layers]):
+        for module in (*embeddings, *frozen):
             for p in module.requires_grad_(False).parameters():
                 if p.dim() == 2:
                     p.data = p.data.to(dtype)

@@ -146,7 +146,7 @@ def test_shared_key_value_heads_equal_repeated_ones():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_only_the_last_layers_are_trained(dtype):
     torch.manual_seed(0)
-    model = RewardEnsemble(SMALL, "mean", 2)
+    model = RewardEnsemble(dataclasses.replace(SMALL, dropout=0.5), "mean", 2)
     before = {name: p.clone() for name, p in model.named_parameters()}
     train_last(model, 1, dtype)
     tokens, mask = torch.randint(50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
@@ -157,6 +157,8 @@ def test_only_the_last_layers_are_trained(dtype):
         assert (p.grad is None) == below == (not p.requires_grad)
         assert p.dtype == (dtype if below and p.dim() == 2 else torch.float32)
         assert torch.equal(p, before[name].to(p.dtype))
+    gpt = model.members[1].backbone
+    assert [gpt.dropout, *(block.dropout for block in gpt.blocks)] == [0.0, 0.0, 0.5]
     train_last(model, None, dtype)
     with pytest.raises(UserError, match="the model has 2 layers"):
         train_last(model, 3, dtype)
