@@ -107,20 +107,8 @@ class Config:
     """Texts printed at the end."""
 
     def __post_init__(self):
-        training.check_positive(
-            self,
-            "epochs",
-            "batch",
-            "microbatch",
-            "lr",
-            "train_layers",
-            "vocab",
-            "context",
-            "n_layer",
-            "n_head",
-            "n_embd",
-            "patience",
-        )
+        training.check_positive(self, "epochs", "batch", "microbatch", "lr", "train_layers", "vocab", "context", "n_layer",
+                                "n_head", "n_embd", "patience")  # fmt: skip
         if self.context % 8:
             raise UserError(f"--context must be a multiple of 8, as batches are padded, not {self.context}")
         if self.microbatch is not None and self.batch % self.microbatch:
