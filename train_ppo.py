@@ -62,6 +62,8 @@ class Config:
     """Start again even if OUT holds a run."""
     tensorboard: bool = False
     """Also write TensorBoard events."""
+    save_samples: int | None = None
+    """Every so many iterations, write the rollout's texts and their scores to OUT/samples.jsonl (rank 0's share)."""
     seed: int = 1
     """Of everything random; 0 or more."""
 
@@ -80,6 +82,9 @@ class Config:
     """--no-stop takes the end-of-text token out of policy and reference: every response has full length."""
 
     # Reward
+    disagreement_coef: float = 0.0
+    """rm is the mean of its members' scores minus this times their standard deviation: what only some of them like is likely
+    their mistake (Coste et al. 2024; needs a reward model trained with --members 2 or more)."""
     kl_coef: float = 0.1
     """Reward points a nat (Ziegler: .15)."""
     kl_target: float | None = None
@@ -138,8 +143,10 @@ class Config:
     def __post_init__(self):
         if self.fused_head == "on" and not self.stop:
             raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
-        training.check_positive(self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens",
-                                "response_tokens", "temperature", "lr", "value_lr", "save_every", "train_layers")  # fmt: skip
+        training.check_positive(
+            self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens", "response_tokens", "temperature",
+            "lr", "value_lr", "save_every", "save_samples", "train_layers",
+        )  # fmt: skip
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
             b, s = getattr(self, big), getattr(self, small)
             if s is not None and b % s:
@@ -163,6 +170,13 @@ def show_samples(prompts: list[str], responses: list[str], scores: torch.Tensor,
     """Three episodes as lm-human-preferences prints them: query, response, score, KL, and what PPO maximises."""
     for prompt, response, score, nats in list(zip(prompts, responses, scores.tolist(), kl.tolist(), strict=True))[:3]:
         tqdm.write(f"  {prompt!r} -> {response!r}\n    score {score:+.2f}  kl {nats:.1f}  total {score - kl_coef * nats:+.2f}")
+
+
+def sample_rows(prompts: list[str], responses: list[str], said: dict[str, torch.Tensor | None]) -> list[dict]:
+    """The rollout's texts and what each model said of them, for samples.jsonl."""
+    known = {name: values.tolist() for name, values in said.items() if values is not None}
+    rows = zip(prompts, responses, *known.values(), strict=True)
+    return [dict(zip(("prompt", "response", *known), row, strict=True)) for row in rows]
 
 
 def main() -> None:
@@ -189,6 +203,8 @@ def main() -> None:
     reward_dir = config.reward_model or out.parent / "rm"
     load_reward = lambda path, remedy: checkpoint.load_reward(checkpoint.resolve(path, remedy))
     reward_model, reader = load_reward(reward_dir, "run train_rm.py first, or name one with --reward-model")
+    if config.disagreement_coef and len(reward_model.members) == 1:
+        raise UserError(f"--disagreement-coef: {reward_dir} has one member, and nobody to disagree with: use --members 3 there")
     judge, judge_reader = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else (None, None)
     if config.value_init == "reward":
         if reader.hash != tokenizer.hash:
@@ -281,9 +297,10 @@ def main() -> None:
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
                 prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
                 rm_scores, disagreement = read(reward_model, reader, tokens, mask, tokenizer)
+                cautious = rm_scores - config.disagreement_coef * disagreement
                 scores = torch.zeros_like(rm_scores)
                 for _, function, weight in reward_functions:
-                    said = rm_scores if function is None else rewards.call(function, prompt_texts, texts)
+                    said = cautious if function is None else rewards.call(function, prompt_texts, texts)
                     scores = scores + weight * torch.as_tensor(said, dtype=scores.dtype, device=scores.device)
                 judged = read(judge, judge_reader, tokens, mask, tokenizer)[0] if judge else None
             has_eos = ((responses == eos) & response_mask).any(1)
@@ -382,6 +399,9 @@ def main() -> None:
                 f"score {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.1f} "
                 f"len {metrics['val/response_length']:.0f} entropy {metrics['policy/entropy_avg']:.2f}"
             )
+            if config.save_samples and (iteration + 1) % config.save_samples == 0:
+                said = {"score": scores, "rm": rm_scores, "disagreement": disagreement, "judge": judged, "kl": kl}
+                log.write("samples", iteration + 1, sample_rows(prompt_texts, texts, said))
             done = iteration + 1 == config.iterations
             leave = interrupt.agreed(machine)
             if done or leave or (iteration + 1) % config.save_every == 0:

@@ -332,9 +332,13 @@ class RewardEnsemble(nn.Module):
         super().__init__()
         self.members = nn.ModuleList(RewardModel(config, pooling, mlp) for _ in range(members))
 
+    def each(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens, mask [B, T] -> every member's scores [K, B]."""
+        return torch.stack([m(tokens, mask) for m in self.members])
+
     def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """tokens, mask [B, T] -> scores [B], disagreement [B] (population standard deviation, 0 for one member)."""
-        scores = torch.stack([m(tokens, mask) for m in self.members])
+        scores = self.each(tokens, mask)
         return scores.mean(0), scores.std(0, correction=0)
 
 

@@ -1,10 +1,12 @@
 """Reward functions by name (`--reward`): `function(prompts: list[str], responses: list[str])` returns a
-finite number for each response, higher is better; `rm` is the reward model. Three rules are shipped."""
+finite number for each response, higher is better; `rm` is the reward model. Four rules are shipped."""
 
 import importlib
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
+from itertools import chain, pairwise
 
 from minirlhf import UserError
 from minirlhf.stats import distinct_n
@@ -55,6 +57,15 @@ def call(fn: Reward, prompts: list[str], responses: list[str]) -> list[float]:
 def repetition(prompts: list[str], responses: list[str]) -> list[float]:
     """Share of a response's word 3-grams that repeat one of its own, 0..1; 0 under three words."""
     return [1 - distinct_n([w], 3) if len(w) > 2 else 0.0 for w in (r.lower().split() for r in responses)]
+
+
+def sameness(prompts: list[str], responses: list[str]) -> list[float]:
+    """How much a response is like the rest of the batch, 0..1: over its different word 2-grams, the mean share of the OTHER
+    responses that hold each. Policies that drift from their start fall back on a few phrases, whatever the prompt."""
+    rows = [{*pairwise(r.lower().split())} for r in responses]
+    held_by = Counter(chain.from_iterable(rows))
+    others = max(1, len(rows) - 1)
+    return [sum(held_by[pair] - 1 for pair in row) / (others * max(1, len(row))) for row in rows]
 
 
 def length(prompts: list[str], responses: list[str]) -> list[float]:

@@ -282,22 +282,22 @@ def describe(stage: str, shape: Any, config: Any, step: int, complete: bool, tok
 
 
 class MetricLogger:
-    """One JSON object a line in OUT/metrics.jsonl, and TensorBoard if asked.  Ranks above 0 are silent."""
+    """One JSON object a line in OUT/metrics.jsonl, and TensorBoard if asked; texts, if asked, in OUT/samples.jsonl.
+    Ranks above 0 are silent."""
 
     def __init__(self, out: Path, machine: Machine, tensorboard: bool, keep_until: int):
         """keep_until: lines of later steps belong to work that a resumed run does again, and are dropped [D21]."""
-        self.file, self.board = None, None
+        self.out, self.board = None if machine.rank else out, None
         if machine.rank:
             return
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "metrics.jsonl"
         if not keep_until:  # a run that starts again: from here on nothing of the old one can be taken for it
             for link in ("latest", "best"):
                 (out / link).unlink(missing_ok=True)
-        old = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= keep_until]
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  (lives as long as the run)
+        for path in (out / "metrics.jsonl", out / "samples.jsonl"):
+            old = path.read_text().split("\n") if path.exists() else []  # splitlines also splits inside a text
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= keep_until]
+            path.write_text("".join(line + "\n" for line in kept)) if kept else path.unlink(missing_ok=True)
         if tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -305,11 +305,15 @@ class MetricLogger:
                 raise UserError("--tensorboard needs the package: pip install 'minirlhf[track]'") from None
             self.board = SummaryWriter(str(out / "tensorboard"))
 
+    def write(self, name: str, step: int, rows: list[dict]) -> None:
+        """Append rows to OUT/NAME.jsonl, all with this step."""
+        if self.out is not None:
+            with open(self.out / f"{name}.jsonl", "a") as file:
+                file.write("".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows))
+
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.file is None:
-            return
         plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-        self.file.write(json.dumps({"step": step} | plain) + "\n")
+        self.write("metrics", step, [plain])
         if self.board is not None:
             for name, value in plain.items():
                 if isinstance(value, int | float):
@@ -324,7 +328,7 @@ def claim(out: Path, config: Any, resume: bool, overwrite: bool) -> str:
     if not (out / "latest").exists() or overwrite:
         return "start"
     saved = checkpoint.load_config(out)
-    ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir"}
+    ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir", "save_samples"}
     wanted = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored}
     other = sorted(k for k, v in wanted.items() if saved["training"].get(k, v) != v)
     if other:

@@ -96,6 +96,9 @@ def test_shipped_rules():
     )
     # Each response on its own: two equal ones do not repeat each other.
     assert each(rewards.repetition, "a b c d", "a b c d") == [0.0, 0.0]
+    # Of "a b c"'s 2-grams "a b" is in one of the two others and "b c" in none; alone in its batch a text is like nothing.
+    assert each(rewards.sameness, "A b c", "a b a b", "x") == pytest.approx([0.25, 0.25, 0.0])
+    assert each(rewards.sameness, *["fun, moving film"] * 3) == [1.0, 1.0, 1.0] and each(rewards.sameness, "a b") == [0.0]
     assert each(rewards.length, "", "one two  three", "w " * 100) == [0.0, 0.03, 1.0]
     assert each(rewards.blocked_words, "Damn, that IDIOT!", "idiotic", "damn damn") == [2.0, 0.0, 2.0]
 

@@ -145,6 +145,24 @@ def test_D12_actor_and_critic_both_move_and_nothing_else(smoke, ppo_run):
 
 
 @pytest.mark.usefixtures("no_baselines")
+def test_what_the_members_disagree_on_costs_score(smoke, run, metrics, tmp_path, capsys):
+    """And samples.jsonl holds the texts with what was said of them."""
+    ensemble = [*SMALL, "--init", smoke / "sft", "--members", 3, "--epochs", 1, "--out", tmp_path / "rm"]
+    assert run("train_rm", *ensemble) == 0
+    options = [*SMALL, "--init", smoke / "sft", "--missing-eos", "none", "--iterations", 4, "--save-samples", 2]
+    options += ["--disagreement-coef", 2]
+    assert run("train_ppo", *options, "--reward-model", smoke / "rm", "--out", tmp_path / "one") == 2
+    assert "--members" in capsys.readouterr().err
+    assert run("train_ppo", *options, "--reward-model", tmp_path / "rm", "--out", tmp_path / "ppo") == 0
+    rows = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").read_text().split("\n")[:-1]]
+    assert [row["step"] for row in rows] == [2] * 16 + [4] * 16
+    assert all(row["disagreement"] > 0 and isinstance(row["response"], str) and "judge" not in row for row in rows)
+    assert [row["score"] for row in rows] == pytest.approx([row["rm"] - 2 * row["disagreement"] for row in rows], abs=1e-5)
+    last = metrics(tmp_path / "ppo")[-1]
+    assert last["objective/kl"] == pytest.approx(sum(row["kl"] for row in rows[16:]) / 16, abs=1e-4)
+
+
+@pytest.mark.usefixtures("no_baselines")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precision):
     """From a trained model on: what is frozen never changes, and the linear head's critic starts as its reward model."""

@@ -335,14 +335,19 @@ def test_D21_logger_drops_what_is_done_again(tmp_path, keep):
     first = training.MetricLogger(out, ALONE, tensorboard=False, keep_until=0)
     for step in range(1, 6):
         first.log(step, {"loss": torch.tensor(step / 2), "n": step})
-    first.file.write('{"step": 6, "lo')  # killed while it wrote
-    first.file.close()
+        first.write("samples", step, [{"response": "a\u2028b"}, {"response": "c"}])
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed while it wrote
     again = training.MetricLogger(out, ALONE, tensorboard=False, keep_until=keep)
     again.log(keep + 1, {"loss": 0.25, "n": 1})
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, keep + 1), keep + 1]
     assert lines[:-1] == [{"step": step, "loss": step / 2, "n": step} for step in range(1, keep + 1)]
-    again.file.close()
+    if keep:
+        texts = [json.loads(line) for line in (out / "samples.jsonl").read_text().split("\n")[:-1]]
+        assert texts == [{"step": s, "response": r} for s in range(1, keep + 1) for r in ("a\u2028b", "c")]
+    else:
+        assert not (out / "samples.jsonl").exists()
 
 
 def test_only_the_first_rank_logs(tmp_path):

@@ -42,6 +42,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     sample.add_argument(
         "--mode", choices=["pair", "rating"], default="pair", help="compare two texts, or rate one (%(default)s)"
     )
+    sample.add_argument("--reward-model", help="choose the items by what this model says of them: with --keep")
+    sample.add_argument("--keep", type=int, metavar="N", help="how many of them")
+    sample.add_argument(
+        "--by", choices=["disagreement", "score"], nargs="+", default=["disagreement", "score"],
+        help="where its members disagree most (of a pair: on the difference), where a text scores highest, or by turns",
+    )  # fmt: skip
     sample.add_argument("--temperature", type=float, help="(left out: the checkpoint's own, or 1)")
     sample.add_argument("--response-tokens", type=int, help="longest response (left out: the checkpoint's own, or 24)")
     sample.add_argument("--data-dir", help="folder of the built-in dataset (left out: the user's cache)")

@@ -2,18 +2,33 @@
 
 import argparse
 from collections import defaultdict
-from itertools import combinations
+from itertools import chain, combinations
+
+import torch
+from torch import Tensor
 
 from minirlhf import UserError, checkpoint, data, training
-from minirlhf.evaluate import write
+from minirlhf.evaluate import CHUNK, write
 from minirlhf.feedback.add import tell
 from minirlhf.feedback.store import Store
+from minirlhf.rollout import read
 from minirlhf.tokenizer import Tokenizer
+
+
+def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[int]:
+    """Which items to keep, of every item's texts' scores (for each text [members]): by turns the next best of each criterion.
+    What the members make of a pair is the difference of its texts: there a vote tells them apart."""
+    value = {
+        "disagreement": lambda texts: (texts[0] - texts[-1] if len(texts) > 1 else texts[0]).std(correction=0),
+        "score": lambda texts: max(text.mean() for text in texts),
+    }
+    orders = [sorted(range(len(scores)), key=lambda i, of=value[name]: -of(scores[i]).item()) for name in by]
+    return list(dict.fromkeys(chain.from_iterable(zip(*orders, strict=True))))[:keep]
 
 
 def sample(args: argparse.Namespace) -> None:
     """Continue `--limit` prompts K times each, and store every two different responses as a pair (Ouyang et al. 2022), or
-    each as a text to rate."""
+    each as a text to rate; all of them, or those that a reward model singles out."""
     folder = checkpoint.resolve(args.checkpoint)
     about, tokenizer = checkpoint.load_config(folder), Tokenizer.load(folder)
     if "head" in about or not about["model"].get("causal", True):
@@ -28,7 +43,16 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--response-tokens, --temperature, --limit, --per-prompt and --prompt-tokens must be above 0")
     if args.mode == "pair" and args.per_prompt < 2:
         raise UserError("--per-prompt must be 2 or more to make pairs: raise it, or use --mode rating")
-    machine = training.setup_machine(args.seed)
+    if (args.keep is None) != (args.reward_model is None) or (args.keep or 1) < 1:
+        raise UserError("--reward-model chooses and --keep N, above 0, says how many: give both or neither")
+    machine, reward_model = training.setup_machine(args.seed), None
+    if args.reward_model:
+        reward_model, reader = checkpoint.load_reward(checkpoint.resolve(args.reward_model))
+        reward_model.to(machine.device).eval()
+        if "disagreement" in args.by and len(reward_model.members) == 1:
+            raise UserError(
+                f"--by disagreement: {args.reward_model} has one member: train it with --members 3, or use --by score"
+            )
     source = data.load(args.prompts, data_dir=args.data_dir)
     if args.prompts in ("vader", "toy"):  # PPO's own prompts; test texts are for the last word
         source = source.select("val", source.genres_among(["movies"]))
@@ -43,13 +67,22 @@ def sample(args: argparse.Namespace) -> None:
     model, responses = checkpoint.load_gpt(folder).to(machine.device).eval(), defaultdict(dict)  # dicts: in order, each once
     for k in range(args.per_prompt):
         texts = write(model, prompts, setting, tokenizer, machine, args.seed + k)
+        scores = [None] * len(prompts)
+        if reward_model:
+            with torch.no_grad():
+                chunks = zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True)
+                scores = torch.cat([read(reward_model.each, reader, t, m, tokenizer) for t, m in chunks], 1).T
         for i, (row, real) in enumerate(zip(texts.responses, texts.response_mask, strict=True)):
-            responses[i][tokenizer.decode(row[real].tolist())] = None
+            responses[i].setdefault(tokenizer.decode(row[real].tolist()), scores[i])
     made = {"checkpoint": str(folder), "step": about["step"], "seed": args.seed} | setting
-    items = []
+    items, said = [], []
     for i, ids in enumerate(prompts):
         common = {"mode": args.mode, "prompt": tokenizer.decode(ids), "source": made}
         written = [text for text in responses[i] if text.strip()]
-        found = combinations(written, 2) if args.mode == "pair" else ((text,) for text in written)
+        found = list(combinations(written, 2) if args.mode == "pair" else ((text,) for text in written))
         items += [common | dict(zip("ab", texts, strict=False)) for texts in found]
+        said += [tuple(responses[i][text] for text in texts) for texts in found]
+    if reward_model:
+        made["chosen"] = {"reward_model": str(args.reward_model), "by": args.by}
+        items = [items[i] for i in choose(said, args.by, args.keep)]
     tell(store, *store.add(items))

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from minirlhf import UserError, data
+from minirlhf import UserError, checkpoint, data
 from minirlhf.feedback.add import add
 from minirlhf.feedback.export import export
 from minirlhf.feedback.rate import rate, visible
+from minirlhf.feedback.sample import choose
 from minirlhf.feedback.stats import print_stats, summarise
 from minirlhf.feedback.store import Policy, Store
 from minirlhf.preference import krippendorff_alpha
@@ -247,6 +249,35 @@ def test_sample_refuses(smoke, run, tmp_path, capsys, options, message):
     argv = ["sample", smoke / "ppo", "--prompts", "toy", "--store", tmp_path / "f.db", *options]
     assert run("minirlhf.feedback.__main__", *argv) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "f.db").exists()
+
+
+def test_choose_takes_the_next_best_of_each_criterion_by_turns():
+    scores = [[(0.0, 0.0), (1.0, 1.0)], [(0.0, 3.0), (0.0, 0.0)], [(5.0, 9.0), (5.0, 9.0)], [(0.0, 1.0), (0.0, 0.0)]]
+    pairs = [tuple(map(torch.tensor, item)) for item in scores]  # of two texts, by two members
+    assert choose(pairs, ["disagreement"], 2) == [1, 3]  # on the third they agree that the texts are alike
+    assert choose(pairs, ["score"], 3) == [2, 1, 0]
+    assert choose(pairs, ["disagreement", "score"], 3) == [1, 2, 3]
+    assert choose([texts[:1] for texts in pairs], ["disagreement"], 1) == [2]  # single texts: on the score itself
+
+
+def test_sample_by_what_a_reward_model_says(smoke, run, tmp_path, capsys):
+    argv = ["sample", smoke / "ppo", "--prompts", "toy", "--limit", 12]
+    sample = lambda name, *options: run("minirlhf.feedback.__main__", *argv, "--store", tmp_path / name, *options)
+    assert sample("one.db", "--reward-model", smoke / "rm") == 2 and "give both or neither" in capsys.readouterr().err
+    assert sample("one.db", "--reward-model", smoke / "rm", "--keep", 3) == 2 and "--by score" in capsys.readouterr().err
+    assert not (tmp_path / "one.db").exists()
+    assert sample("all.db", "--per-prompt", 3) == 0
+    assert sample("few.db", "--per-prompt", 3, "--reward-model", smoke / "rm", "--keep", 5, "--by", "score") == 0
+    every, few = (Store(tmp_path / name).rows("SELECT prompt, a, b, source FROM items") for name in ("all.db", "few.db"))
+    assert len(few) == 5 < len(every) and "reward_model" in few[0]["source"]
+    model, tokenizer = checkpoint.load_reward(smoke / "rm")
+    read = lambda prompt, text: model.eval()(*data.collate([tokenizer.encode(prompt + text)], tokenizer.pad))[0].item()
+    value = lambda item: max(read(item["prompt"], item["a"]), read(item["prompt"], item["b"]))
+    kept = {(r["prompt"], r["a"], r["b"]) for r in few}
+    assert kept <= {(r["prompt"], r["a"], r["b"]) for r in every}
+    rest = [value(r) for r in every if (r["prompt"], r["a"], r["b"]) not in kept]
+    # The model reads an end of text where there was one, this test does not: means of both are well apart.
+    assert sum(map(value, few)) / 5 > sum(rest) / len(rest)
 
 
 def test_sample_refuses_a_reward_model_and_takes_ratings(smoke, run, tmp_path, capsys):
