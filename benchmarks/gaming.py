@@ -1,0 +1,125 @@
+"""What happens when the KL anchor is cut: the reward that PPO maximises, and readers that took no part, as KL grows.
+
+    python benchmarks/gaming.py --run runs/demo --strong runs/smollm2-1/judge --fluency runs/smollm2/base
+
+Policies from RUN/sft against an ensemble of three reward models trained on half of the built-in ratings (runs/gaming/ensemble,
+made here): an anchored one, two with a KL coefficient of .01 and 0, and one of 0 with the defences: the members' disagreement
+off the score, a penalty for a response that repeats itself and one for phrases that the rest of the batch has too. Every
+twelfth iteration's texts are read by
+- proxy: the ensemble's mean, what PPO is told to raise;
+- judge: a reward model trained on the other half of the ratings (RUN/judge), of the same kind as the proxy;
+- strong: a reward model on real weights, other half, other seed (--strong);
+- fluency: the perplexity of the responses under a language model that took no part (--fluency);
+- distinct-2: different word pairs among all of a rollout's.
+
+Writes benchmarks/results/gaming.json after each policy and gaming.png; finished stages are not run again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import mean
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
+from minirlhf.checkpoint import write_atomically  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/gaming.json"
+EVERY = 12  # PPO iterations between the texts that are read
+DEFENCES = ["--disagreement-coef", 2, "--reward", "rm", "--reward", "minirlhf.rewards:repetition:-2",
+            "--reward", "minirlhf.rewards:sameness:-20"]  # fmt: skip
+ARMS = {
+    "kl_coef .1": ["--kl-coef", 0.1],
+    "kl_coef .01": ["--kl-coef", 0.01],
+    "kl_coef 0": ["--kl-coef", 0.0],
+    "kl_coef 0, defences": ["--kl-coef", 0.0, *DEFENCES],
+}
+
+
+def command(*arguments: object) -> None:
+    print("\n$ python", *arguments, flush=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+
+
+def curve(samples: Path, readers: dict) -> list[dict]:
+    found = []
+    for step, rows in rows_of(samples).items():
+        own = {"kl": mean(r["kl"] for r in rows), "proxy": mean(r["rm"] for r in rows), "judge": mean(r["judge"] for r in rows)}
+        found.append({"step": step} | own | {name: read(rows) for name, read in readers.items()} | looks(rows))
+    return found
+
+
+def table(arms: dict[str, dict]) -> str:
+    """In Markdown: every arm at its end, and how far the strong judge is below its own peak there; means over seeds."""
+    names = ("kl", "proxy", "judge", "strong", "fluency", "distinct_2")
+    head = "| | KL, nats | proxy | judge | strong judge | ... below its peak | perplexity | distinct-2 |"
+    lines = [head, "|---" * (len(names) + 2) + "|"]
+    for arm, seeds in arms.items():
+        at = {name: mean(c[-1][name] for c in seeds.values()) for name in names}
+        drop = mean(max(p["strong"] for p in c) - c[-1]["strong"] for c in seeds.values())
+        signed = " | ".join(f"{at[name]:+.2f}" for name in ("proxy", "judge", "strong"))
+        lines.append(f"| {arm} | {at['kl']:.1f} | {signed} | {drop:.2f} | {at['fluency']:.0f} | {at['distinct_2']:.2f} |")
+    return "\n".join(lines)
+
+
+def plot(arms: dict[str, dict], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = {"proxy": "proxy: what PPO maximises", "judge": "judge of the same kind", "strong": "strong judge",
+             "fluency": "perplexity of the responses", "distinct_2": "distinct-2"}  # fmt: skip
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.1), constrained_layout=True)
+    for axis, (name, title) in zip(axes, shown.items(), strict=True):
+        for k, (arm, seeds) in enumerate(arms.items()):
+            for points in seeds.values():
+                label = arm if points is next(iter(seeds.values())) else None
+                axis.plot([p["kl"] for p in points], [p[name] for p in points], color=f"C{k}", marker=".", lw=1, label=label)
+        axis.set(title=title, xlabel="KL, nats")
+        if name == "fluency":
+            axis.set_yscale("log")
+    axes[0].legend(fontsize=7)
+    figure.savefig(target, dpi=110)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with sft and judge")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gaming", help="folder of the ensemble and the policies")
+    parser.add_argument("--preset", default="demo", help="of the stages")
+    parser.add_argument("--strong", type=Path, default=Path("runs/smollm2-1/judge"), help="a reward model on real weights")
+    parser.add_argument("--fluency", type=Path, default=Path("runs/smollm2/base"), help="a language model that took no part")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=[*ARMS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--iterations", type=int, default=144, help="of PPO")
+    parser.add_argument("--tables", action="store_true", help="only the table and the plot of the results that are there")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not args.tables:
+        sft, ensemble, common = args.run / "sft", args.out / "ensemble", ("--preset", args.preset, "--resume")
+        command("train_rm.py", "--init", sft, "--part", "a", "--members", 3, "--out", ensemble, *common)
+        strong, fluency = Judge(args.strong), Fluency(args.fluency)
+        readers = {"strong": lambda rows: mean(strong(rows)), "fluency": fluency}
+        for seed, arm in product(args.seeds, args.arms):
+            out = args.out / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
+            models = ("--init", sft, "--reward-model", ensemble, "--monitor", args.run / "judge")
+            how = ("--iterations", args.iterations, "--save-samples", EVERY, "--seed", seed, *ARMS[arm])
+            command("train_ppo.py", *models, *how, "--out", out, *common)
+            known.setdefault(arm, {})[str(seed)] = curve(out / "samples.jsonl", readers)
+            write_atomically(RESULTS, json.dumps(known, indent=1).encode())
+    print(table(known))
+    plot(known, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Do rounds of feedback help? Simulated raters judge texts of each round's policy; the same number of judgements of the first
+policy's texts is the control.
+
+    python benchmarks/rounds.py --init runs/demo/sft --gold runs/minilm-1/rm --seeds 1 2 3
+
+The raters are SIMULATED: each prefers the text that the gold reward model (--gold; it trains nobody else) scores higher after
+noise of .5, 1 or 2 rating points is added to the difference, and every pair is judged by all three. A round is the README's
+sequence of commands: sample pairs from the last policy where the reward model's members disagree or scores are high, judge
+them, export all judgements so far, train a reward model (three members) on them, and PPO from the SFT model. Round 0 samples
+from the SFT model. `control` is a reward model on as many judgements as the last round's, all of round 0's kind.
+
+Texts of every sixth PPO iteration are read by the gold model; a policy's gold score AT A KL is the line through the points
+around it. Writes benchmarks/results/rounds.json after each policy; finished stages are not run again.
+"""
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.readers import Judge, looks, rows_of  # noqa: E402
+from minirlhf.checkpoint import write_atomically  # noqa: E402
+from minirlhf.feedback.store import Policy, Store  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/rounds.json"
+NOISE = {"ann": 0.5, "bob": 1.0, "cid": 2.0}  # points
+EVERY = 6  # PPO iterations between the texts that are read
+
+
+def command(*arguments: object) -> None:
+    print("\n$ python", *arguments, flush=True)
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+
+
+def judge(path: Path, gold: Judge, seed: int) -> int:
+    """Every simulated rater judges what is open in the store; the number of votes."""
+    store, votes = Store(path, Policy(raters=len(NOISE), gold_every=0, repeat_every=0)), 0
+    said: dict[tuple[str, str], float] = {}
+
+    def worth(item: dict) -> list[float]:
+        new = [{"prompt": item["prompt"], "response": t} for t in item["texts"] if (item["prompt"], t) not in said]
+        if new:
+            said.update(zip(((r["prompt"], r["response"]) for r in new), gold(new), strict=True))
+        return [said[item["prompt"], t] for t in item["texts"]]
+
+    for name, noise in NOISE.items():
+        rng, item = random.Random(f"{seed} {name} {path.stem}"), store.next(name)
+        while item:
+            left, right = worth(item)
+            choice = "left" if left - right + rng.gauss(0, noise) > 0 else "right"
+            item, votes = store.vote(name, item["item"], item["lease"], {"choice": choice}), votes + 1
+    return votes
+
+
+def at_kl(curve: list[dict], nats: float) -> float | None:
+    """The gold score where the curve first reaches this KL, between its points."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if before["kl"] <= nats <= after["kl"]:
+            share = (nats - before["kl"]) / (after["kl"] - before["kl"])
+            return before["gold"] + share * (after["gold"] - before["gold"])
+    return None
+
+
+def judged(args: argparse.Namespace, out: Path, store: Path, samples: list[tuple], gold: Judge, seed: int) -> Path:
+    """OUT/feedback/preferences.jsonl: all judgements in the store, after new items (each sample's arguments) got theirs."""
+    pairs = out / "feedback/preferences.jsonl"
+    if not pairs.exists():
+        store.parent.mkdir(parents=True, exist_ok=True)
+        for writer, draw, *options in samples:
+            asked = ("--prompts", args.prompts, "--limit", args.pairs, "--seed", draw, *options)
+            command("-m", "minirlhf.feedback", "sample", writer, "--store", store, *asked)
+        judge(store, gold, seed)
+        command("-m", "minirlhf.feedback", "export", pairs.parent, "--store", store)
+    return pairs
+
+
+def policy(args: argparse.Namespace, out: Path, pairs: Path, seed: int, gold: Judge) -> dict:
+    """Reward model and PPO of OUT; what the gold model says along the way."""
+    common = ("--preset", args.preset, "--init", args.init, "--seed", seed, "--resume")
+    command("train_rm.py", "--data", pairs, "--out", out / "rm", "--members", 3, "--epochs", args.epochs, *common)
+    command("train_ppo.py", "--out", out / "ppo", "--save-samples", EVERY, "--iterations", args.iterations, *common)
+    curve = []
+    for step, rows in rows_of(out / "ppo/samples.jsonl").items():
+        read = {"kl": mean(r["kl"] for r in rows), "proxy": mean(r["rm"] for r in rows), "gold": mean(gold(rows))}
+        curve.append({"step": step} | read | looks(rows))
+    about = json.loads((out / "rm/config.json").read_text())["results"]
+    return {"pairs": len(pairs.read_text().splitlines()), "rm": about["test"], "curve": curve}
+
+
+def run(args: argparse.Namespace, seed: int, gold: Judge, save: Callable[[dict], None]) -> None:
+    home, found = args.out / f"seed-{seed}", {}
+    draws = [100 * k + seed for k in range(args.rounds + 1)]  # of prompts and texts
+    for k, draw in enumerate(draws):
+        out, last = home / f"round-{k}", home / f"round-{k - 1}"
+        chosen = ("--reward-model", last / "rm", "--keep", args.pairs, "--per-prompt", 3)
+        samples = [(last / "ppo", draw, *chosen)] if k else [(args.init, draw)]
+        pairs = judged(args, out, home / "rounds.db", samples, gold, seed)  # one store: a round learns from all before it
+        found[f"round {k}"] = policy(args, out, pairs, seed, gold)
+        save(found)
+    out = home / "control"
+    pairs = judged(args, out, home / "control.db", [(args.init, draw) for draw in draws], gold, seed)
+    found["control"] = policy(args, out, pairs, seed, gold)
+    save(found)
+
+
+def table(seeds: dict[str, dict], nats: float) -> str:
+    """In Markdown: gold score of each policy at a KL, over seeds, and by how much it is above round 0's."""
+    names = list(next(iter(seeds.values())))
+    head = f"| | pairs | gold score at {nats:g} nats, seeds {', '.join(seeds)} | mean | above round 0 (standard error) |"
+    lines = [head, "|---" * 5 + "|"]
+    base = [at_kl(found["round 0"]["curve"], nats) for found in seeds.values()]
+    for name in names:
+        values = [at_kl(found[name]["curve"], nats) for found in seeds.values() if name in found]
+        if None in values + base or len(values) < len(base):
+            continue
+        gains = [v - b for v, b in zip(values, base, strict=True)]
+        error = f" ({stdev(gains) / math.sqrt(len(gains)):.2f})" if len(gains) > 1 else ""
+        pairs = next(iter(seeds.values()))[name]["pairs"]
+        each = " / ".join(f"{v:+.2f}" for v in values)
+        lines.append(f"| {name} | {pairs} | {each} | {mean(values):+.2f} | {mean(gains):+.2f}{error} |")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--init", type=Path, default=Path("runs/demo/sft"), help="the SFT model")
+    parser.add_argument("--gold", type=Path, default=Path("runs/minilm-1/rm"), help="reward model that simulates the raters")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/rounds", help="folder of stores and checkpoints")
+    parser.add_argument("--preset", default="demo", help="of the stages")
+    parser.add_argument("--prompts", default="vader", help="as of feedback sample")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=2, help="rounds after the first")
+    parser.add_argument("--pairs", type=int, default=400, help="new pairs a round")
+    parser.add_argument("--epochs", type=int, default=4, help="of the reward models, over all pairs so far")
+    parser.add_argument("--iterations", type=int, default=48, help="of PPO")
+    parser.add_argument("--nats", type=float, default=5.0, help="KL at which policies are compared")
+    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if not args.table:
+        gold = Judge(args.gold)
+        for seed in args.seeds:
+
+            def save(found: dict, seed: int = seed) -> None:
+                known[str(seed)] = found
+                write_atomically(RESULTS, json.dumps(known, indent=1).encode())
+
+            run(args, seed, gold, save)
+    print(table(known, args.nats))
+
+
+if __name__ == "__main__":
+    main()
