@@ -29,7 +29,7 @@ from tqdm import tqdm
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, ppo, rewards, training
 from minirlhf.masked import whiten
-from minirlhf.model import ValueModel, critic_from, disable_dropout, train_last
+from minirlhf.model import ValueModel, critic_from, disable_dropout, store_blocks, train_last
 from minirlhf.rollout import Rollout, generate, read, response_logprobs, response_values
 from minirlhf.tokenizer import Tokenizer
 
@@ -220,7 +220,7 @@ def main() -> None:
         if config.train_layers is not None:
             train_last(model, 0 if model in frozen else config.train_layers, training.frozen_dtype(precision))
     for model in frozen:
-        model.requires_grad_(False)
+        store_blocks(model.requires_grad_(False), training.frozen_dtype(precision))
 
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     held_out = source.select("val", source.genres_among([config.genre])).records  # the test split is for evaluate.py

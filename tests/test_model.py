@@ -23,6 +23,7 @@ from minirlhf.model import (
     position_ids,
     rotary,
     rotate,
+    store_blocks,
     train_last,
 )
 
@@ -162,6 +163,21 @@ def test_only_the_last_layers_are_trained(dtype):
     train_last(model, None, dtype)
     with pytest.raises(UserError, match="the model has 2 layers"):
         train_last(model, 3, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_D4_blocks_stored_in_bf16_compute_the_same_bits_under_autocast(shape):
+    """So a reference kept so has the policy's log-probabilities until the first step."""
+    torch.manual_seed(0)
+    model = RewardEnsemble(shape, "mean", 2)
+    tokens, mask = torch.randint(50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(tokens, mask)[0]
+        store_blocks(model, torch.bfloat16)
+        assert torch.equal(model(tokens, mask)[0], before)
+    block = model.members[1].backbone.blocks[1]
+    assert block.qkv.weight.dtype == block.mlp_out.weight.dtype == torch.bfloat16
+    assert block.ln_1.weight.dtype == model.members[0].fc.weight.dtype == torch.float32
 
 
 def test_init_is_gpt2s():
