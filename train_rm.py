@@ -241,10 +241,11 @@ def print_report(found: dict) -> None:
 
 
 def reference_samples(
-    config: Config, reference: Path, tokenizer: Tokenizer, prompts: list[list[int]], machine: training.Machine
+    config: Config, reference: Path, own: Tokenizer, tokenizer: Tokenizer, prompts: list[list[int]], machine: training.Machine
 ) -> list[list[int]]:
-    """Continuations by the reference policy, as train_ppo.py will see them: prompt and response in tokens of `tokenizer`."""
-    ref, own = checkpoint.load_gpt(reference).to(machine.device).eval(), Tokenizer.load(reference)
+    """Continuations by the reference policy, as train_ppo.py will see them: prompts in its `own` tokens, prompt and response
+    returned in those of `tokenizer`."""
+    ref = checkpoint.load_gpt(reference).to(machine.device).eval()
     picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
     found = []
     for i in range(0, len(picks), 64):
@@ -329,7 +330,8 @@ def main() -> None:
     if mode != "none":  # what the reference policy will continue, at the end
         remedy = "name a language model with --reference, or leave scores on the raters' own scale with --normalise none"
         reference = checkpoint.resolve(config.reference or (init if kind == "gpt" else out.parent / "sft"), remedy)
-        prompts = data.prompts_of(records["val"], Tokenizer.load(reference), config.prompt_tokens)
+        reference_tokenizer = Tokenizer.load(reference)
+        prompts = data.prompts_of(records["val"], reference_tokenizer, config.prompt_tokens)
         longest = max(map(len, prompts)) + config.response_tokens
         if longest > shape.context:
             raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the "
@@ -440,15 +442,16 @@ def main() -> None:
     if machine.rank == 0:
         found = report(config, source, held_out("test"), records) | ({"raters": raters} if raters else {})
         training.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
-        samples = reference_samples(config, reference, tokenizer, prompts, machine) if mode != "none" else []
-        for member in model.members if samples else []:
-            gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)
-            member.gain.fill_(gain)
-            member.bias.fill_(bias)
+        if mode != "none":
+            samples = reference_samples(config, reference, reference_tokenizer, tokenizer, prompts, machine)
+            for member in model.members:
+                gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)
+                member.gain.fill_(gain)
+                member.bias.fill_(bias)
         scale = getattr(records["test"][0], "scale", None)
         save(complete=True, results=found | {"seconds": seconds}, normalise={"mode": mode, "scale": scale})
         print_report(found)
-        if samples:
+        if mode != "none":
             print(f"scores x {gain:.3f} {bias:+.3f}: the reference policy's samples average 0")
         print(f"{seconds:.0f} s; model in {out}")
 

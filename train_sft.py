@@ -272,7 +272,8 @@ def main() -> None:
                 tqdm.write(f"epoch {epoch + 1}: validation {bpb:.4f} bits per byte" + " (best)" * (best_step == step))
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
-            bar.set_postfix_str(f"loss {metrics['train/loss']:.3f} val {best:.3f} bits/byte")
+            seen = f" val {best:.3f} bits/byte" if best < math.inf else ""
+            bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}" + seen)
             stop = interrupt.agreed(machine)
             if last_of_epoch or stop:
                 save(complete=False)

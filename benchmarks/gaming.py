@@ -30,6 +30,7 @@ from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
 from minirlhf.checkpoint import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
+COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito: told apart by everyone
 EVERY = 12  # PPO iterations between the texts that are read
 DEFENCES = ["--disagreement-coef", 2, "--reward", "rm", "--reward", "minirlhf.rewards:repetition:-2",
             "--reward", "minirlhf.rewards:sameness:-20"]  # fmt: skip
@@ -80,7 +81,7 @@ def plot(arms: dict[str, dict], target: Path) -> None:
         for k, (arm, seeds) in enumerate(arms.items()):
             for points in seeds.values():
                 label = arm if points is next(iter(seeds.values())) else None
-                axis.plot([p["kl"] for p in points], [p[name] for p in points], color=f"C{k}", marker=".", lw=1, label=label)
+                axis.plot([p["kl"] for p in points], [p[name] for p in points], color=COLOURS[k], marker=".", lw=1, label=label)
         axis.set(title=title, xlabel="KL, nats")
         if name == "fluency":
             axis.set_yscale("log")

@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -121,11 +122,13 @@ def scores_of(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, lis
 
 
 def compare(scores: dict[str, list[float]], base: dict[str, list[float]]) -> dict:
-    """Mean score of each reader, and how often it prefers the writer to the SFT sample on the same prompt [D24]."""
+    """Mean score of each reader, and how often it prefers the writer to the SFT sample on the same prompt, with the 95 %
+    interval of each over prompts [D24]."""
     row = {}
     for name, values in scores.items():
         rate, low, high = stats.win_rate(values, base[name])
-        row |= {name: sum(values) / len(values), f"{name}_win_rate": rate, f"{name}_win_rate_interval": [low, high]}
+        row |= {name: sum(values) / len(values), f"{name}_interval": stats.bootstrap_interval(values, np.random.default_rng(0))}
+        row |= {f"{name}_win_rate": rate, f"{name}_win_rate_interval": [low, high]}
     return row
 
 

@@ -40,9 +40,7 @@ class GPTConfig:
     norm_eps: float = 1e-5
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = (
-        None  # of Llama 3.1 on: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings
-    )
+    rope_scaling: dict | None = None  # Llama 3.1's: factor, low_ and high_freq_factor, original_max_position_embeddings
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
     bias: bool = True  # in the blocks' linear layers
     qkv_bias: bool | None = None  # None: as `bias`

@@ -74,6 +74,9 @@ def test_results_hold_what_they_must(smoke):
     columns |= {"mean_length", "eos_rate"}
     for row in (found["ppo"], found["sft_samples"], *found["best_of_n"].values()):
         assert columns <= set(row)
+        for reader in ("score", "judge", "lexicon"):
+            low, high = row[f"{reader}_interval"]
+            assert low < row[reader] < high
     assert "seconds" in found["ppo"] and found["seed"] == 1 and "torch" in found["versions"]
 
 

@@ -194,8 +194,8 @@ def test_mistakes_are_one_line(tmp_path, argv, message):
 
 def readme_commands() -> list[list[str]]:
     section = (ROOT / "README.md").read_text().split("## Collecting feedback")[1].split("\n## ")[0]
-    block = section.split("```")[1]
-    return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
+    blocks = "".join(section.split("```")[1:4:2])  # the loop, and its second round
+    return [shlex.split(line, comments=True) for line in blocks.splitlines() if line.startswith("python ")]
 
 
 def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
@@ -227,13 +227,18 @@ def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
                 while item:
                     left, right = map(len, item["texts"])
                     item = rater.vote(item, {"choice": "left" if left > right else "right" if right > left else "tie"})
-    assert done == ["sample", "serve", "stats", "export", "train_rm.py", "train_ppo.py"]
+    assert done == ["sample", "serve", "stats", "export", "train_rm.py", "train_ppo.py"] + [
+        "sample", "serve", "export", "train_rm.py", "train_ppo.py"]  # fmt: skip
     found = data.load(tmp_path / "runs/feedback/preferences.jsonl")
     assert len(found.records) >= 35 and all(len(r.chosen) >= len(r.rejected) for r in found.records)
     assert {r.raters for r in found.records} == {("ann", "bob")}
     assert {r.prompt for r in found.records} <= {json.loads(line)["prompt"] for line in prompts.read_text().splitlines()}
-    about = json.loads((tmp_path / "runs/round1/ppo/config.json").read_text())
-    assert about["complete"] and about["reward_model"] == str(tmp_path / "runs/round1/rm")
+    for k in (1, 2):
+        about = json.loads((tmp_path / f"runs/round{k}/ppo/config.json").read_text())
+        assert about["complete"] and about["reward_model"] == str(tmp_path / f"runs/round{k}/rm")
+    sources = [json.loads(r["source"]) for r in Store(store).rows("SELECT source FROM items")]
+    second = ["chosen" in s for s in sources]
+    assert second == ["round1" in s["checkpoint"] for s in sources] and 0 < sum(second) < len(second)
     weighed = ["--data", tmp_path / "runs/feedback/preferences.jsonl", "--init", smoke / "sft", "--raters", "model"]
     assert run("train_rm", "--preset", "smoke", *weighed, "--out", tmp_path / "runs/weighed") == 0
     # The same sample again changes nothing.
