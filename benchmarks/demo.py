@@ -62,8 +62,9 @@ def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
         return {"demo": {"rm": json.loads((ROOT / run / "rm/config.json").read_text())["results"]}}
     stage("train_sft.py", "sft")
     stage("train_rm.py", "rm")
-    stage("train_rm.py", "rm-a", "--part", "a")
-    stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100)
+    one = ("--members", 1)  # the report's model may be an ensemble, those of PPO are one each
+    stage("train_rm.py", "rm-a", "--part", "a", *one)
+    stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100, *one)
     found = {}
     for name, options in ({"demo": []} | (VARIANTS if variants else {})).items():
         out = "ppo" if name == "demo" else f"ppo-{name}"
