@@ -99,22 +99,59 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Where the real tokens of a batch are.  Linear layers see the N of them as [N, C]; attention needs rows, in which every
+    text begins at place 0, whatever its padding was: there causality alone hides the padding, and position = place [D6]."""
+
+    batch: int
+    width: int  # of a row: the longest text
+    index: Tensor | None  # [N] row * width + place of each real token; None: all batch * width are real
+    turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D / 2] of rotary positions
+    allowed: Tensor | None  # what a query may look at, [B, 1, width, keys]; None: as much as a causal model may, or everything
+    places: Tensor | None  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [B, width, ...], 0 where there is no token."""
+        if self.index is not None:
+            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.index, x)
+        return x.view(self.batch, self.width, *x.shape[1:])
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """[B, width, ...] -> [N, ...]"""
+        x = x.reshape(self.batch * self.width, *x.shape[2:])
+        return x if self.index is None else x.index_select(0, self.index)
+
+
 class KVCache:
-    """Keys and values of every layer, preallocated for `length` tokens: 2 x [L, B, G, length, D]."""
+    """Keys and values of every layer, preallocated for `length` tokens a row: 2 x [L, B, G, length, D]."""
 
     def __init__(self, model: GPT, batch: int, length: int):
         c, like = model.config, model.wte.weight
         shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=torch.float32, device=like.device) for _ in range(2))
-        self.mask = torch.zeros(batch, length, dtype=torch.bool, device=like.device)
-        self.filled = 0  # tokens stored so far, padding included
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.longest, self.even = 0, True  # even: all rows are as long as the longest
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, G, t, D] of the new tokens; return those of all tokens so far."""
-        end = self.filled + k.shape[2]
-        self.k[layer, :, :, self.filled : end] = k
-        self.v[layer, :, :, self.filled : end] = v
+    def append(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Store k, v [B, G, width, D] of the new tokens; return those of all tokens so far."""
+        end = self.longest + layout.width
+        for held, new in ((self.k[layer], k), (self.v[layer], v)):
+            if layout.places is None:
+                held[:, :, self.longest : end] = new
+            else:
+                row = torch.arange(len(held), device=held.device)[:, None]
+                held[row, :, layout.places] = new.transpose(1, 2).to(held.dtype)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def advance(self, layout: Layout, counts: Tensor | None) -> None:
+        """All layers hold the new tokens: `counts` [B] of them, or (None) as many as the layout is wide."""
+        self.lengths = self.lengths + (layout.width if counts is None else counts)
+        self.longest, self.even = self.longest + layout.width, self.even and counts is None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [K] alone."""
+        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
 
 
 class Block(nn.Module):
@@ -130,24 +167,24 @@ class Block(nn.Module):
         if config.mlp == "swiglu":
             self.gate = nn.Linear(C, inner, bias=config.bias)
 
-    def attention(self, x: Tensor, turn: tuple | None, allowed: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        B, T, C = x.shape
+    def attention(self, x: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
-        q, k, v = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2).split([H, G, G], 1)  # each [B, H or G, T, D]
+        q, k, v = self.qkv(x).view(-1, H + 2 * G, D).split([H, G, G], 1)  # each [N, H or G, D]
         # CPU backends run the backward of half-precision attention many times slower than fp32's.
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cpu":
                 q, k, v = q.float(), k.float(), v.float()
-            if turn is not None:
-                q, k = (rotate(y, *turn).to(v.dtype) for y in (q, k))
+            if layout.turn is not None:
+                q, k = (rotate(y, *layout.turn).to(v.dtype) for y in (q, k))
+            q, k, v = (layout.rows(y).transpose(1, 2) for y in (q, k, v))  # [B, H or G, width, D]
             if cache is not None:
-                k, v = cache.append(layer, k, v)
+                k, v = cache.append(layer, k, v, layout)
             if G < H:
                 k, v = (y.repeat_interleave(H // G, 1) for y in (k, v))
             # No dropout on the attention weights: it would rule out the fused kernels.
-            is_causal = self.config.causal and allowed is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=is_causal)
-        return self.attn_out(y.transpose(1, 2).reshape(B, T, C))
+            is_causal = self.config.causal and layout.allowed is None and q.shape[2] > 1
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.allowed, is_causal=is_causal)
+        return self.attn_out(layout.tokens(y.transpose(1, 2)).flatten(1))
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.config.mlp == "swiglu":
@@ -185,49 +222,61 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T] -> hidden states [B, T, C].
-
-        mask [B, T] bool, True = real.  None means that there is no padding that a real token could see: causal attention
-        already hides what is on the right.  With a cache, tokens (and mask) are the new ones only, after those it holds.
-        """
-        config, T = self.config, tokens.shape[1]
-        past = cache.filled if cache is not None else 0
-        if past + T > config.context:
-            raise UserError(f"{past + T} tokens do not fit the model's context of {config.context}: shorten the "
-                            "prompt or response, or train with a larger --context")  # fmt: skip
-        allowed = None
-        if mask is not None or cache is not None:
-            real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-            if cache is not None:
-                cache.mask[:, past : past + T] = real
-                real = cache.mask[:, : past + T]
-            positions = position_ids(real)[:, past:]
-            place = torch.arange(past + T, device=tokens.device)
-            allowed = real[:, None, None, :]
-            if config.causal:
-                allowed = allowed & (place[past:, None] >= place)
-            # A padding query may look at itself, or its row of the softmax would be empty.
-            allowed = allowed | (place[past:, None] == place)
+    def layout(
+        self, mask: Tensor | None, batch: int, width: int, cache: KVCache | None
+    ) -> tuple[Layout, Tensor, Tensor | None]:
+        """(where the real tokens are, their positions [N], how many each row has [B] or None for `width` everywhere)."""
+        config, device = self.config, self.wte.weight.device
+        index, counts, row = None, None, None
+        if mask is None:
+            positions = torch.arange(width, device=device).repeat(batch)
         else:
-            positions = torch.arange(T, device=tokens.device)
-        x = self.wte(tokens).float()  # the residual stream is fp32, also where frozen weights are stored in bf16
+            row, column = mask.nonzero(as_tuple=True)
+            positions, counts = position_ids(mask)[row, column], mask.sum(1)
+            width = max(1, int(counts.max()))
+            index = row * width + positions
+        allowed = places = None
+        past = cache.longest if cache is not None else 0
+        if past + width > config.context:
+            raise UserError(f"{past + width} tokens do not fit the model's context of {config.context}: shorten the "
+                            "prompt or response, or train with a larger --context")  # fmt: skip
+        place = torch.arange(past + width, device=device)
+        if past:
+            starts = cache.lengths
+            positions = positions + (starts[row] if row is not None else starts.repeat_interleave(width))
+            if not cache.even or width > 1:
+                places = starts[:, None] + place[:width]
+                allowed = place <= places[:, None, :, None]
+        elif counts is not None and not config.causal:  # (a row without tokens may look at its own padding: nobody reads it)
+            allowed = (place < counts.clamp(min=1)[:, None])[:, None, None]
         turn = None
-        if config.positions == "learned":
+        if config.positions == "rotary":
+            turn = tuple(x[:, None] for x in rotary(config, positions))
+        return Layout(batch, width, index, turn, allowed, places), positions, counts
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """tokens [B, T] -> hidden states [B, T, C], 0 at padding, on which no work is done.
+
+        mask [B, T] bool, True = real; None: all are.  With a cache, tokens (and mask) are the new ones only, after those it
+        holds.
+        """
+        B, T = tokens.shape
+        mask = None if mask is None or bool(mask.all()) else mask
+        layout, positions, counts = self.layout(mask, B, T, cache)
+        x = self.wte(tokens.reshape(-1) if mask is None else tokens[mask]).float()  # fp32 whatever frozen weights are kept in
+        if self.config.positions == "learned":
             x = x + self.wpe(positions)
-        else:  # [T, D / 2], or a row for each sequence and one head's place for all
-            cos, sin = rotary(config, positions)
-            turn = (cos, sin) if positions.dim() == 1 else (cos[:, None], sin[:, None])
-        if mask is not None:
-            x = x.masked_fill(~mask[..., None], 0.0)  # whatever stands in the padding, it cannot reach a real token [D6]
-        if not config.pre_norm:
+        if not self.config.pre_norm:
             x = self.ln_f(x)
         x = dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, allowed, cache, layer)
+            x = block(x, layout, cache, layer)
         if cache is not None:
-            cache.filled += T
-        return self.ln_f(x) if config.pre_norm else x
+            cache.advance(layout, counts)
+        x = self.ln_f(x) if self.config.pre_norm else x
+        if mask is not None:
+            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, mask.reshape(-1).nonzero().squeeze(1), x)
+        return x.view(B, T, -1)
 
     @property
     def head_weight(self) -> Tensor:
@@ -300,8 +349,7 @@ class ValueModel(nn.Module):
 
     def values(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding.  Left and right padding are both allowed."""
-        seen_padding = not self.backbone.config.causal or not bool(mask[:, 0].all())
-        h = self.backbone(tokens, mask if seen_padding else None).float()
+        h = self.backbone(tokens, mask).float()
         features = []
         if "last" in self.pooling:
             features.append(h)

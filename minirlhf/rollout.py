@@ -15,6 +15,8 @@ from minirlhf import data
 from minirlhf.model import GPT, KVCache, RewardEnsemble, ValueModel
 from minirlhf.tokenizer import Tokenizer
 
+STAY = 0.75  # generate() moves the rows that still run together when they are this share of all, or less
+
 
 @dataclass
 class Rollout:
@@ -43,8 +45,7 @@ class Rollout:
 
 def response_hidden(model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
     """Hidden states [B, R, C] from which the response tokens are predicted: those of the tokens one place before."""
-    left_padded = not bool(mask[:, 0].all())
-    return model(tokens[:, :-1], mask[:, :-1] if left_padded else None)[:, prompt_len - 1 :]
+    return model(tokens[:, :-1], mask[:, :-1])[:, prompt_len - 1 :]
 
 
 def forbid(logits: Tensor, token: int | None) -> Tensor:
@@ -87,13 +88,13 @@ def read(model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor,
     return model(tokens, mask)
 
 
-def sample(logits: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """One token [B] from logits [B, V] by inverting the cumulative distribution (multinomial is far slower on CPU)."""
+def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
+    """One token [B] from logits [B, V] where the cumulative distribution passes u [B, 1], uniform in 0..1 (multinomial is far
+    slower on CPU)."""
     cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
     total = cdf[:, -1:].contiguous()
-    u = torch.rand(total.shape, generator=generator, device=cdf.device) * total
     # Below the total, the first entry above u has a positive probability; u itself may have been rounded up to it.
-    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
+    u = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, u, right=True).squeeze(1)
 
 
@@ -106,21 +107,34 @@ def generate(
 
     A response ends with its EOS, which counts, or is cut off.  The whole distribution is sampled: no top-k, no top-p, or
     the sampler would not be the policy and KL estimates could stay negative [D2].  temperature 0 takes the best token.
+
+    Rows that have ended leave the batch once they are a quarter of it.  What is drawn for a row does not depend on that.
     """
     B, P = prompts.shape
+    device = prompts.device
     cache = KVCache(model, B, P + max_new)
-    responses = torch.full((B, max_new), pad, dtype=torch.long, device=prompts.device)
-    lengths = torch.full((B,), max_new, dtype=torch.long, device=prompts.device)
-    running = torch.ones(B, dtype=torch.bool, device=prompts.device)
-    new, new_mask = prompts, prompt_mask
+    responses = torch.full((B, max_new), pad, dtype=torch.long, device=device)
+    lengths = torch.full((B,), max_new, dtype=torch.long, device=device)
+    rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)  # those in the cache
+    look = 1 if device.type == "cpu" else 16  # asking a GPU how many still run stops it
+    hidden = model(prompts, prompt_mask, cache)[:, -1]
     for t in range(max_new):
-        logits = forbid(model.logits(model(new, new_mask, cache)[:, -1]), forbidden)
-        token = sample(logits, temperature, generator) if temperature > 0 else logits.argmax(-1)
-        responses[:, t] = torch.where(running, token, pad)
-        lengths = torch.where(running & (token == eos), t + 1, lengths)
-        running = running & (token != eos)
-        if not running.any():
-            break
-        new, new_mask = token[:, None], running[:, None]
-    mask = torch.arange(max_new, device=prompts.device) < lengths[:, None]  # from lengths, never from the tokens [D6]
+        logits = forbid(model.logits(hidden), forbidden)
+        u = torch.rand(B, 1, generator=generator, device=device)
+        token = sample(logits, temperature, u[rows]) if temperature > 0 else logits.argmax(-1)
+        responses[rows, t] = torch.where(running, token, pad)
+        ended = running & (token == eos)
+        lengths[rows] = torch.where(ended, t + 1, lengths[rows])
+        running = running & ~ended
+        if t % look == 0:
+            left = int(running.sum())
+            if left == 0:
+                break
+            if left <= STAY * len(rows):
+                keep = running.nonzero().squeeze(1)
+                cache.keep(keep)
+                rows, token, running = rows[keep], token[keep], running[keep]
+        if t + 1 < max_new:
+            hidden = model(token[:, None], None, cache)[:, -1]
+    mask = torch.arange(max_new, device=device) < lengths[:, None]  # from lengths, never from the tokens [D6]
     return responses, mask

@@ -80,6 +80,35 @@ def test_D6_poisoned_padding_reaches_no_output_and_no_gradient():
     assert (poisoned[~mask] == 0).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_no_work_on_padding_and_the_same_gradients(shape):
+    """A padded batch against its texts one by one: outputs, gradients, and what the linear layers were given."""
+    torch.manual_seed(0)
+    model = GPT(SHAPES[shape]).eval()
+    lengths, side = (7, 3, 0, 5), (0, 4, 2, 1)  # of the texts, and of the padding on their left
+    tokens, mask = torch.randint(50, (4, 9)), torch.zeros(4, 9, dtype=torch.bool)
+    for row, left, n in zip(mask, side, lengths, strict=True):
+        row[left : left + n] = True
+    weight = torch.randn(9, 16)
+    loss = lambda hidden: (hidden * weight[: hidden.shape[1]]).square().sum()
+    gradients = lambda: [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    for row, real in zip(tokens, mask, strict=True):
+        if real.any():
+            loss(model(row[real][None])).backward()
+    alone = gradients()
+    model.zero_grad()
+    seen = []
+    model.blocks[1].fc.register_forward_hook(lambda layer, given, out: seen.append(tuple(given[0].shape)))
+    hidden = model(tokens, mask)
+    assert seen == [(sum(lengths), 16)] and (hidden[~mask] == 0).all()
+    moved = torch.zeros_like(hidden)
+    for k, (left, n) in enumerate(zip(side, lengths, strict=True)):
+        moved[k, :n] = hidden[k, left : left + n]
+    loss(moved).backward()
+    for a, b in zip(gradients(), alone, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 @pytest.mark.parametrize("left", [0, 2])
 def test_cached_decoding_equals_the_full_forward(left, shape):

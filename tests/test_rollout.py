@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minirlhf import rollout
 from minirlhf.model import GPT, GPTConfig, ValueModel
 from minirlhf.ppo import kl_estimates, policy_loss
 from minirlhf.rollout import forbid, generate, response_logprobs, response_values, sample
@@ -51,13 +52,35 @@ def test_generate_greedy_equals_the_uncached_argmax():
     assert (best == responses)[mask].all()
 
 
+@pytest.mark.parametrize("stay", [0.0, 0.75, 1.0])
+@pytest.mark.parametrize("even", [False, True])
+def test_sampling_without_a_cache_draws_the_same_tokens(monkeypatch, stay, even):
+    """Whether the rows that have ended stay in the batch (0), leave it in groups or at once."""
+    monkeypatch.setattr(rollout, "STAY", stay)
+    torch.manual_seed(0)
+    model = GPT(CONFIG).eval()
+    prompts, prompt_mask = left_padded(32)
+    if even:
+        prompts, prompt_mask = torch.randint(2, V, (32, 4)), torch.ones(32, 4, dtype=torch.bool)
+    responses, mask = generate(model, prompts, prompt_mask, 12, 1.0, EOS, PAD, torch.Generator().manual_seed(3))
+    again, tokens, real = torch.Generator().manual_seed(3), prompts, prompt_mask
+    running, length = torch.ones(32, dtype=torch.bool), torch.full((32,), 12)
+    for t in range(int(mask.sum(1).max())):
+        drawn = sample(model.logits(model(tokens, real)[:, -1]), 1.0, torch.rand(32, 1, generator=again))
+        assert torch.equal(responses[running, t], drawn[running])
+        length[running & (drawn == EOS)] = t + 1
+        running &= drawn != EOS
+        tokens, real = torch.cat([tokens, drawn[:, None]], 1), torch.cat([real, torch.ones(32, 1, dtype=torch.bool)], 1)
+    assert torch.equal(mask.sum(1), length) and len(set(length.tolist())) > 5
+
+
 def test_D2_sampler_is_the_policy():
     """Frequencies of one draw against the softmax: 20,000 draws, chi-square at odds of about 1 in 10,000."""
     torch.manual_seed(0)
     logits = torch.tensor([2.0, 0.5, -1.0, float("-inf"), 1.0, -20.0])
     for temperature in (0.7, 1.0):
         p = (logits / temperature).softmax(0)
-        drawn = sample(logits.expand(20_000, -1), temperature)
+        drawn = sample(logits.expand(20_000, -1), temperature, torch.rand(20_000, 1))
         counts = torch.bincount(drawn, minlength=6).float()
         assert counts[3] == 0
         seen = p > 1e-4
