@@ -128,12 +128,12 @@ PRESETS = {
 
 def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device, fused_head: str) -> torch.Tensor:
     """Sum of -log p over the trained tokens of rows [(ids, loss_mask)]."""
-    tokens, _ = data.collate([ids for ids, _ in rows], pad)
+    tokens, mask = data.collate([ids for ids, _ in rows], pad)
     trained = torch.zeros_like(tokens, dtype=torch.bool)
     for i, (_, loss_mask) in enumerate(rows):
         trained[i, : len(loss_mask)] = torch.tensor(loss_mask)
-    tokens, trained = tokens.to(device), trained.to(device)[:, 1:]
-    hidden = model(tokens[:, :-1])[trained]  # [N, C]; padding is on the right, where causal attention hides it
+    tokens, mask, trained = tokens.to(device), mask.to(device), trained.to(device)[:, 1:]
+    hidden = model(tokens[:, :-1], mask[:, 1:])[trained]  # [N, C]; what has no next token predicts nothing
     targets = tokens[:, 1:][trained]
     if training.fuse_head(fused_head, len(hidden), model.config.vocab_size):
         logprobs, _ = linear_token_logprobs(hidden, model.head_weight, targets)
