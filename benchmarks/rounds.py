@@ -85,7 +85,8 @@ def judged(args: argparse.Namespace, out: Path, store: Path, samples: list[tuple
 def policy(args: argparse.Namespace, out: Path, pairs: Path, seed: int, gold: Judge) -> dict:
     """Reward model and PPO of OUT; what the gold model says along the way."""
     common = ("--preset", args.preset, "--init", args.init, "--seed", seed, "--resume")
-    command("train_rm.py", "--data", pairs, "--out", out / "rm", "--members", 3, "--epochs", args.epochs, *common)
+    few = ("--members", 3, "--epochs", args.epochs, "--batch", 16, "--warmup", 10)  # for hundreds of pairs, not thousands
+    command("train_rm.py", "--data", pairs, "--out", out / "rm", *few, *common)
     command("train_ppo.py", "--out", out / "ppo", "--save-samples", EVERY, "--iterations", args.iterations, *common)
     curve = []
     for step, rows in rows_of(out / "ppo/samples.jsonl").items():
@@ -138,7 +139,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", default="vader", help="as of feedback sample")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=2, help="rounds after the first")
-    parser.add_argument("--pairs", type=int, default=400, help="new pairs a round")
+    parser.add_argument("--pairs", type=int, default=600, help="new pairs a round")
     parser.add_argument("--epochs", type=int, default=4, help="of the reward models, over all pairs so far")
     parser.add_argument("--iterations", type=int, default=48, help="of PPO")
     parser.add_argument("--nats", type=float, default=5.0, help="KL at which policies are compared")
