@@ -276,7 +276,7 @@ class GPT(nn.Module):
         x = self.ln_f(x) if self.config.pre_norm else x
         if mask is not None:
             x = x.new_zeros(B * T, x.shape[1]).index_copy(0, mask.reshape(-1).nonzero().squeeze(1), x)
-        return x.view(B, T, -1)
+        return x.view(B, T, self.config.n_embd)
 
     @property
     def head_weight(self) -> Tensor:
