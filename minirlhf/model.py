@@ -102,11 +102,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Layout:
     """Where the real tokens of a batch are.  Linear layers see the N of them as [N, C]; attention needs rows, in which every
-    text begins at place 0, whatever its padding was: there causality alone hides the padding, and position = place [D6]."""
+    text begins at place 0, whatever its padding was: there causality alone hides the padding, and position = place [D6].
+
+    Lists of tokens are filled up with copies of their first to one of a few lengths, 3 % on average: activations of a new size
+    in every batch would leave the heap full of holes.  Nobody reads the copies.
+    """
 
     batch: int
     width: int  # of a row: the longest text
     index: Tensor | None  # [N] row * width + place of each real token; None: all batch * width are real
+    filled: Tensor | None  # [N or a little more] the same, filled up
     turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D / 2] of rotary positions
     allowed: Tensor | None  # what a query may look at, [B, 1, width, keys]; None: as much as a causal model may, or everything
     places: Tensor | None  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
@@ -114,13 +119,20 @@ class Layout:
     def rows(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, width, ...], 0 where there is no token."""
         if self.index is not None:
-            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.index, x)
+            real = x[: len(self.index)]
+            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.index, real)
         return x.view(self.batch, self.width, *x.shape[1:])
 
     def tokens(self, x: Tensor) -> Tensor:
         """[B, width, ...] -> [N, ...]"""
         x = x.reshape(self.batch * self.width, *x.shape[2:])
-        return x if self.index is None else x.index_select(0, self.index)
+        return x if self.filled is None else x.index_select(0, self.filled)
+
+
+def fill_up(x: Tensor) -> Tensor:
+    """[N] -> x and copies of its first entry, to a multiple of N / 16 to N / 32."""
+    step = 1 << max(0, len(x).bit_length() - 5)
+    return torch.cat([x, x[:1].expand(-len(x) % step)])
 
 
 class KVCache:
@@ -227,7 +239,7 @@ class GPT(nn.Module):
     ) -> tuple[Layout, Tensor, Tensor | None]:
         """(where the real tokens are, their positions [N], how many each row has [B] or None for `width` everywhere)."""
         config, device = self.config, self.wte.weight.device
-        index, counts, row = None, None, None
+        index, filled, counts, row = None, None, None, None
         if mask is None:
             positions = torch.arange(width, device=device).repeat(batch)
         else:
@@ -235,6 +247,7 @@ class GPT(nn.Module):
             positions, counts = position_ids(mask)[row, column], mask.sum(1)
             width = max(1, int(counts.max()))
             index = row * width + positions
+            filled, row, positions = fill_up(index), fill_up(row), fill_up(positions)
         allowed = places = None
         past = cache.longest if cache is not None else 0
         if past + width > config.context:
@@ -252,10 +265,10 @@ class GPT(nn.Module):
         turn = None
         if config.positions == "rotary":
             turn = tuple(x[:, None] for x in rotary(config, positions))
-        return Layout(batch, width, index, turn, allowed, places), positions, counts
+        return Layout(batch, width, index, filled, turn, allowed, places), positions, counts
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """tokens [B, T] -> hidden states [B, T, C], 0 at padding, on which no work is done.
+        """tokens [B, T] -> hidden states [B, T, C], 0 at padding, on which (almost) no work is done.
 
         mask [B, T] bool, True = real; None: all are.  With a cache, tokens (and mask) are the new ones only, after those it
         holds.
@@ -263,7 +276,8 @@ class GPT(nn.Module):
         B, T = tokens.shape
         mask = None if mask is None or bool(mask.all()) else mask
         layout, positions, counts = self.layout(mask, B, T, cache)
-        x = self.wte(tokens.reshape(-1) if mask is None else tokens[mask]).float()  # fp32 whatever frozen weights are kept in
+        tokens = tokens.reshape(-1) if mask is None else fill_up(tokens[mask])
+        x = self.wte(tokens).float()  # the residual stream is fp32, whatever frozen weights are kept in
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
         if not self.config.pre_norm:
@@ -275,7 +289,8 @@ class GPT(nn.Module):
             cache.advance(layout, counts)
         x = self.ln_f(x) if self.config.pre_norm else x
         if mask is not None:
-            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, mask.reshape(-1).nonzero().squeeze(1), x)
+            real = mask.reshape(-1).nonzero().squeeze(1)
+            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, real, x[: len(real)])
         return x.view(B, T, self.config.n_embd)
 
     @property
@@ -330,13 +345,14 @@ class ValueModel(nn.Module):
 
     Pooling says what the head sees of a prefix: its last token's hidden state, the mean over its real tokens, or both.
     Without `mlp` the head is one linear layer, the only kind that transformers' sequence classifiers have.
+    With a `trunk` the head stands on that model, the policy, instead of one of its own.
     """
 
-    def __init__(self, config: GPTConfig, pooling: str = "last", mlp: bool = True):
+    def __init__(self, config: GPTConfig, pooling: str = "last", mlp: bool = True, trunk: GPT | None = None):
         super().__init__()
         if pooling not in POOLINGS:
             raise UserError(f"unknown pooling {pooling!r}: choose one of {', '.join(POOLINGS)}")
-        self.backbone, self.pooling = GPT(config), pooling
+        self.backbone, self.pooling = trunk or GPT(config), pooling
         C, seen = config.n_embd, config.n_embd * len(pooling.split("+"))
         self.fc = nn.Linear(seen, C) if mlp else None
         self.out = nn.Linear(C if mlp else seen, 1)
@@ -349,7 +365,11 @@ class ValueModel(nn.Module):
 
     def values(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding.  Left and right padding are both allowed."""
-        h = self.backbone(tokens, mask).float()
+        return self.head(self.backbone(tokens, mask), mask)
+
+    def head(self, h: Tensor, mask: Tensor) -> Tensor:
+        """The backbone's hidden states [B, T, C] -> values [B, T] fp32, 0 at padding."""
+        h = h.float()
         features = []
         if "last" in self.pooling:
             features.append(h)

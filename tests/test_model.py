@@ -19,6 +19,7 @@ from minirlhf.model import (
     ValueModel,
     critic_from,
     disable_dropout,
+    fill_up,
     last_real,
     position_ids,
     rotary,
@@ -80,16 +81,24 @@ def test_D6_poisoned_padding_reaches_no_output_and_no_gradient():
     assert (poisoned[~mask] == 0).all()
 
 
+def test_fill_up_gives_few_lengths_and_little_waste():
+    filled = {n: len(fill_up(torch.arange(5, 5 + n))) for n in range(1, 4000)}
+    assert all(n <= m <= n * 17 / 16 for n, m in filled.items())
+    assert len({m for m in filled.values() if m > 100}) < 100
+    assert fill_up(torch.arange(5, 42)).tolist() == [*range(5, 42), 5]
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-def test_no_work_on_padding_and_the_same_gradients(shape):
+@pytest.mark.parametrize(("lengths", "computed"), [((7, 3, 0, 5), 15), ((29, 20, 0, 30), 80)])
+def test_no_work_on_padding_and_the_same_gradients(shape, lengths, computed):
     """A padded batch against its texts one by one: outputs, gradients, and what the linear layers were given."""
     torch.manual_seed(0)
     model = GPT(SHAPES[shape]).eval()
-    lengths, side = (7, 3, 0, 5), (0, 4, 2, 1)  # of the texts, and of the padding on their left
-    tokens, mask = torch.randint(50, (4, 9)), torch.zeros(4, 9, dtype=torch.bool)
+    side = (0, 4, 2, 1)  # padding on the left
+    tokens, mask = torch.randint(50, (4, 32)), torch.zeros(4, 32, dtype=torch.bool)
     for row, left, n in zip(mask, side, lengths, strict=True):
         row[left : left + n] = True
-    weight = torch.randn(9, 16)
+    weight = torch.randn(32, 16)
     loss = lambda hidden: (hidden * weight[: hidden.shape[1]]).square().sum()
     gradients = lambda: [p.grad.clone() for p in model.parameters() if p.grad is not None]
     for row, real in zip(tokens, mask, strict=True):
@@ -100,7 +109,7 @@ def test_no_work_on_padding_and_the_same_gradients(shape):
     seen = []
     model.blocks[1].fc.register_forward_hook(lambda layer, given, out: seen.append(tuple(given[0].shape)))
     hidden = model(tokens, mask)
-    assert seen == [(sum(lengths), 16)] and (hidden[~mask] == 0).all()
+    assert seen == [(computed, 16)] and (hidden[~mask] == 0).all()
     moved = torch.zeros_like(hidden)
     for k, (left, n) in enumerate(zip(side, lengths, strict=True)):
         moved[k, :n] = hidden[k, left : left + n]
