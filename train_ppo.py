@@ -7,7 +7,8 @@
 
 PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the reward model's score
 arrives at the last token and a penalty for leaving the reference model arrives at every one.  Deliberate departures:
-- the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy (Ziegler);
+- the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy (Ziegler), unless
+  --shared-trunk asks for one;
 - gradients of policy and value model are clipped apart, so that a large value loss cannot slow the policy down;
 - the sampler draws from the whole distribution; there is no top-k or top-p to switch on [D2];
 - every step's randomness is a function of (seed, iteration, rank), so a resumed run is the same run [D21].
@@ -30,7 +31,7 @@ from kernels import gae
 from minirlhf import UserError, checkpoint, data, ppo, rewards, training
 from minirlhf.masked import whiten
 from minirlhf.model import ValueModel, critic_from, disable_dropout, store_blocks, train_last
-from minirlhf.rollout import Rollout, generate, read, response_logprobs, response_values
+from minirlhf.rollout import Rollout, generate, read, response_both, response_logprobs
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -129,6 +130,10 @@ class Config:
     """Centre and scale over the rollout [D10]."""
     value_init: Literal["reward", "sft"] = "reward"
     """The value model starts as the reward model (Stiennon), or as the SFT model with a zero head (Ziegler) [D13]."""
+    shared_trunk: bool = False
+    """The critic is a head on the policy (Ziegler), from zero, not a model of its own: half the work of an update."""
+    vf_coef: float = 0.1
+    """Weight of the value loss where it trains the policy's trunk too; between two models, it would not change a thing."""
     max_grad_norm: float = 1.0
     """Of policy and value model, each."""
     max_approxkl: float | None = None
@@ -206,7 +211,10 @@ def main() -> None:
     if config.disagreement_coef and len(reward_model.members) == 1:
         raise UserError(f"--disagreement-coef: {reward_dir} has one member, and nobody to disagree with: use --members 3 there")
     judge, judge_reader = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else (None, None)
-    if config.value_init == "reward":
+    if config.shared_trunk:
+        value_model = ValueModel(policy.config, trunk=policy)
+        torch.nn.init.zeros_(value_model.out.weight)
+    elif config.value_init == "reward":
         if reader.hash != tokenizer.hash:
             raise UserError(f"{reward_dir} reads other tokens than the policy writes: its critic needs --value-init sft")
         value_model = critic_from(reward_model.members[0])  # [D13]
@@ -236,14 +244,16 @@ def main() -> None:
     forbidden = None if config.stop else eos
     fused = config.stop and training.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
     policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
-    value_optimizer = training.adamw([value_model], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
+    value_parts = [value_model.fc, value_model.out] if config.shared_trunk else [value_model]
+    value_optimizer = training.adamw(value_parts, config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
 
     trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
     if trainer_state is not None:
         tensors, state = trainer_state
         policy.load_state_dict(checkpoint.load_state(out))
-        value_model.load_state_dict({k.removeprefix("value."): v for k, v in tensors.items() if k.startswith("value.")})
+        value_weights = {k.removeprefix("value."): v for k, v in tensors.items() if k.startswith("value.")}
+        value_model.load_state_dict(value_weights, strict=not config.shared_trunk)
         checkpoint.unpack_optimizer(policy_optimizer, tensors, state["policy_optimizer"], "policy_optimizer.")
         checkpoint.unpack_optimizer(value_optimizer, tensors, state["value_optimizer"], "value_optimizer.")
         kl_coef, first, seconds = state["kl_coef"], state["iteration"], state["seconds"]
@@ -252,7 +262,8 @@ def main() -> None:
     def save(iteration: int, complete: bool) -> None:
         policy_tensors, policy_state = checkpoint.pack_optimizer(policy_optimizer, "policy_optimizer.")
         value_tensors, value_state = checkpoint.pack_optimizer(value_optimizer, "value_optimizer.")
-        value_weights = {f"value.{k}": v for k, v in value_model.state_dict().items()}
+        own = [k for k in value_model.state_dict() if not (config.shared_trunk and k.startswith("backbone."))]
+        value_weights = {f"value.{k}": value_model.state_dict()[k] for k in own}
         if machine.rank == 0:
             checkpoint.save(
                 out, iteration, policy.state_dict(),
@@ -291,9 +302,9 @@ def main() -> None:
                 logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
                 for rows in torch.arange(local_batch).split(microbatch):
                     t, m = tokens[rows], mask[rows]
-                    logprobs[rows], _ = response_logprobs(policy, t, m, P, config.temperature, forbidden, fused)
-                    ref_logprobs[rows], _ = response_logprobs(ref, t, m, P, config.temperature, forbidden, fused)
-                    values[rows] = response_values(value_model, t, m, P)
+                    how = (P, config.temperature, forbidden, fused)
+                    logprobs[rows], _, values[rows] = response_both(policy, value_model, t, m, *how)
+                    ref_logprobs[rows], _ = response_logprobs(ref, t, m, *how)
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
                 prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
                 rm_scores, disagreement = read(reward_model, reader, tokens, mask, tokenizer)
@@ -332,10 +343,9 @@ def main() -> None:
                     for rows in minibatch.split(microbatch):
                         r = rollout[rows]
                         with machine.autocast(precision):
-                            new_logprobs, entropy = response_logprobs(
-                                policy, r.tokens, r.mask, P, config.temperature, forbidden, fused
+                            new_logprobs, entropy, new_values = response_both(
+                                policy, value_model, r.tokens, r.mask, P, config.temperature, forbidden, fused
                             )
-                            new_values = response_values(value_model, r.tokens, r.mask, P)
                         policy_loss, stats = ppo.policy_loss(
                             new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
                         )  # [D12]
@@ -343,7 +353,7 @@ def main() -> None:
                             new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
                         )  # [D12]
                         mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
-                        loss = policy_loss + value_loss  # of two models: no coefficient between them would change a thing
+                        loss = policy_loss + (config.vf_coef if config.shared_trunk else 1.0) * value_loss
                         if config.ent_coef:
                             loss = loss - config.ent_coef * mean_entropy
                         loss.backward()
@@ -355,10 +365,11 @@ def main() -> None:
                     step_stats = totals.over_ranks(machine)
                     history.append(step_stats)
                     stop = config.max_approxkl is not None and step_stats["policy/approxkl_avg"] > config.max_approxkl
-                    for optimizer, model in ((policy_optimizer, policy), (value_optimizer, value_model)):
+                    for optimizer in (policy_optimizer, value_optimizer):
                         if not stop:
-                            machine.sum_gradients(model.parameters())
-                            torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+                            trained = [p for group in optimizer.param_groups for p in group["params"]]
+                            machine.sum_gradients(trained)
+                            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
                             optimizer.step()
                         optimizer.zero_grad(set_to_none=True)
                     if stop:

@@ -43,11 +43,6 @@ class Rollout:
         return torch.cat([self.prompt_mask, self.response_mask], 1)  # [B, T]
 
 
-def response_hidden(model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
-    """Hidden states [B, R, C] from which the response tokens are predicted: those of the tokens one place before."""
-    return model(tokens[:, :-1], mask[:, :-1])[:, prompt_len - 1 :]
-
-
 def forbid(logits: Tensor, token: int | None) -> Tensor:
     """Take one token out of the distribution.  Sampler, policy and reference must all do it, or KL is no KL [D2]."""
     if token is None:
@@ -57,15 +52,17 @@ def forbid(logits: Tensor, token: int | None) -> Tensor:
 
 def response_logprobs(
     model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int, temperature: float, forbidden: int | None = None,
-    fused_head: bool = False,
+    fused_head: bool = False, hidden: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probabilities and entropies [B, R] of the responses in tokens [B, T].
 
     The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
-    With fused_head the logits never exist as a whole; a forbidden token needs them.
+    With fused_head the logits never exist as a whole; a forbidden token needs them.  `hidden` [B, T - 1, C] are the model's
+    hidden states of all tokens but the last, if they are known: a token is predicted one place before it.
     """
     real = mask[:, prompt_len:]
-    hidden = response_hidden(model, tokens, mask, prompt_len)[real]  # [N, C]: no logits for padding
+    hidden = model(tokens[:, :-1], mask[:, :-1]) if hidden is None else hidden
+    hidden = hidden[:, prompt_len - 1 :][real]  # [N, C]: no logits for padding
     targets = tokens[:, prompt_len:][real]
     if fused_head and forbidden is None:
         logprobs, entropy = linear_token_logprobs(hidden, model.head_weight, targets, temperature)
@@ -75,9 +72,19 @@ def response_logprobs(
     return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropy)
 
 
-def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
-    """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8]."""
-    return model(tokens[:, :-1], mask[:, :-1])[:, prompt_len - 1 :]
+def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, hidden: Tensor | None = None) -> Tensor:
+    """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8].  `hidden`: as above."""
+    values = model(tokens[:, :-1], mask[:, :-1]) if hidden is None else model.head(hidden, mask[:, :-1])
+    return values[:, prompt_len - 1 :]
+
+
+def response_both(
+    policy: GPT, critic: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, *how
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and values [B, R] of the responses: one forward where the critic is a head on the policy."""
+    hidden = policy(tokens[:, :-1], mask[:, :-1]) if critic.backbone is policy else None
+    logprobs, entropy = response_logprobs(policy, tokens, mask, prompt_len, *how, hidden=hidden)
+    return logprobs, entropy, response_values(critic, tokens, mask, prompt_len, hidden)
 
 
 def read(model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor, writer: Tokenizer) -> tuple[Tensor, Tensor]:

@@ -165,6 +165,16 @@ def test_what_the_members_disagree_on_costs_score(smoke, run, metrics, tmp_path,
     assert last["objective/kl"] == pytest.approx(sum(row["kl"] for row in rows[16:]) / 16, abs=1e-4)
 
 
+def test_a_critic_on_the_policys_trunk(straight):
+    """Its head learns, the policy learns from both, and the checkpoint holds the trunk once."""
+    _, out = straight("ppo, one trunk")
+    tensors, _ = checkpoint.load_trainer(out)
+    head = {k: v for k, v in tensors.items() if k.startswith("value.")}
+    assert {k.split(".")[1] for k in head} == {"fc", "out"} and head["value.out.weight"].abs().max() > 0
+    ours = {k for k in tensors if k.startswith("value_optimizer.")}
+    assert len({k.split(".")[1] for k in ours}) == 4  # two weights, two biases
+
+
 @pytest.mark.usefixtures("no_baselines")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precision):
@@ -566,6 +576,7 @@ STAGES = {
     "sft": ("train_sft", SFT, [1, 3, 4, 6]),  # in the first epoch, at its end, in the second, at the very end
     "rm": ("train_rm", [*SMALL, "--batch", 156, "--members", 2, "--normalise-samples", 8], [1, 4, 8]),  # 4 a member
     "ppo": ("train_ppo", [*SMALL, "--kl-target", 0.01, "--kl-horizon", 50], [1, 3]),
+    "ppo, one trunk": ("train_ppo", [*SMALL, "--shared-trunk"], [2]),
 }
 
 
