@@ -99,14 +99,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=[*ARMS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--iterations", type=int, default=144, help="of PPO")
-    parser.add_argument("--tables", action="store_true", help="only the table and the plot of the results that are there")
+    parser.add_argument("--tables", action="store_true", help="only print the table of the results that are there")
+    parser.add_argument("--plot", action="store_true", help="only draw their plot")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not args.tables:
+    if not (args.tables or args.plot):
         sft, ensemble, common = args.run / "sft", args.out / "ensemble", ("--preset", args.preset, "--resume")
         command("train_rm.py", "--init", sft, "--part", "a", "--members", 3, "--out", ensemble, *common)
         strong, fluency = Judge(args.strong), Fluency(args.fluency)
@@ -119,7 +120,8 @@ def main() -> None:
             known.setdefault(arm, {})[str(seed)] = curve(out / "samples.jsonl", readers)
             write_atomically(RESULTS, json.dumps(known, indent=1).encode())
     print(table(known))
-    plot(known, RESULTS.with_suffix(".png"))
+    if not args.tables:
+        plot(known, RESULTS.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -112,21 +112,23 @@ def run(args: argparse.Namespace, seed: int, gold: Judge, save: Callable[[dict],
     save(found)
 
 
-def table(seeds: dict[str, dict], nats: float) -> str:
-    """In Markdown: gold score of each policy at a KL, over seeds, and by how much it is above round 0's."""
-    names = list(next(iter(seeds.values())))
-    head = f"| | pairs | gold score at {nats:g} nats, seeds {', '.join(seeds)} | mean | above round 0 (standard error) |"
-    lines = [head, "|---" * 5 + "|"]
-    base = [at_kl(found["round 0"]["curve"], nats) for found in seeds.values()]
-    for name in names:
-        values = [at_kl(found[name]["curve"], nats) for found in seeds.values() if name in found]
-        if None in values + base or len(values) < len(base):
-            continue
-        gains = [v - b for v, b in zip(values, base, strict=True)]
-        error = f" ({stdev(gains) / math.sqrt(len(gains)):.2f})" if len(gains) > 1 else ""
-        pairs = next(iter(seeds.values()))[name]["pairs"]
-        each = " / ".join(f"{v:+.2f}" for v in values)
-        lines.append(f"| {name} | {pairs} | {each} | {mean(values):+.2f} | {mean(gains):+.2f}{error} |")
+def table(seeds: dict[str, dict], nats: list[float]) -> str:
+    """In Markdown: each policy's mean gold score at each KL, and by how much it is above round 0's of the same seed, with the
+    standard error over seeds; - where some seed's policy did not get so far."""
+    heads = [f"gold score at {n:g} nats, above round 0 (standard error)" for n in nats]
+    lines = ["| | pairs | " + " | ".join(heads) + " |", "|---" * (2 + len(nats)) + "|"]
+    whole = [found for found in seeds.values() if "control" in found]
+    for name in whole[0]:
+        cells = []
+        for n in nats:
+            values, base = ([at_kl(found[policy]["curve"], n) for found in whole] for policy in (name, "round 0"))
+            if None in values + base:
+                cells.append("-")
+                continue
+            gains = [v - b for v, b in zip(values, base, strict=True)]
+            error = f" ({stdev(gains) / math.sqrt(len(gains)):.2f})" if len(gains) > 1 else ""
+            cells.append(f"{mean(values):+.2f}" + (f", {mean(gains):+.2f}{error}" if name != "round 0" else ""))
+        lines.append(f"| {name} | {whole[0][name]['pairs']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -142,15 +144,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=600, help="new pairs a round")
     parser.add_argument("--epochs", type=int, default=4, help="of the reward models, over all pairs so far")
     parser.add_argument("--iterations", type=int, default=48, help="of PPO")
-    parser.add_argument("--nats", type=float, default=5.0, help="KL at which policies are compared")
-    parser.add_argument("--table", action="store_true", help="only print the table of the results that are there")
+    parser.add_argument("--nats", type=float, nargs="+", default=[3.0, 4.0, 5.0], help="KLs at which policies are compared")
+    parser.add_argument("--tables", action="store_true", help="only print the table of the results that are there")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if not args.table:
+    if not args.tables:
         gold = Judge(args.gold)
         for seed in args.seeds:
 

@@ -55,9 +55,9 @@ def test_gold_at_a_kl():
 
 def test_gain_over_round_0_is_paired_by_seed():
     curve = lambda gold: {"pairs": 3, "curve": [{"kl": 0.0, "gold": 0.0}, {"kl": 2.0, "gold": gold}]}
-    seeds = {"1": {"round 0": curve(1), "round 1": curve(2)}, "2": {"round 0": curve(3), "round 1": curve(5)}}
-    row = rounds.table(seeds, 2.0).splitlines()[-1]
-    assert row == "| round 1 | 3 | +2.00 / +5.00 | +3.50 | +1.50 (0.50) |"  # gains 1 and 2: mean 1.5, deviation .71
+    seeds = {"1": {"round 0": curve(1), "control": curve(2)}, "2": {"round 0": curve(3), "control": curve(5)}}
+    rows = rounds.table(seeds, [1.0, 2.0, 3.0]).splitlines()[2:]
+    assert rows == ["| round 0 | 3 | +1.00 | +2.00 | - |", "| control | 3 | +1.75, +0.75 (0.25) | +3.50, +1.50 (0.50) | - |"]
 
 
 @pytest.fixture
