@@ -30,11 +30,12 @@ from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
 from minirlhf.checkpoint import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
-COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito: told apart by everyone
+COLOURS = ("#707070", "#0072B2", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito: told apart by everyone
 EVERY = 12  # PPO iterations between the texts that are read
 DEFENCES = ["--disagreement-coef", 2, "--reward", "rm", "--reward", "minirlhf.rewards:repetition:-2",
             "--reward", "minirlhf.rewards:sameness:-20"]  # fmt: skip
 ARMS = {
+    "SFT": [],  # the texts of an iteration that nothing came before
     "kl_coef .1": ["--kl-coef", 0.1],
     "kl_coef .01": ["--kl-coef", 0.01],
     "kl_coef 0": ["--kl-coef", 0.0],
@@ -78,10 +79,10 @@ def plot(arms: dict[str, dict], target: Path) -> None:
              "fluency": "perplexity of the responses", "distinct_2": "distinct-2"}  # fmt: skip
     figure, axes = plt.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.1), constrained_layout=True)
     for axis, (name, title) in zip(axes, shown.items(), strict=True):
-        for k, (arm, seeds) in enumerate(arms.items()):
-            for points in seeds.values():
-                label = arm if points is next(iter(seeds.values())) else None
-                axis.plot([p["kl"] for p in points], [p[name] for p in points], color=COLOURS[k], marker=".", lw=1, label=label)
+        for arm, seeds in arms.items():
+            for k, points in enumerate(seeds.values()):
+                style = {"color": COLOURS[[*ARMS].index(arm)], "marker": ".", "lw": 1, "label": None if k else arm}
+                axis.plot([p["kl"] for p in points], [p[name] for p in points], **style)
         axis.set(title=title, xlabel="KL, nats")
         if name == "fluency":
             axis.set_yscale("log")
@@ -115,10 +116,12 @@ def main() -> None:
         for seed, arm in product(args.seeds, args.arms):
             out = args.out / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
             models = ("--init", sft, "--reward-model", ensemble, "--monitor", args.run / "judge")
-            how = ("--iterations", args.iterations, "--save-samples", EVERY, "--seed", seed, *ARMS[arm])
+            length = (1, 1) if arm == "SFT" else (args.iterations, EVERY)
+            how = ("--iterations", length[0], "--save-samples", length[1], "--seed", seed, *ARMS[arm])
             command("train_ppo.py", *models, *how, "--out", out, *common)
             known.setdefault(arm, {})[str(seed)] = curve(out / "samples.jsonl", readers)
             write_atomically(RESULTS, json.dumps(known, indent=1).encode())
+    known = {arm: known[arm] for arm in ARMS if arm in known}
     print(table(known))
     if not args.tables:
         plot(known, RESULTS.with_suffix(".png"))
