@@ -57,7 +57,7 @@ def test_scripts_meet_only_through_checkpoints(script):
     assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
-@pytest.mark.parametrize(("experiment", "tables"), [("demo", 7), ("rounds", 1)])
+@pytest.mark.parametrize(("experiment", "tables"), [("demo", 7), ("rounds", 1), ("gaming", 1)])
 def test_readme_holds_the_tables_that_its_commands_print(experiment, tables):
     printed = subprocess.check_output([sys.executable, f"benchmarks/{experiment}.py", "--tables"], cwd=ROOT, text=True)
     printed, readme = printed.strip().split("\n\n"), (ROOT / "README.md").read_text()
