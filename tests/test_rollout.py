@@ -156,7 +156,6 @@ def test_D8_values_are_read_before_the_token():
     assert not torch.equal(values[:, 3], after[:, 3])
 
 
-@pytest.mark.parametrize("forbidden", [None, EOS])
 def test_one_forward_of_a_shared_trunk_equals_two():
     torch.manual_seed(0)
     policy = GPT(CONFIG).eval()
@@ -175,6 +174,7 @@ def test_one_forward_of_a_shared_trunk_equals_two():
     assert torch.equal(response_both(policy, own, tokens, mask, 4, 0.7)[2], response_values(own, tokens, mask, 4))
 
 
+@pytest.mark.parametrize("forbidden", [None, EOS])
 def test_fused_head_gives_the_same_logprobs_and_gradients(forbidden):
     """Also where a token is forbidden, for which the logits are made after all."""
     model, (prompts, prompt_mask) = sharp_model(), left_padded()
