@@ -262,8 +262,8 @@ def main() -> None:
     def save(iteration: int, complete: bool) -> None:
         policy_tensors, policy_state = checkpoint.pack_optimizer(policy_optimizer, "policy_optimizer.")
         value_tensors, value_state = checkpoint.pack_optimizer(value_optimizer, "value_optimizer.")
-        own = [k for k in value_model.state_dict() if not (config.shared_trunk and k.startswith("backbone."))]
-        value_weights = {f"value.{k}": value_model.state_dict()[k] for k in own}
+        shared = "backbone." if config.shared_trunk else ()  # saved with the policy
+        value_weights = {f"value.{k}": v for k, v in value_model.state_dict().items() if not k.startswith(shared)}
         if machine.rank == 0:
             checkpoint.save(
                 out, iteration, policy.state_dict(),
@@ -291,6 +291,7 @@ def main() -> None:
                 queries, query_mask = data.collate([prompts[i] for i in picks], pad, side="left", multiple_of=1)
                 queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
                 P = queries.shape[1]
+                how = (P, config.temperature, forbidden, fused)  # the update reads as scoring does
                 responses, response_mask = generate(
                     policy, queries, query_mask, config.response_tokens, config.temperature, eos, pad, forbidden=forbidden
                 )  # responses, response_mask [B, R]
@@ -302,7 +303,6 @@ def main() -> None:
                 logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
                 for rows in torch.arange(local_batch).split(microbatch):
                     t, m = tokens[rows], mask[rows]
-                    how = (P, config.temperature, forbidden, fused)
                     logprobs[rows], _, values[rows] = response_both(policy, value_model, t, m, *how)
                     ref_logprobs[rows], _ = response_logprobs(ref, t, m, *how)
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
@@ -343,9 +343,7 @@ def main() -> None:
                     for rows in minibatch.split(microbatch):
                         r = rollout[rows]
                         with machine.autocast(precision):
-                            new_logprobs, entropy, new_values = response_both(
-                                policy, value_model, r.tokens, r.mask, P, config.temperature, forbidden, fused
-                            )
+                            new_logprobs, entropy, new_values = response_both(policy, value_model, r.tokens, r.mask, *how)
                         policy_loss, stats = ppo.policy_loss(
                             new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
                         )  # [D12]

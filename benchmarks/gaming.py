@@ -17,7 +17,6 @@ Writes benchmarks/results/gaming.json after each policy and gaming.png; finished
 
 import argparse
 import json
-import subprocess
 import sys
 from itertools import product
 from pathlib import Path
@@ -26,6 +25,8 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import demo  # noqa: E402
+from benchmarks.demo import command  # noqa: E402
 from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
 from minirlhf.checkpoint import write_atomically  # noqa: E402
 
@@ -43,11 +44,6 @@ ARMS = {
 }
 
 
-def command(*arguments: object) -> None:
-    print("\n$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
-
-
 def curve(samples: Path, readers: dict) -> list[dict]:
     found = []
     for step, rows in rows_of(samples).items():
@@ -59,14 +55,14 @@ def curve(samples: Path, readers: dict) -> list[dict]:
 def table(arms: dict[str, dict]) -> str:
     """In Markdown: every arm at its end, and how far the strong judge is below its own peak there; means over seeds."""
     names = ("kl", "proxy", "judge", "strong", "fluency", "distinct_2")
-    head = "| | KL, nats | proxy | judge | strong judge | ... below its peak | perplexity | distinct-2 |"
-    lines = [head, "|---" * (len(names) + 2) + "|"]
+    rows = []
     for arm, seeds in arms.items():
         at = {name: mean(c[-1][name] for c in seeds.values()) for name in names}
         drop = mean(max(p["strong"] for p in c) - c[-1]["strong"] for c in seeds.values())
-        signed = " | ".join(f"{at[name]:+.2f}" for name in ("proxy", "judge", "strong"))
-        lines.append(f"| {arm} | {at['kl']:.1f} | {signed} | {drop:.2f} | {at['fluency']:.0f} | {at['distinct_2']:.2f} |")
-    return "\n".join(lines)
+        signed = [f"{at[name]:+.2f}" for name in ("proxy", "judge", "strong")]
+        rows.append([arm, f"{at['kl']:.1f}", *signed, f"{drop:.2f}", f"{at['fluency']:.0f}", f"{at['distinct_2']:.2f}"])
+    head = ["KL, nats", "proxy", "judge", "strong judge", "... below its peak", "perplexity", "distinct-2"]
+    return demo.table(head, rows)
 
 
 def plot(arms: dict[str, dict], target: Path) -> None:

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,8 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import demo  # noqa: E402
+from benchmarks.demo import command  # noqa: E402
 from benchmarks.readers import Judge, looks, rows_of  # noqa: E402
 from minirlhf.checkpoint import write_atomically  # noqa: E402
 from minirlhf.feedback.store import Policy, Store  # noqa: E402
@@ -33,11 +34,6 @@ from minirlhf.feedback.store import Policy, Store  # noqa: E402
 RESULTS = ROOT / "benchmarks/results/rounds.json"
 NOISE = {"ann": 0.5, "bob": 1.0, "cid": 2.0}  # points
 EVERY = 6  # PPO iterations between the texts that are read
-
-
-def command(*arguments: object) -> None:
-    print("\n$ python", *arguments, flush=True)
-    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
 
 
 def judge(path: Path, gold: Judge, seed: int) -> int:
@@ -116,8 +112,7 @@ def table(seeds: dict[str, dict], nats: list[float]) -> str:
     """In Markdown: each policy's mean gold score at each KL, and by how much it is above round 0's of the same seed, with the
     standard error over seeds; - where some seed's policy did not get so far."""
     heads = [f"gold score at {n:g} nats, above round 0 (standard error)" for n in nats]
-    lines = ["| | pairs | " + " | ".join(heads) + " |", "|---" * (2 + len(nats)) + "|"]
-    whole = [found for found in seeds.values() if "control" in found]
+    rows, whole = [], [found for found in seeds.values() if "control" in found]
     for name in whole[0]:
         cells = []
         for n in nats:
@@ -128,8 +123,8 @@ def table(seeds: dict[str, dict], nats: list[float]) -> str:
             gains = [v - b for v, b in zip(values, base, strict=True)]
             error = f" ({stdev(gains) / math.sqrt(len(gains)):.2f})" if len(gains) > 1 else ""
             cells.append(f"{mean(values):+.2f}" + (f", {mean(gains):+.2f}{error}" if name != "round 0" else ""))
-        lines.append(f"| {name} | {whole[0][name]['pairs']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([name, str(whole[0][name]["pairs"]), *cells])
+    return demo.table(["pairs", *heads], rows)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

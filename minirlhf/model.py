@@ -110,17 +110,17 @@ class Layout:
 
     batch: int
     width: int  # of a row: the longest text
-    index: Tensor | None  # [N] row * width + place of each real token; None: all batch * width are real
-    filled: Tensor | None  # [N or a little more] the same, filled up
+    real: Tensor | None  # [N] row * T + column of each real token in the batch as it came; None: all are
+    filled: Tensor | None  # [N or a little more] row * width + place of each, filled up
     turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D / 2] of rotary positions
     allowed: Tensor | None  # what a query may look at, [B, 1, width, keys]; None: as much as a causal model may, or everything
     places: Tensor | None  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
 
     def rows(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, width, ...], 0 where there is no token."""
-        if self.index is not None:
-            real = x[: len(self.index)]
-            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.index, real)
+        if self.real is not None:
+            n = len(self.real)
+            x = x.new_zeros(self.batch * self.width, *x.shape[1:]).index_copy(0, self.filled[:n], x[:n])
         return x.view(self.batch, self.width, *x.shape[1:])
 
     def tokens(self, x: Tensor) -> Tensor:
@@ -239,15 +239,15 @@ class GPT(nn.Module):
     ) -> tuple[Layout, Tensor, Tensor | None]:
         """(where the real tokens are, their positions [N], how many each row has [B] or None for `width` everywhere)."""
         config, device = self.config, self.wte.weight.device
-        index, filled, counts, row = None, None, None, None
+        real, filled, counts, row = None, None, None, None
         if mask is None:
             positions = torch.arange(width, device=device).repeat(batch)
         else:
-            row, column = mask.nonzero(as_tuple=True)
-            positions, counts = position_ids(mask)[row, column], mask.sum(1)
+            real, counts = mask.reshape(-1).nonzero().squeeze(1), mask.sum(1)
+            tokens = fill_up(real)
+            row, positions = tokens // width, position_ids(mask).reshape(-1)[tokens]
             width = max(1, int(counts.max()))
-            index = row * width + positions
-            filled, row, positions = fill_up(index), fill_up(row), fill_up(positions)
+            filled = row * width + positions
         allowed = places = None
         past = cache.longest if cache is not None else 0
         if past + width > config.context:
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         turn = None
         if config.positions == "rotary":
             turn = tuple(x[:, None] for x in rotary(config, positions))
-        return Layout(batch, width, index, filled, turn, allowed, places), positions, counts
+        return Layout(batch, width, real, filled, turn, allowed, places), positions, counts
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """tokens [B, T] -> hidden states [B, T, C], 0 at padding, on which (almost) no work is done.
@@ -276,7 +276,7 @@ class GPT(nn.Module):
         B, T = tokens.shape
         mask = None if mask is None or bool(mask.all()) else mask
         layout, positions, counts = self.layout(mask, B, T, cache)
-        tokens = tokens.reshape(-1) if mask is None else fill_up(tokens[mask])
+        tokens = tokens.reshape(-1) if mask is None else tokens.reshape(-1)[fill_up(layout.real)]
         x = self.wte(tokens).float()  # the residual stream is fp32, whatever frozen weights are kept in
         if self.config.positions == "learned":
             x = x + self.wpe(positions)
@@ -289,8 +289,7 @@ class GPT(nn.Module):
             cache.advance(layout, counts)
         x = self.ln_f(x) if self.config.pre_norm else x
         if mask is not None:
-            real = mask.reshape(-1).nonzero().squeeze(1)
-            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, real, x[: len(real)])
+            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, layout.real, x[: len(layout.real)])
         return x.view(B, T, self.config.n_embd)
 
     @property
