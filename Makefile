@@ -39,8 +39,8 @@ demo-smollm2: .venv/installed
 	test -e runs/smollm2/base || $(BIN)/python -m minirlhf.checkpoint import smollm2 runs/smollm2/base
 	$(BIN)/python train_sft.py --preset smollm2 --out $(SMOLLM2)/sft --seed $(SEED) --resume
 	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm --seed $(SEED) --resume
-	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm-a --part a --members 1 --seed $(SEED) --resume
-	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/judge --part b --members 1 --seed $$(($(SEED) + 100)) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm-a --part a --members 1 --epochs 2 --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/judge --part b --members 1 --epochs 2 --seed $$(($(SEED) + 100)) --resume
 	$(BIN)/python train_ppo.py --preset smollm2 --out $(SMOLLM2)/ppo --seed $(SEED) --reward-model $(SMOLLM2)/rm-a --monitor $(SMOLLM2)/judge --resume
 	$(BIN)/python -m minirlhf.evaluate --run $(SMOLLM2) --best-of 4
 	$(BIN)/python -m minirlhf.report $(SMOLLM2)

@@ -129,7 +129,7 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", epochs=2, warmup=5, normalise_samples=32,
                     response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14, pooling="mean",
-                      members=2, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=2),
+                      members=2, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
     "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"), genres=("movies",),
                      pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, embedding_lr=1.0, epochs=4,
                      normalise="none"),

@@ -62,7 +62,7 @@ def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
         return {"demo": {"rm": json.loads((ROOT / run / "rm/config.json").read_text())["results"]}}
     stage("train_sft.py", "sft")
     stage("train_rm.py", "rm")
-    one = ("--members", 1)  # the report's model may be an ensemble, those of PPO are one each
+    one = ("--members", 1, "--epochs", 2)  # the report's model may be an ensemble and train longer; those of PPO are one each
     stage("train_rm.py", "rm-a", "--part", "a", *one)
     stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100, *one)
     found = {}
