@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +29,9 @@ import torch
 from tqdm import tqdm
 
 from kernels import gae
-from minirlhf import UserError, checkpoint, data, ppo, rewards, training
+from minirlhf import UserError, checkpoint, data, estimate, ppo, rewards, training
 from minirlhf.masked import whiten
-from minirlhf.model import ValueModel, critic_from, disable_dropout, store_blocks, train_last
+from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, store_blocks, train_last
 from minirlhf.rollout import Rollout, generate, read, response_both, response_logprobs
 from minirlhf.tokenizer import Tokenizer
 
@@ -110,6 +111,10 @@ class Config:
     """Responses an optimiser step, over all ranks."""
     microbatch: int | None = None
     """Responses a forward pass, a rank; smaller saves memory and changes nothing else [D17]."""
+    tokens_per_microbatch: int | None = None
+    """As many responses a forward pass as make up to this many tokens, prompts included: a bound on memory, not on rows."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for backward and compute the rest again: a fraction of the memory, a third more time."""
     lr: float = 2e-4
     """Learning rate, linear to 0 over the iterations [D16]."""
     value_lr: float = 4e-4
@@ -142,6 +147,12 @@ class Config:
     """Never hold the logits of a microbatch, at the price of computing them twice.  auto: where they would pass 128 MiB."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
+    compile: bool = False
+    """torch.compile the blocks of policy and value model; worth it in long runs."""
+    dry_run: bool = False
+    """Print parameters, bytes and operations, and leave."""
+    profile: bool = False
+    """Trace the second iteration to OUT/trace.json (chrome://tracing, perfetto.dev)."""
     save_every: int = 18
     """Iterations between checkpoints."""
 
@@ -150,7 +161,7 @@ class Config:
             raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
         training.check_positive(
             self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens", "response_tokens", "temperature",
-            "lr", "value_lr", "save_every", "save_samples", "train_layers",
+            "lr", "value_lr", "save_every", "save_samples", "train_layers", "tokens_per_microbatch",
         )  # fmt: skip
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
             b, s = getattr(self, big), getattr(self, small)
@@ -229,6 +240,12 @@ def main() -> None:
             train_last(model, 0 if model in frozen else config.train_layers, training.frozen_dtype(precision))
     for model in frozen:
         store_blocks(model.requires_grad_(False), training.frozen_dtype(precision))
+    models = {"policy": policy, "value model": value_model, "reference": ref, "reward model": reward_model}
+    models |= {"judge": judge} if judge else {}
+    for gpt in {m for model in models.values() for m in model.modules() if isinstance(m, GPT)}:
+        gpt.recompute = config.gradient_checkpointing
+        for block in gpt.blocks if config.compile else []:
+            block.compile(dynamic=True)
 
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     held_out = source.select("val", source.genres_among([config.genre])).records  # the test split is for evaluate.py
@@ -242,11 +259,20 @@ def main() -> None:
                 f"{model.config.context}: shorten the prompts, or lower --response-tokens or --prompt-tokens"
             )
     forbidden = None if config.stop else eos
-    fused = config.stop and training.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
+    at_once = min(microbatch * config.response_tokens, config.tokens_per_microbatch or 10**9)
+    fused = config.stop and training.fuse_head(config.fused_head, at_once, tokenizer.vocab_size)
     policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_parts = [value_model.fc, value_model.out] if config.shared_trunk else [value_model]
     value_optimizer = training.adamw(value_parts, config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
+    rows_at_once = min(microbatch, max(1, (config.tokens_per_microbatch or 10**9) // longest))  # where all are the longest
+    if config.dry_run:
+        with machine.autocast(precision):
+            estimate.show(models, longest, config.response_tokens, rows_at_once, local_batch, fused)
+        print(
+            f"{config.epochs * config.batch // config.minibatch} optimiser steps an iteration, {config.iterations} iterations"
+        )
+        return
 
     trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
     if trainer_state is not None:
@@ -278,8 +304,9 @@ def main() -> None:
     if machine.rank == 0:
         print(f"{len(prompts)} prompts; {config.iterations} iterations of {config.batch} responses; {precision} on "
               f"{machine.device}")  # fmt: skip
+    limit = estimate.gemm_rate(rows_at_once * longest, policy.config.n_embd, training.frozen_dtype(precision), machine.device)
     bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, disable=machine.rank > 0)
-    with training.Interrupt() as interrupt:
+    with training.Interrupt() as interrupt, training.tracer(out, config.profile and machine.rank == 0) as tracer:
         for iteration in bar:
             start, times = time.perf_counter(), {}
             training.seed_everything(config.seed, iteration, machine.rank)  # [D21]
@@ -296,12 +323,14 @@ def main() -> None:
                     policy, queries, query_mask, config.response_tokens, config.temperature, eos, pad, forbidden=forbidden
                 )  # responses, response_mask [B, R]
                 tokens, mask = torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1)
+                lengths = mask.sum(1).cpu()
+                in_microbatches = partial(training.split_rows, lengths, microbatch, config.tokens_per_microbatch)
 
             # 2. Score: each model reads what was written.  Forwards are those of the update: same shapes, same
             #    function, same precision, so the first ratio is 1 [D4] [D18].
             with training.stopwatch(times, "time/score"), machine.autocast(precision), torch.no_grad():
                 logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
-                for rows in torch.arange(local_batch).split(microbatch):
+                for rows in in_microbatches(torch.arange(local_batch)):
                     t, m = tokens[rows], mask[rows]
                     logprobs[rows], _, values[rows] = response_both(policy, value_model, t, m, *how)
                     ref_logprobs[rows], _ = response_logprobs(ref, t, m, *how)
@@ -340,7 +369,7 @@ def main() -> None:
                     count = response_mask[minibatch].sum().float()
                     machine.sum_([count])  # real tokens of the whole minibatch, over ranks [D17]
                     totals = training.Sums()
-                    for rows in minibatch.split(microbatch):
+                    for rows in in_microbatches(minibatch):
                         r = rollout[rows]
                         with machine.autocast(precision):
                             new_logprobs, entropy, new_values = response_both(policy, value_model, r.tokens, r.mask, *how)
@@ -400,14 +429,20 @@ def main() -> None:
                 "optimizer_steps": len(history) - int(stop),
                 "episode": (iteration + 1) * config.batch,
             } | times  # fmt: skip
+            work = estimate.update_operations(policy, value_model, mask[:, :-1].sum(1), response_mask.sum().item())
+            work *= len(history) * config.minibatch / config.batch  # epochs, unless they were cut short
+            metrics["time/gemm_share"] = work / times["time/update"] / limit
+            metrics["time/tokens_per_second"] = metrics["val/response_length"] * config.batch / (time.perf_counter() - start)
             if config.kl_target is not None:
                 kl_coef = ppo.adapt_kl_coef(kl_coef, metrics["objective/kl"], config.kl_target, config.batch, config.kl_horizon)
             seconds += time.perf_counter() - start
             log.log(iteration + 1, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(
                 f"score {metrics['objective/scores']:.2f} kl {metrics['objective/kl']:.1f} "
-                f"len {metrics['val/response_length']:.0f} entropy {metrics['policy/entropy_avg']:.2f}"
+                f"len {metrics['val/response_length']:.0f} entropy {metrics['policy/entropy_avg']:.2f} "
+                f"{metrics['time/tokens_per_second']:.0f} tok/s, {metrics['time/gemm_share']:.0%} of GEMM"
             )
+            tracer.step()
             if config.save_samples and (iteration + 1) % config.save_samples == 0:
                 said = {"score": scores, "rm": rm_scores, "disagreement": disagreement, "judge": judged, "kl": kl}
                 log.write("samples", iteration + 1, sample_rows(prompt_texts, texts, said))

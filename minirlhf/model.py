@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minirlhf import UserError
 
@@ -139,10 +141,12 @@ class KVCache:
     """Keys and values of every layer, preallocated for `length` tokens a row: 2 x [L, B, G, length, D]."""
 
     def __init__(self, model: GPT, batch: int, length: int):
-        c, like = model.config, model.wte.weight
+        c, device = model.config, model.wte.weight.device
+        half = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # as attention gets them
+        dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
         shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
-        self.k, self.v = (torch.zeros(shape, dtype=torch.float32, device=like.device) for _ in range(2))
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest, self.even = 0, True  # even: all rows are as long as the longest
 
     def append(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -220,6 +224,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.dropout = config, config.dropout
+        self.recompute = False  # make each block's activations again in backward: one more forward's time, little memory
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.wpe = nn.Embedding(config.context, config.n_embd)
@@ -283,8 +288,10 @@ class GPT(nn.Module):
         if not self.config.pre_norm:
             x = self.ln_f(x)
         x = dropout(x, self.dropout, self.training)
+        again = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
-            x = block(x, layout, cache, layer)
+            run = partial(checkpoint, block, use_reentrant=False) if again and x.requires_grad else block
+            x = run(x, layout, cache, layer)
         if cache is not None:
             cache.advance(layout, counts)
         x = self.ln_f(x) if self.config.pre_norm else x

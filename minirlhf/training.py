@@ -157,6 +157,19 @@ def exact_div(a: int, b: int, what: str) -> int:
     return a // b
 
 
+def split_rows(lengths: Tensor, rows: int, tokens: int | None, picks: Tensor) -> list[Tensor]:
+    """picks [n], in order, in groups of at most `rows`, and of at most `tokens` tokens where more than one row; lengths [B]."""
+    if tokens is None:
+        return list(picks.split(rows))
+    groups, total = [0], 0
+    for i, n in enumerate(lengths[picks].tolist()):
+        if i - groups[-1] == rows or (i > groups[-1] and total + n > tokens):
+            groups.append(i)
+            total = 0
+        total += n
+    return list(picks.tensor_split(groups[1:]))
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks: fresh pages for each logits tensor cost more than the arithmetic on it (1.5 x)."""
     with contextlib.suppress(OSError, AttributeError):
@@ -328,7 +341,7 @@ def claim(out: Path, config: Any, resume: bool, overwrite: bool) -> str:
     if not (out / "latest").exists() or overwrite:
         return "start"
     saved = checkpoint.load_config(out)
-    ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir", "save_samples"}
+    ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir", "save_samples", "dry_run", "profile"}
     wanted = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored}
     other = sorted(k for k, v in wanted.items() if saved["training"].get(k, v) != v)
     if other:
@@ -364,6 +377,14 @@ class Interrupt:
     def __exit__(self, *exc) -> None:
         for s, handler in self.before.items():
             signal.signal(s, handler)
+
+
+def tracer(out: Path, wanted: bool) -> torch.profiler.profile:
+    """To be told of every iteration's end by step(): traces the second, if wanted, to OUT/trace.json."""
+    times = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    never = lambda step: torch.profiler.ProfilerAction.NONE
+    write = lambda found: found.export_chrome_trace(str(out / "trace.json"))
+    return torch.profiler.profile(schedule=times if wanted else never, on_trace_ready=write)
 
 
 @contextlib.contextmanager

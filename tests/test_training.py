@@ -83,8 +83,8 @@ def test_D17_sft_gradients_do_not_know_microbatches(run, few, tmp_path, metrics)
 
 def test_D17_ppo_gradients_do_not_know_microbatches(run, smoke, tmp_path, metrics):
     found = {}
-    for micro in (None, 1, 2, 4):
-        options = [] if micro is None else ["--microbatch", micro]
+    split = {None: [], "tokens": ["--tokens-per-microbatch", 40], "again": ["--gradient-checkpointing"]}
+    for micro, options in (split | {n: ["--microbatch", n] for n in (1, 2, 4)}).items():
         with gradients() as found[micro]:
             out, inputs = tmp_path / str(micro), ["--init", smoke / "sft", "--reward-model", smoke / "rm"]
             assert run("train_ppo", *PPO, *inputs, *options, "--out", out) == 0
