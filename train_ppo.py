@@ -32,7 +32,7 @@ from kernels import gae
 from minirlhf import UserError, checkpoint, data, estimate, ppo, rewards, training
 from minirlhf.masked import whiten
 from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, store_blocks, train_last
-from minirlhf.rollout import Rollout, generate, read, response_both, response_logprobs
+from minirlhf.rollout import Rollout, generate, read, read_before, response_logprobs, response_values
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -332,7 +332,9 @@ def main() -> None:
                 logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
                 for rows in in_microbatches(torch.arange(local_batch)):
                     t, m = tokens[rows], mask[rows]
-                    logprobs[rows], _, values[rows] = response_both(policy, value_model, t, m, *how)
+                    hidden = read_before(policy, t, m, P) if config.shared_trunk else None  # one forward serves both
+                    logprobs[rows], _ = response_logprobs(policy, t, m, *how, hidden)
+                    values[rows] = response_values(value_model, t, m, P, hidden)
                     ref_logprobs[rows], _ = response_logprobs(ref, t, m, *how)
                 texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
                 prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
@@ -372,18 +374,21 @@ def main() -> None:
                     for rows in in_microbatches(minibatch):
                         r = rollout[rows]
                         with machine.autocast(precision):
-                            new_logprobs, entropy, new_values = response_both(policy, value_model, r.tokens, r.mask, *how)
+                            hidden = read_before(policy, r.tokens, r.mask, P) if config.shared_trunk else None
+                            new_logprobs, entropy = response_logprobs(policy, r.tokens, r.mask, *how, hidden)
                         policy_loss, stats = ppo.policy_loss(
                             new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
                         )  # [D12]
+                        mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
+                        loss = policy_loss - config.ent_coef * mean_entropy if config.ent_coef else policy_loss
+                        if not config.shared_trunk:  # two models: the policy's activations go before the critic's are made
+                            loss.backward()
+                        with machine.autocast(precision):
+                            new_values = response_values(value_model, r.tokens, r.mask, P, hidden)
                         value_loss, value_clipfrac = ppo.value_loss(
                             new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
                         )  # [D12]
-                        mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
-                        loss = policy_loss + (config.vf_coef if config.shared_trunk else 1.0) * value_loss
-                        if config.ent_coef:
-                            loss = loss - config.ent_coef * mean_entropy
-                        loss.backward()
+                        (loss + config.vf_coef * value_loss if config.shared_trunk else value_loss).backward()
                         totals.add({
                             "loss/policy_avg": policy_loss, "loss/value_avg": value_loss, "policy/entropy_avg": mean_entropy,
                             "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],

@@ -1,6 +1,6 @@
 """What training will need, before it starts, and how close to the machine's limit it runs: bytes and operations.
 
-Bytes that autograd keeps are not a formula here: a trial forward of one row and of two says what a row costs, for every
+Bytes that autograd keeps are not a formula here: trial forwards of a few rows say what a row costs, for every
 architecture and option there is.  Operations are counted as they must be done: two for a multiply-add of a matrix product,
 once, whatever is computed a second time to save memory.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf.model import GPT, GPTConfig, ValueModel
-from minirlhf.rollout import response_both
+from minirlhf.rollout import read_before, response_logprobs, response_values
 
 
 def parameters(models: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -53,10 +53,10 @@ def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
 
 
 def activation_bytes(forward: Callable[[int], object], rows: int, known: Iterable[Tensor]) -> int:
-    """What autograd keeps for forward(rows), from trials with one row and with two."""
+    """What autograd keeps for forward(rows), from trials with two rows and with four (one alone would copy less)."""
     known = list(known)
-    one, two = (saved_bytes(lambda n=n: forward(n), known) for n in (1, 2))
-    return one + (rows - 1) * (two - one)
+    two, four = (saved_bytes(lambda n=n: forward(n), known) for n in (2, 4))
+    return two + (rows - 2) * (four - two) // 2
 
 
 def resident_bytes() -> int:
@@ -65,31 +65,29 @@ def resident_bytes() -> int:
     return int(status.read_text().split()[1]) * 4096 if status.exists() else 0
 
 
-def block_operations(gpt: GPT, lengths: Tensor) -> float:
-    """Of one block's forward over texts of these lengths: its matrices, and attention to what stands before a token."""
-    lengths = lengths.double()
-    seen = lengths * (lengths + 1) / 2 if gpt.config.causal else lengths**2
-    matrices = sum(p.numel() for p in gpt.blocks[0].parameters() if p.dim() == 2)
-    return float(2 * matrices * lengths.sum() + 4 * gpt.config.n_embd * seen.sum())
+def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> tuple[float, float, float]:
+    """Of a block but the last, of the last, whose results are wanted at so many places, and of the language-model head there;
+    texts are of these lengths.  Two a weight and token of matrices, four a channel and pair of tokens that attention joins."""
+    lengths, block = lengths.double(), gpt.blocks[-1]
+    joined = lengths * (lengths + 1) / 2 if gpt.config.causal else lengths**2
+    matrices = sum(p.numel() for p in block.parameters() if p.dim() == 2)
+    whole = float(2 * matrices * lengths.sum() + 4 * gpt.config.n_embd * joined.sum())
+    spared = float(2 * (matrices - block.qkv.weight.numel()) * (lengths.sum() - wanted))
+    return whole, whole - spared, 2 * gpt.head_weight.numel() * wanted * head
 
 
-def forward_operations(gpt: GPT, lengths: Tensor, predicted: float = 0) -> float:
-    """Of all blocks over texts of these lengths, and of the language-model head at `predicted` places."""
-    return len(gpt.blocks) * block_operations(gpt, lengths) + 2 * gpt.head_weight.numel() * predicted
-
-
-def training_operations(gpt: GPT, lengths: Tensor, predicted: float = 0) -> float:
-    """Forward and backward: twice as much again for what is trained, for the head as much again for what it read."""
-    trained = sum(next(block.parameters()).requires_grad for block in gpt.blocks)
-    head = 1 + int(gpt.head_weight.requires_grad)
-    back = 2 * trained * block_operations(gpt, lengths) + 2 * head * gpt.head_weight.numel() * predicted
-    return forward_operations(gpt, lengths, predicted) + back
+def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> float:
+    """Forward and backward: twice as much again for blocks that are trained, once or twice for the head."""
+    block, last, logits = forward_operations(gpt, lengths, wanted, head)
+    trained = sum(b.qkv.weight.requires_grad for b in gpt.blocks)
+    blocks = (len(gpt.blocks) - 1 + 2 * max(0, trained - 1)) * block + (1 + 2 * (trained > 0)) * last
+    return blocks + (2 + gpt.head_weight.requires_grad) * logits
 
 
 def update_operations(policy: GPT, critic: ValueModel, lengths: Tensor, predicted: float) -> float:
     """Of one pass of PPO's update over texts of these lengths, with `predicted` response tokens."""
-    own = training_operations(critic.backbone, lengths) if critic.backbone is not policy else 0.0
-    return training_operations(policy, lengths, predicted) + own
+    own = training_operations(critic.backbone, lengths, predicted, False) if critic.backbone is not policy else 0.0
+    return training_operations(policy, lengths, predicted, True) + own
 
 
 def gemm_rate(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
@@ -125,11 +123,15 @@ def show(models: dict[str, ValueModel | GPT], longest: int, response: int, rows:
         trained = sum(p.numel() for p in own if p.requires_grad)
         print(f"{name:14s}{sum(p.numel() for p in own):>15,} parameters, {trained:,} trained")
 
-    def forward(n: int) -> tuple[Tensor, ...]:
-        tokens = torch.zeros(n, longest, dtype=torch.long, device=device)
-        return response_both(policy, critic, tokens, tokens == 0, longest - response, 1.0, None, fused)
+    def forward(n: int, with_policy: bool = True, with_critic: bool = True) -> tuple:
+        tokens, prompt = torch.zeros(n, longest, dtype=torch.long, device=device), longest - response
+        hidden = read_before(policy, tokens, tokens == 0, prompt) if with_policy else None
+        logprobs = response_logprobs(policy, tokens, tokens == 0, prompt, 1.0, None, fused, hidden) if with_policy else None
+        return logprobs, response_values(critic, tokens, tokens == 0, prompt, hidden) if with_critic else None
 
-    optimizer, activations = optimizer_bytes(known), activation_bytes(forward, rows, known)
+    passes = [(True, True)] if critic.backbone is policy else [(True, False), (False, True)]  # one after the other
+    activations = max(activation_bytes(lambda n, which=which: forward(n, *which), rows, known) for which in passes)
+    optimizer = optimizer_bytes(known)
     cache = cache_bytes(policy.config, batch, longest)
     logits = 0 if fused else 4 * rows * response * policy.config.vocab_size  # their gradient
     before = resident_bytes() if device.type == "cpu" else stored_bytes(known)

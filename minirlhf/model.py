@@ -65,6 +65,9 @@ class GPTConfig:
         return self.n_kv_head or self.n_head
 
 
+SHORT = 96  # tokens up to which a CPU is faster without its fused attention; at 128 they are equal
+
+
 def position_ids(mask: Tensor) -> Tensor:
     """Positions that count real tokens only [D6]: [0,0,1,1,1] -> [0,0,0,1,2].  mask [B, T] bool -> [B, T] int64."""
     return mask.long().cumsum(1) - mask.long()
@@ -170,6 +173,29 @@ class KVCache:
         self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
+    """softmax(q k' / sqrt D) v where `allowed` (or causality) lets a query look: q [B, H, T, D], k and v [B, G, K, D].
+
+    No dropout on the weights: it would rule out the fused kernels.  A CPU's are made for long texts: on short ones two plain
+    products are faster, which makes 7 % of a small model's training step.
+    """
+    B, H, T, D = q.shape
+    G, K = k.shape[1:3]
+    if q.device.type != "cpu" or T * K > SHORT**2:
+        k, v = (y.repeat_interleave(H // G, 1) if G < H else y for y in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
+    bias = q.new_zeros(1, 1, T, K)
+    if causal:
+        bias = bias.fill_(-math.inf).triu_(1)
+    elif allowed is not None:
+        bias = torch.where(allowed, bias, -math.inf)  # [B, 1, T, K]
+        bias = bias.expand(B, G, T, K).reshape(B * G, 1, T, K)
+    bias = bias.expand(-1, H // G, T, K).reshape(-1, H // G * T, K)
+    fold = lambda x: x.reshape(B * G, x.shape[1] // G * x.shape[2], D)  # queries that share keys: rows of one product
+    scores = torch.baddbmm(bias, fold(q), fold(k).transpose(1, 2), alpha=1 / math.sqrt(D))
+    return (scores.softmax(-1) @ fold(v)).view(B, H, T, D)
+
+
 class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -183,36 +209,38 @@ class Block(nn.Module):
         if config.mlp == "swiglu":
             self.gate = nn.Linear(C, inner, bias=config.bias)
 
-    def attention(self, x: Tensor, layout: Layout, cache: KVCache | None, layer: int) -> Tensor:
+    def attention(self, x: Tensor, layout: Layout, cache: KVCache | None, layer: int, keep: Tensor | None) -> Tensor:
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
         q, k, v = self.qkv(x).view(-1, H + 2 * G, D).split([H, G, G], 1)  # each [N, H or G, D]
         # CPU backends run the backward of half-precision attention many times slower than fp32's.
+        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
         with torch.autocast(x.device.type, enabled=False):
-            if x.device.type == "cpu":
-                q, k, v = q.float(), k.float(), v.float()
             if layout.turn is not None:
-                q, k = (rotate(y, *layout.turn).to(v.dtype) for y in (q, k))
+                q, k = (rotate(y.to(dtype), *layout.turn).to(dtype) for y in (q, k))
             q, k, v = (layout.rows(y).transpose(1, 2) for y in (q, k, v))  # [B, H or G, width, D]
+            q, k, v = (y.to(dtype, memory_format=torch.contiguous_format) for y in (q, k, v))  # one copy for both changes
             if cache is not None:
                 k, v = cache.append(layer, k, v, layout)
-            if G < H:
-                k, v = (y.repeat_interleave(H // G, 1) for y in (k, v))
-            # No dropout on the attention weights: it would rule out the fused kernels.
-            is_causal = self.config.causal and layout.allowed is None and q.shape[2] > 1
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.allowed, is_causal=is_causal)
-        return self.attn_out(layout.tokens(y.transpose(1, 2)).flatten(1))
+            y = attend(q, k, v, layout.allowed, self.config.causal and layout.allowed is None and q.shape[2] > 1)
+        y = layout.tokens(y.transpose(1, 2)).flatten(1)
+        return self.attn_out(y if keep is None else y.index_select(0, keep))
 
     def mlp(self, x: Tensor) -> Tensor:
         if self.config.mlp == "swiglu":
             return self.mlp_out(F.silu(self.gate(x)) * self.fc(x))
         return self.mlp_out(F.gelu(self.fc(x), approximate="tanh" if self.config.mlp == "gelu_tanh" else "none"))
 
-    def forward(self, x: Tensor, *context) -> Tensor:
+    def forward(
+        self, x: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0, keep: Tensor | None = None
+    ) -> Tensor:
+        """[N, C] -> [N, C], or of the tokens `keep` [K] alone, which have read all: [K, C]."""
         drop = lambda y: dropout(y, self.dropout, self.training)
+        seen = drop(self.attention(self.ln_1(x) if self.config.pre_norm else x, layout, cache, layer, keep))
+        x = x if keep is None else x.index_select(0, keep)
         if self.config.pre_norm:
-            x = x + drop(self.attention(self.ln_1(x), *context))
+            x = x + seen
             return x + drop(self.mlp(self.ln_2(x)))
-        x = self.ln_1(x + drop(self.attention(x, *context)))
+        x = self.ln_1(x + seen)
         return self.ln_2(x + drop(self.mlp(x)))
 
 
@@ -272,11 +300,14 @@ class GPT(nn.Module):
             turn = tuple(x[:, None] for x in rotary(config, positions))
         return Layout(batch, width, real, filled, turn, allowed, places), positions, counts
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """tokens [B, T] -> hidden states [B, T, C], 0 at padding, on which (almost) no work is done.
 
         mask [B, T] bool, True = real; None: all are.  With a cache, tokens (and mask) are the new ones only, after those it
-        holds.
+        holds.  wanted [B, T] bool: where the hidden states will be read; elsewhere they are 0, and the last block does no more
+        than to let others look there.
         """
         B, T = tokens.shape
         mask = None if mask is None or bool(mask.all()) else mask
@@ -288,15 +319,20 @@ class GPT(nn.Module):
         if not self.config.pre_norm:
             x = self.ln_f(x)
         x = dropout(x, self.dropout, self.training)
+        places, keep = layout.real, None  # of the results in the batch as it came
+        if wanted is not None:
+            read = wanted.reshape(-1) if places is None else wanted.reshape(-1)[places]
+            keep = read.nonzero().squeeze(1)
+            places, keep = keep if places is None else places[keep], fill_up(keep)
         again = self.recompute and torch.is_grad_enabled()
         for layer, block in enumerate(self.blocks):
             run = partial(checkpoint, block, use_reentrant=False) if again and x.requires_grad else block
-            x = run(x, layout, cache, layer)
+            x = run(x, layout, cache, layer, keep if layer + 1 == len(self.blocks) else None)
         if cache is not None:
             cache.advance(layout, counts)
         x = self.ln_f(x) if self.config.pre_norm else x
-        if mask is not None:
-            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, layout.real, x[: len(layout.real)])
+        if places is not None:
+            x = x.new_zeros(B * T, x.shape[1]).index_copy(0, places, x[: len(places)])
         return x.view(B, T, self.config.n_embd)
 
     @property
@@ -369,9 +405,12 @@ class ValueModel(nn.Module):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features + 1))
             nn.init.zeros_(layer.bias)
 
-    def values(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding.  Left and right padding are both allowed."""
-        return self.head(self.backbone(tokens, mask), mask)
+    def values(self, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding.  Left and right padding are both allowed.
+
+        wanted [B, T] bool: where they will be read; what stands elsewhere means nothing.
+        """
+        return self.head(self.backbone(tokens, mask, wanted=None if "mean" in self.pooling else wanted), mask)
 
     def head(self, h: Tensor, mask: Tensor) -> Tensor:
         """The backbone's hidden states [B, T, C] -> values [B, T] fp32, 0 at padding."""
@@ -398,12 +437,13 @@ class RewardModel(ValueModel):
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
 
-    def values(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return (super().values(tokens, mask) * self.gain + self.bias).masked_fill(~mask, 0.0)
+    def values(self, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
+        return (super().values(tokens, mask, wanted) * self.gain + self.bias).masked_fill(~mask, 0.0)
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [B, T] -> scores [B] fp32.  Every row needs a real token."""
-        return self.values(tokens, mask).gather(1, last_real(mask)[:, None]).squeeze(1)
+        last = last_real(mask)[:, None]
+        return self.values(tokens, mask, torch.zeros_like(mask).scatter(1, last, True)).gather(1, last).squeeze(1)
 
 
 class RewardEnsemble(nn.Module):

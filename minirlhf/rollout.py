@@ -50,6 +50,13 @@ def forbid(logits: Tensor, token: int | None) -> Tensor:
     return logits.index_fill(-1, torch.tensor([token], device=logits.device), float("-inf"))
 
 
+def read_before(model: GPT | ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
+    """The model's results [B, T - 1, ...] on all tokens but the last, worth reading where the next one is of the response."""
+    wanted = torch.zeros_like(mask[:, :-1])
+    wanted[:, prompt_len - 1 :] = True
+    return model(tokens[:, :-1], mask[:, :-1], wanted=wanted)
+
+
 def response_logprobs(
     model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int, temperature: float, forbidden: int | None = None,
     fused_head: bool = False, hidden: Tensor | None = None,
@@ -57,11 +64,11 @@ def response_logprobs(
     """Log-probabilities and entropies [B, R] of the responses in tokens [B, T].
 
     The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
-    With fused_head the logits never exist as a whole; a forbidden token needs them.  `hidden` [B, T - 1, C] are the model's
-    hidden states of all tokens but the last, if they are known: a token is predicted one place before it.
+    With fused_head the logits never exist as a whole; a forbidden token needs them.  `hidden` [B, T - 1, C]: read_before, where
+    a critic on the same model reads it too.
     """
     real = mask[:, prompt_len:]
-    hidden = model(tokens[:, :-1], mask[:, :-1]) if hidden is None else hidden
+    hidden = read_before(model, tokens, mask, prompt_len) if hidden is None else hidden
     hidden = hidden[:, prompt_len - 1 :][real]  # [N, C]: no logits for padding
     targets = tokens[:, prompt_len:][real]
     if fused_head and forbidden is None:
@@ -74,17 +81,8 @@ def response_logprobs(
 
 def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, hidden: Tensor | None = None) -> Tensor:
     """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8].  `hidden`: as above."""
-    values = model(tokens[:, :-1], mask[:, :-1]) if hidden is None else model.head(hidden, mask[:, :-1])
+    values = read_before(model, tokens, mask, prompt_len) if hidden is None else model.head(hidden, mask[:, :-1])
     return values[:, prompt_len - 1 :]
-
-
-def response_both(
-    policy: GPT, critic: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, *how
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities, entropies and values [B, R] of the responses: one forward where the critic is a head on the policy."""
-    hidden = policy(tokens[:, :-1], mask[:, :-1]) if critic.backbone is policy else None
-    logprobs, entropy = response_logprobs(policy, tokens, mask, prompt_len, *how, hidden=hidden)
-    return logprobs, entropy, response_values(critic, tokens, mask, prompt_len, hidden)
 
 
 def read(model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor, writer: Tokenizer) -> tuple[Tensor, Tensor]:
@@ -124,7 +122,9 @@ def generate(
     lengths = torch.full((B,), max_new, dtype=torch.long, device=device)
     rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)  # those in the cache
     look = 1 if device.type == "cpu" else 16  # asking a GPU how many still run stops it
-    hidden = model(prompts, prompt_mask, cache)[:, -1]
+    last = torch.zeros_like(prompt_mask)
+    last[:, -1] = True
+    hidden = model(prompts, prompt_mask, cache, last)[:, -1]
     for t in range(max_new):
         logits = forbid(model.logits(hidden), forbidden)
         u = torch.rand(B, 1, generator=generator, device=device)

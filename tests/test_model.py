@@ -17,6 +17,7 @@ from minirlhf.model import (
     RewardEnsemble,
     RewardModel,
     ValueModel,
+    attend,
     critic_from,
     disable_dropout,
     fill_up,
@@ -116,6 +117,47 @@ def test_no_work_on_padding_and_the_same_gradients(shape, lengths, computed):
     loss(moved).backward()
     for a, b in zip(gradients(), alone, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_last_block_works_where_its_results_are_wanted(shape, full):
+    torch.manual_seed(0)
+    model = GPT(SHAPES[shape]).eval()
+    tokens, mask, wanted = torch.randint(50, (4, 9)), torch.ones(4, 9, dtype=torch.bool), torch.zeros(4, 9, dtype=torch.bool)
+    wanted[:2, 5:] = wanted[3, 0] = True
+    if not full:
+        mask[0, 7:] = mask[1, :2] = mask[2] = False
+    seen = []
+    model.blocks[-1].fc.register_forward_hook(lambda layer, given, out: seen.append(len(given[0])))
+    everything = model(tokens, mask)
+    hidden = model(tokens, mask, wanted=wanted)
+    assert seen == [int(mask.sum()), int((mask & wanted).sum())] and (hidden[~(mask & wanted)] == 0).all()
+    torch.testing.assert_close(hidden[mask & wanted], everything[mask & wanted], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (5, 5), (97, 97), (1, 20)])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("where", ["causal", "everywhere", "allowed"])
+def test_attention_of_short_texts_is_attention(lengths, groups, where):
+    """Both ways on both sides of SHORT, against the formula in float64."""
+    torch.manual_seed(0)
+    (T, K), B, H, D = lengths, 3, 4, 8
+    if where == "causal" and T != K:
+        return
+    q, k, v = (torch.randn(B, h, n, D, dtype=torch.float64, requires_grad=True) for h, n in ((H, T), (groups, K), (groups, K)))
+    allowed = torch.rand(B, 1, T, K) < 0.5
+    allowed[..., 0] = True
+    look = {"causal": torch.ones(T, K).tril() > 0, "everywhere": torch.tensor(True), "allowed": allowed}[where]
+    keys, values = (x.repeat_interleave(H // groups, 1) for x in (k, v))
+    scores = torch.where(look, q @ keys.transpose(2, 3) / D**0.5, -torch.inf)
+    wanted = scores.softmax(-1) @ values
+    upstream = torch.randn_like(wanted)
+    gradients = torch.autograd.grad(wanted, (q, k, v), upstream)
+    q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
+    found = attend(q, k, v, allowed if where == "allowed" else None, where == "causal" and T > 1)
+    for a, b in zip((found, *torch.autograd.grad(found, (q, k, v), upstream.float())), (wanted, *gradients), strict=True):
+        torch.testing.assert_close(a, b.float(), atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
