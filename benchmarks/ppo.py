@@ -1,11 +1,12 @@
 """One PPO iteration, ours and TRL's, on the same work, interleaved.
 
-    python -m venv .trl && .trl/bin/pip install -r benchmarks/peers/trl.txt       # its environment, once
-    python benchmarks/ppo.py --trl .trl/bin/python --check                        # prints a table, writes results/ppo.json
+    python -m venv .peer && .peer/bin/pip install -r benchmarks/peers/requirements.txt   # the peers' environment, once
+    python benchmarks/ppo.py --peer-python .peer/bin/python --check                      # a table, and results/ppo.json
+    python benchmarks/ppo.py --tables                                                    # runs nothing: the table alone
 
 TRL 1.12.0 is the last release with a PPO trainer. Ours is train_ppo.py itself, run as a user runs it, on random weights of
-the same shapes and random texts; each measurement is a process of its own, which does one iteration to warm up and then some
-that count. All take turns, --rounds times. The work is asserted: responses, their tokens, optimiser steps.
+the same shapes and random texts; each measurement is a process of its own, which does two iterations to warm up and then
+some that count. All take turns, --rounds times. The work is asserted: responses, their tokens, optimiser steps.
 
 Workloads: `small` (6 layers, 192 wide), `gpt2` (GPT-2's shape and vocabulary), `lengths` (small, responses of up to 64 tokens
 that end by themselves after 24 on average: an end of text is as likely at every step).
@@ -14,10 +15,7 @@ that end by themselves after 24 on average: an end of text is as likely at every
 import argparse
 import json
 import math
-import os
-import platform
-import resource
-import subprocess
+import re
 import sys
 import tempfile
 import time
@@ -26,6 +24,9 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks import beside  # noqa: E402
+from benchmarks.demo import table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/ppo.json"
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, "response": 32, "batch": 64, "minibatch": 16,
@@ -40,6 +41,8 @@ OURS = {
     "bf16": ["--precision", "bf16"],
     "shared trunk, bf16": ["--precision", "bf16", "--shared-trunk"],
 }
+WARM_UP = 2  # iterations in which memory is still new
+GEMM = 0.6  # goal: the update's share of the machine's rate on matrix products of these shapes
 GOALS = {  # TRL's seconds an iteration over ours; its peak memory over ours
     "small": {"seconds": (1.5, 2.4, 4.0), "peak_mb": (1.7, None, 2.1)},
     "gpt2": {"seconds": (1.4, 2.4, 3.8), "peak_mb": (1.3, None, 1.6)},
@@ -110,27 +113,21 @@ def ours(job: dict) -> None:
     lines = [json.loads(line) for line in (Path(job["out"]) / "metrics.jsonl").read_text().splitlines()]
     ends = [0.0] + [line["time/seconds"] for line in lines]
     found = [{part: line[f"time/{part}"] for part in ("rollout", "score", "update")}
-             | {"seconds": end - start, "tokens": line["val/response_length"] * work["batch"]}
+             | {"seconds": end - start, "gemm": line["time/gemm_share"], "tokens": line["val/response_length"] * work["batch"]}
              for line, start, end in zip(lines, ends, ends[1:], strict=False)]  # fmt: skip
     steps = sum(line["optimizer_steps"] for line in lines)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # (ru_maxrss may be the parent's)
     print(json.dumps({"iterations": found, "optimizer_steps": steps, "peak_mb": peak, "cpu_seconds": cpu}))
 
 
 def measure(python: str, script: str, job: dict) -> dict:
-    """One process's last line of JSON; its first iteration does not count."""
-    env = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
-    command = [python, str(ROOT / script), "--job", json.dumps(job)]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{script}: exit code {done.returncode}\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    work = job["work"]
+    """What a process found, less its first iterations; the work it did is asserted."""
+    found, work = beside.child(python, script, job), job["work"]
     assert found["optimizer_steps"] == job["iterations"] * work["epochs"] * work["batch"] // work["minibatch"], found
+    full = work["batch"] * work["response"]
     for iteration in found["iterations"]:  # fixed lengths are exact; drawn ones have the same mean
-        full = work["batch"] * work["response"]
         assert iteration["tokens"] == full if not work["end"] else 0.2 * full < iteration["tokens"] < 0.6 * full, iteration
-    return found | {"iterations": found["iterations"][1:]}
+    return found | {"iterations": found["iterations"][WARM_UP:]}
 
 
 def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
@@ -138,11 +135,11 @@ def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(WORK[name], Path(folder))
-        job = {"work": WORK[name], "threads": args.threads, "iterations": args.iterations + 1, "folder": folder}
+        job = {"work": WORK[name], "threads": args.threads, "iterations": WARM_UP + args.iterations, "folder": folder}
         for k in range(args.rounds):
-            if args.trl:
+            if args.peer_python:
                 peer = job | {"out": f"{folder}/trl-{k}"}
-                found.setdefault("TRL", []).append(measure(args.trl, "benchmarks/peers/trl_ppo.py", peer))
+                found.setdefault("TRL", []).append(measure(args.peer_python, "benchmarks/peers/trl_ppo.py", peer))
             for variant in args.variants:
                 mine = job | {"out": f"{folder}/{variant}-{k}".replace(" ", "-"), "options": OURS[variant]}
                 found.setdefault(variant, []).append(measure(sys.executable, "benchmarks/ppo.py", mine))
@@ -155,59 +152,50 @@ def summary(runs: list[dict]) -> dict[str, float]:
     iterations = [i for run in runs for i in run["iterations"]]
     found = {key: median(i[key] for i in iterations) for key in ("seconds", "rollout", "score", "update", "tokens")}
     seconds = sorted(i["seconds"] for i in iterations)
-    return found | {"fastest": seconds[0], "slowest": seconds[-1], "peak_mb": median(r["peak_mb"] for r in runs),
-                    "cpu": median(r["cpu_seconds"] for r in runs)}  # fmt: skip
+    found |= {"fastest": seconds[0], "slowest": seconds[-1], "peak_mb": median(r["peak_mb"] for r in runs)}
+    cpu = median(r["cpu_seconds"] / (len(r["iterations"]) + WARM_UP) for r in runs)
+    return found | {"cpu": cpu} | ({"gemm": median(i["gemm"] for i in iterations)} if "gemm" in iterations[0] else {})
 
 
-def table(name: str, found: dict[str, list[dict]]) -> tuple[str, list[str]]:
-    """(Markdown, what missed its goal)."""
-    rows = {variant: summary(runs) for variant, runs in found.items()}
-    head = "| | s an iteration (range) | rollout | scoring | update | response tokens/s | peak MB | TRL / ours: time | memory |"
-    lines, missed = [f"| {name}" + head[1:], "|---" * 9 + "|"], []
-    for variant, row in rows.items():
-        ratios = ["", ""]
-        if "TRL" in rows and variant != "TRL":
-            for i, key in enumerate(("seconds", "peak_mb")):
-                goal, ratio = GOALS[name][key][[*OURS].index(variant)], rows["TRL"][key] / row[key]
-                ratios[i] = f"{ratio:.2f}" + (f" (goal {goal:g})" if goal else "")
+def report(known: dict[str, dict]) -> tuple[str, list[str]]:
+    """(the table, what missed its goal)."""
+    rows, missed = [], []
+    for name in [name for name in WORK if name in known]:
+        found = {variant: summary(runs) for variant, runs in known[name].items()}
+        for variant, row in found.items():
+            ratios = ["", ""]
+            for i, key in enumerate(("seconds", "peak_mb")) if variant != "TRL" and "TRL" in found else ():
+                goal, ratio = GOALS[name][key][[*OURS].index(variant)], found["TRL"][key] / row[key]
+                ratios[i] = f"{ratio:.2f}" + (f" (>= {goal:g})" if goal else "")
                 if goal and ratio < goal:
                     missed.append(f"{name}, {variant}: {key} {ratio:.2f} x, goal {goal:g} x")
-        cells = [f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})",
-                 *(f"{row[key]:.2f}" for key in ("rollout", "score", "update")), f"{row['tokens'] / row['seconds']:.0f}",
-                 f"{row['peak_mb']:.0f}", *ratios]  # fmt: skip
-        lines.append("| " + " | ".join([variant, *cells]) + " |")
-    return "\n".join(lines), missed
+            if row.get("gemm", 1.0) < GEMM:
+                missed.append(f"{name}, {variant}: {row['gemm']:.0%} of the GEMM rate, goal {GEMM:.0%}")
+            rows.append([f"{name}: {variant}", f"{row['seconds']:.2f} ({row['fastest']:.2f} to {row['slowest']:.2f})",
+                         " + ".join(f"{row[part]:.2f}" for part in ("rollout", "score", "update")), ratios[0],
+                         f"{row['tokens'] / row['seconds']:.0f}", f"{row['gemm']:.0%}" if "gemm" in row else "",
+                         f"{row['cpu']:.1f}", f"{row['peak_mb']:.0f}", ratios[1]])  # fmt: skip
+    head = ["s an iteration (range)", "rollout + scoring + update", "TRL / ours (goal)", "response tokens/s",
+            "update, of GEMM rate", "CPU s", "peak MB", "TRL / ours (goal)"]  # fmt: skip
+    return table(head, rows), missed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trl", help="the python of an environment with TRL 1.12.0; left out: ours alone")
+    parser = beside.parser(__doc__, RESULTS, rounds=3)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
     parser.add_argument("--variants", choices=OURS, nargs="+", default=[*OURS])
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each")
     parser.add_argument("--iterations", type=int, default=3, help="that count, of each process")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
-    parser.add_argument("--tables", action="store_true", help="only the tables of the results that are there")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         ours(args.job)
         return
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in [] if args.tables else args.work:
-        known[name] = run(args, name)
-        known["machine"] = {"cpu": platform.processor(), "threads": args.threads, "python": platform.python_version()}
-        RESULTS.write_text(json.dumps(known, indent=1))
-    missed = []
-    for name in WORK:
-        if name in known:
-            text, below = table(name, known[name])
-            print(f"\n{text}")
-            missed += below
-    print(*(f"\nmissed: {m}" for m in missed), sep="")
-    if args.check and missed:
-        sys.exit(1)
+        known |= {name: run(args, name), "machine": beside.machine(args.threads)}
+        args.out.write_text(json.dumps(known, indent=1))
+    if not known:
+        parser.error(f"{args.out}: no results yet: run without --tables first")
+    beside.conclude(*report(known), args.check)
 
 
 if __name__ == "__main__":

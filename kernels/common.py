@@ -1,6 +1,6 @@
 """What the operations share: checks of arguments, rows taken a few at a time on CPU, the pieces of a Triton row kernel.
 
-Where Triton is not installed the kernels are plain functions that nothing calls.
+Where Triton is not installed, or has nothing to run on, the kernels are plain functions that nothing calls.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
+triton = tl = None
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # else it would take 70 MB and a second for nothing
+    with contextlib.suppress(ImportError):
+        import triton
+        import triton.language as tl
 
 jit = triton.jit if triton else lambda kernel: kernel
 constexpr = tl.constexpr if triton else lambda value: value

@@ -5,11 +5,12 @@ Prompts are random tokens and so are the weights; the end of text is made as lik
 
 import json
 import math
-import resource
+import re
 import sys
 import time
 from contextlib import redirect_stdout
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -96,6 +97,6 @@ for i in range(0, len(marks), 4):
     (_, a), (_, b), (_, c), (name, d) = marks[i : i + 4]
     assert name == "end", marks[i : i + 4]
     found.append({"rollout": b - a, "score": c - b, "update": d - c, "seconds": d - a, "tokens": lengths[i // 4]})
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # (ru_maxrss may be the parent's)
 versions = {name: __import__(name).__version__ for name in ("trl", "transformers", "torch")}
 print(json.dumps({"iterations": found, "optimizer_steps": steps, "peak_mb": peak, "cpu_seconds": cpu, "versions": versions}))
