@@ -240,7 +240,7 @@ def main() -> None:
             train_last(model, 0 if model in frozen else config.train_layers, training.frozen_dtype(precision))
     for model in frozen:
         store_blocks(model.requires_grad_(False), training.frozen_dtype(precision))
-    models = {"policy": policy, "value model": value_model, "reference": ref, "reward model": reward_model}
+    models = {"policy": policy, "critic": value_model, "reference": ref, "reward model": reward_model}
     models |= {"judge": judge} if judge else {}
     for gpt in {m for model in models.values() for m in model.modules() if isinstance(m, GPT)}:
         gpt.recompute = config.gradient_checkpointing
@@ -264,11 +264,14 @@ def main() -> None:
     policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_parts = [value_model.fc, value_model.out] if config.shared_trunk else [value_model]
     value_optimizer = training.adamw(value_parts, config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
+    optimizers = {"policy": policy_optimizer, "critic": value_optimizer}
+    # Two models take turns in a step: activations and gradients of one are gone before those of the other are made.
+    turns = [("policy", "critic")] if config.shared_trunk else [("policy",), ("critic",)]
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
     rows_at_once = min(microbatch, max(1, (config.tokens_per_microbatch or 10**9) // longest))  # where all are the longest
     if config.dry_run:
         with machine.autocast(precision):
-            estimate.show(models, longest, config.response_tokens, rows_at_once, local_batch, fused)
+            estimate.show(models, turns, longest, config.response_tokens, rows_at_once, local_batch, fused)
         print(
             f"{config.epochs * config.batch // config.minibatch} optimiser steps an iteration, {config.iterations} iterations"
         )
@@ -371,39 +374,40 @@ def main() -> None:
                     count = response_mask[minibatch].sum().float()
                     machine.sum_([count])  # real tokens of the whole minibatch, over ranks [D17]
                     totals = training.Sums()
-                    for rows in in_microbatches(minibatch):
-                        r = rollout[rows]
-                        with machine.autocast(precision):
-                            hidden = read_before(policy, r.tokens, r.mask, P) if config.shared_trunk else None
-                            new_logprobs, entropy = response_logprobs(policy, r.tokens, r.mask, *how, hidden)
-                        policy_loss, stats = ppo.policy_loss(
-                            new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
-                        )  # [D12]
-                        mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
-                        loss = policy_loss - config.ent_coef * mean_entropy if config.ent_coef else policy_loss
-                        if not config.shared_trunk:  # two models: the policy's activations go before the critic's are made
+                    for parts in turns:
+                        for rows in in_microbatches(minibatch):
+                            r, loss = rollout[rows], torch.zeros((), device=machine.device)
+                            with machine.autocast(precision):
+                                hidden = read_before(policy, r.tokens, r.mask, P) if config.shared_trunk else None
+                                if "policy" in parts:
+                                    new_logprobs, entropy = response_logprobs(policy, r.tokens, r.mask, *how, hidden)
+                                if "critic" in parts:
+                                    new_values = response_values(value_model, r.tokens, r.mask, P, hidden)
+                            if "policy" in parts:
+                                policy_loss, stats = ppo.policy_loss(
+                                    new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
+                                )  # [D12]
+                                mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
+                                loss = loss + policy_loss
+                                if config.ent_coef:
+                                    loss = loss - config.ent_coef * mean_entropy
+                                totals.add({
+                                    "loss/policy_avg": policy_loss, "policy/entropy_avg": mean_entropy,
+                                    "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],
+                                    "val/ratio": stats["ratio"],
+                                })  # fmt: skip
+                            if "critic" in parts:
+                                value_loss, value_clipfrac = ppo.value_loss(
+                                    new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
+                                )  # [D12]
+                                loss = loss + (config.vf_coef if config.shared_trunk else 1.0) * value_loss
+                                totals.add({"loss/value_avg": value_loss, "val/clipfrac_avg": value_clipfrac})
                             loss.backward()
-                        with machine.autocast(precision):
-                            new_values = response_values(value_model, r.tokens, r.mask, P, hidden)
-                        value_loss, value_clipfrac = ppo.value_loss(
-                            new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
-                        )  # [D12]
-                        (loss + config.vf_coef * value_loss if config.shared_trunk else value_loss).backward()
-                        totals.add({
-                            "loss/policy_avg": policy_loss, "loss/value_avg": value_loss, "policy/entropy_avg": mean_entropy,
-                            "policy/approxkl_avg": stats["approxkl"], "policy/clipfrac_avg": stats["clipfrac"],
-                            "val/ratio": stats["ratio"], "val/clipfrac_avg": value_clipfrac,
-                        })  # fmt: skip
-                    step_stats = totals.over_ranks(machine)
+                        step_stats = totals.over_ranks(machine)
+                        stop = config.max_approxkl is not None and step_stats["policy/approxkl_avg"] > config.max_approxkl
+                        for part in parts:
+                            training.take_step(machine, optimizers[part], config.max_grad_norm, skip=stop)
                     history.append(step_stats)
-                    stop = config.max_approxkl is not None and step_stats["policy/approxkl_avg"] > config.max_approxkl
-                    for optimizer in (policy_optimizer, value_optimizer):
-                        if not stop:
-                            trained = [p for group in optimizer.param_groups for p in group["params"]]
-                            machine.sum_gradients(trained)
-                            torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
-                            optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
                     if stop:
                         break
 

@@ -8,7 +8,7 @@ once, whatever is computed a second time to save memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,9 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def optimizer_bytes(tensors: Iterable[nn.Parameter]) -> int:
-    """Gradients and Adam's two moments, of what is trained."""
-    return 3 * stored_bytes(p for p in tensors if p.requires_grad)
+def trained_bytes(tensors: Iterable[nn.Parameter]) -> int:
+    """Of what is trained: as much are its gradients, and twice as much Adam's moments."""
+    return stored_bytes(p for p in tensors if p.requires_grad)
 
 
 def cache_bytes(config: GPTConfig, batch: int, length: int, width: int = 4) -> int:
@@ -113,30 +113,35 @@ def size(n: float, unit: str) -> str:
     return f"{n:.1f} T{unit}"
 
 
-def show(models: dict[str, ValueModel | GPT], longest: int, response: int, rows: int, batch: int, fused: bool) -> None:
-    """Print what PPO will hold and do: `rows` texts of `longest` tokens a microbatch, `batch` a rollout, on this rank."""
-    policy, critic = models["policy"], models["value model"]
+def show(
+    models: dict[str, nn.Module], turns: list, longest: int, response: int, rows: int, batch: int, fused: bool
+) -> None:  # fmt: skip
+    """Print what PPO will hold and do: `rows` texts of `longest` tokens a microbatch, `batch` a rollout, on this rank; `turns`:
+    which models are trained together."""
+    policy, critic = models["policy"], models["critic"]
     device, known = policy.wte.weight.device, parameters(models.values())
     for name, model in models.items():
         own = parameters([model])
         trained = sum(p.numel() for p in own if p.requires_grad)
         print(f"{name:14s}{sum(p.numel() for p in own):>15,} parameters, {trained:,} trained")
 
-    def forward(n: int, with_policy: bool = True, with_critic: bool = True) -> tuple:
+    def forward(n: int, parts: Sequence[str]) -> tuple:
         tokens, prompt = torch.zeros(n, longest, dtype=torch.long, device=device), longest - response
-        hidden = read_before(policy, tokens, tokens == 0, prompt) if with_policy else None
-        logprobs = response_logprobs(policy, tokens, tokens == 0, prompt, 1.0, None, fused, hidden) if with_policy else None
-        return logprobs, response_values(critic, tokens, tokens == 0, prompt, hidden) if with_critic else None
+        hidden = read_before(policy, tokens, tokens == 0, prompt) if len(parts) == 2 else None
+        how = (prompt, 1.0, None, fused, hidden)
+        return (
+            response_logprobs(policy, tokens, tokens == 0, *how) if "policy" in parts else None,
+            response_values(critic, tokens, tokens == 0, prompt, hidden) if "critic" in parts else None,
+        )
 
-    passes = [(True, True)] if critic.backbone is policy else [(True, False), (False, True)]  # one after the other
-    activations = max(activation_bytes(lambda n, which=which: forward(n, *which), rows, known) for which in passes)
-    optimizer = optimizer_bytes(known)
-    cache = cache_bytes(policy.config, batch, longest)
     logits = 0 if fused else 4 * rows * response * policy.config.vocab_size  # their gradient
+    activations = max(activation_bytes(lambda n, parts=parts: forward(n, parts), rows, known) for parts in turns) + logits
+    moments, cache = 2 * trained_bytes(known), cache_bytes(policy.config, batch, longest)
+    gradients = max(trained_bytes(parameters([models[part] for part in parts])) for parts in turns)
     before = resident_bytes() if device.type == "cpu" else stored_bytes(known)
     for name, n in {
-        "weights": stored_bytes(known), "gradients and Adam's moments": optimizer, "activations of a microbatch": activations,
-        "keys and values of a rollout": cache, "peak, about": before + optimizer + max(activations + logits, cache),
+        "weights": stored_bytes(known), "Adam's moments": moments, "gradients": gradients, "a microbatch": activations,
+        "keys and values of a rollout": cache, "peak, about": before + moments + max(gradients + activations, cache),
     }.items():  # fmt: skip
         print(f"{name:30s}{size(n, 'B'):>10s}")
     work = update_operations(policy, critic, torch.full((batch,), longest - 1), batch * response)

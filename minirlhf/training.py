@@ -254,6 +254,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
+def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, skip: bool = False) -> None:
+    """Sum gradients over the ranks, scale them down to `max_norm`, step; with `skip`, only throw them away."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    if not skip:
+        machine.sum_gradients(trained)
+        torch.nn.utils.clip_grad_norm_(trained, max_norm)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
     """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach 0 at step `total`."""
     if step < warmup:

@@ -86,12 +86,12 @@ def test_a_causal_token_looks_back_and_an_encoders_everywhere():
     assert of(True)[0] == of(True)[1] and of(True)[2] == 0
 
 
-def test_cache_and_optimizer_bytes():
+def test_bytes_of_the_cache_and_of_what_is_trained():
     model = GPT(LLAMA)
     assert estimate.cache_bytes(LLAMA, 5, 20) == 2 * 4 * 3 * 2 * 8 * 5 * 20
-    assert estimate.optimizer_bytes(model.parameters()) == 12 * sum(p.numel() for p in model.parameters())
+    assert estimate.trained_bytes(model.parameters()) == 4 * sum(p.numel() for p in model.parameters())
     train_last(model, 0, torch.bfloat16)
-    assert estimate.optimizer_bytes(model.parameters()) == 12 * LLAMA.n_embd  # of the last norm
+    assert estimate.trained_bytes(model.parameters()) == 4 * LLAMA.n_embd  # of the last norm
     assert len(estimate.parameters([model, ValueModel(LLAMA, trunk=model)])) == len([*model.parameters()]) + 4
 
 
@@ -123,7 +123,7 @@ def test_dry_run_says_what_and_leaves_nothing(run, smoke, tmp_path, capsys):
     inputs = ["--init", smoke / "sft", "--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
     assert run("train_ppo", "--preset", "smoke", *inputs, "--out", tmp_path / "ppo", "--dry-run") == 0
     said = capsys.readouterr().out
-    for name in ("policy", "value model", "reference", "reward model", "judge", "weights", "activations", "peak, about"):
+    for name in ("policy", "critic", "reference", "reward model", "judge", "weights", "a microbatch", "peak, about"):
         assert name in said
     assert "4 optimiser steps an iteration" in said and not (tmp_path / "ppo").exists()
 
