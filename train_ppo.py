@@ -318,7 +318,7 @@ def main() -> None:
             with training.stopwatch(times, "time/rollout"), machine.autocast(precision):
                 order = data.cursor(len(prompts), config.batch, config.seed, iteration)
                 picks = order[machine.rank * local_batch : (machine.rank + 1) * local_batch]
-                queries, query_mask = data.collate([prompts[i] for i in picks], pad, side="left", multiple_of=1)
+                queries, query_mask = data.collate([prompts[i] for i in picks], pad, side="left")
                 queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
                 P = queries.shape[1]
                 how = (P, config.temperature, forbidden, fused)  # the update reads as scoring does

@@ -249,7 +249,7 @@ def reference_samples(
     picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
     found = []
     for i in range(0, len(picks), 64):
-        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], own.pad, side="left", multiple_of=1)
+        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], own.pad, side="left")
         responses, keep = generate(ref, queries.to(machine.device), query_mask.to(machine.device), config.response_tokens,
                                    config.temperature, own.eot, own.pad)  # fmt: skip
         found += [prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)]

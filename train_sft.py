@@ -109,8 +109,6 @@ class Config:
     def __post_init__(self):
         training.check_positive(self, "epochs", "batch", "microbatch", "lr", "train_layers", "vocab", "context", "n_layer",
                                 "n_head", "n_embd", "patience")  # fmt: skip
-        if self.context % 8:
-            raise UserError(f"--context must be a multiple of 8, as batches are padded, not {self.context}")
         if self.microbatch is not None and self.batch % self.microbatch:
             raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
 

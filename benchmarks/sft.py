@@ -11,7 +11,7 @@ of its folder. Ours is train_sft.py with options of the same meaning, on rows of
 same nine tenths: with the end of text before and behind, 64 predictions a row. The text: Python's own standard library.
 
 What differs. Ours learns 63 characters and an end of text where nanoGPT learns 64 characters; has biases (train_sft.py cannot
-leave them out), the tanh form of GELU, positions for 72 (a multiple of 8), two tokens more; and its learning rate falls to 0,
+leave them out), the tanh form of GELU, a position and two tokens more; and its learning rate falls to 0,
 not to a tenth. nanoGPT's --max_iters is one less than published, as it makes one step more than that.
 
 Speed: tokens a second of the median step, from the wall clock between steps, without those that evaluate. Loss: nats a
@@ -99,7 +99,7 @@ def ours(job: dict) -> None:
             tokens.add(metrics["train/tokens"])
 
     training.MetricLogger = Logger
-    options = {"data": folder / "rows.jsonl", "tokenizer": folder / "tokenizer", "out": out, "context": 72, "n-layer": 4,
+    options = {"data": folder / "rows.jsonl", "tokenizer": folder / "tokenizer", "out": out, "context": WIDTH + 2, "n-layer": 4,
                "n-head": 4, "n-embd": 128, "dropout": 0, "epochs": 1, "final-epochs": 1, "batch": BATCH, "lr": 1e-3,
                "warmup": 100, "weight-decay": 0.1, "seed": job["seed"], "precision": job["precision"]}  # fmt: skip
     sys.argv = ["train_sft.py", *(str(x) for name, value in options.items() for x in (f"--{name}", value)),

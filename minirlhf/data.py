@@ -396,11 +396,11 @@ def translate(ids: list[int], source, target) -> list[int]:
     return [target.bos, *target.encode(source.decode(ids)), *[target.eot] * closed]
 
 
-def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", multiple_of: int = 8) -> tuple:
-    """-> tokens (B, T) int64, mask (B, T) bool (True = real); T is the longest row, rounded up to `multiple_of`
-    (few widths keep memory flat). The mask comes from the lengths: a real token may equal `pad` [D6]."""
+def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", width: int = 1) -> tuple:
+    """-> tokens (B, T) int64, mask (B, T) bool (True = real); T is the longest row, or `width` if that is more.
+    The mask comes from the lengths: a real token may equal `pad` [D6]."""
     lengths = torch.tensor([len(row) for row in rows])
-    width = max(1, -(-int(lengths.max()) // multiple_of)) * multiple_of
+    width = max(width, int(lengths.max()))
     mask = torch.arange(width) < lengths[:, None]  # (B, T)
     mask = mask.flip(1) if side == "left" else mask
     tokens = torch.full(mask.shape, pad)

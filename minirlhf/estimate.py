@@ -39,11 +39,11 @@ def cache_bytes(config: GPTConfig, batch: int, length: int, width: int = 4) -> i
 
 def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
     """What autograd keeps for the backward of forward(), besides the `known` tensors (the weights)."""
-    known, seen, held = {t.untyped_storage().data_ptr() for t in known}, {}, []
+    known, seen, held = {t.untyped_storage()._cdata for t in known}, {}, []
 
     def keep(t: Tensor) -> Tensor:
         held.append(t)  # or its memory could be taken by the next
-        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        seen[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):

@@ -77,7 +77,7 @@ def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokeni
     parts = []
     for i in range(0, len(prompts), CHUNK):
         training.seed_everything(seed, i)
-        queries, query_mask = data.collate(prompts[i : i + CHUNK], tokenizer.pad, side="left", multiple_of=longest)
+        queries, query_mask = data.collate(prompts[i : i + CHUNK], tokenizer.pad, side="left", width=longest)
         queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
         responses, response_mask = generate(
             model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,

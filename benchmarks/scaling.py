@@ -1,0 +1,69 @@
+"""What a PPO iteration costs as the batch, the responses, the width and the vocabulary grow: one table each.
+
+    python benchmarks/scaling.py            # about 5 minutes; writes results/scaling.json
+    python benchmarks/scaling.py --tables   # runs nothing: the tables alone
+
+train_ppo.py on the small work of benchmarks/ppo.py (bf16, four models), of which one number changes at a time, each to four
+values: each a process of its own, two iterations to warm up and --iterations that count.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import beside  # noqa: E402
+from benchmarks.demo import table  # noqa: E402
+from benchmarks.ppo import OURS, SMALL, WARM_UP, measure, prepare, summary  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/scaling.json"
+AXES = {
+    "batch": (16, 32, 64, 128),
+    "response": (16, 32, 64, 128),
+    "n_embd": (96, 192, 384, 768),
+    "vocab": (1024, 4096, 16384, 50257),
+}
+NAMES = {"batch": "responses a batch", "response": "tokens a response", "n_embd": "width", "vocab": "vocabulary"}
+
+
+def run(axis: str, threads: int, iterations: int) -> dict[str, dict]:
+    """{value: what one process measured}"""
+    found = {}
+    for value in AXES[axis]:
+        work = SMALL | {axis: value}
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(work, Path(folder))
+            job = {"work": work, "threads": threads, "iterations": WARM_UP + iterations, "folder": folder,
+                   "out": f"{folder}/out", "options": OURS["bf16"]}  # fmt: skip
+            found[str(value)] = measure(sys.executable, "benchmarks/ppo.py", job)
+        print(f"{axis} {value}", flush=True)
+    return found
+
+
+def rows_of(axis: str, found: dict[str, dict]) -> str:
+    rows, measured = [], {value: summary([one]) for value, one in found.items()}
+    for value, row in measured.items():
+        parts = [f"{row[part]:.2f}" for part in ("seconds", "rollout", "score", "update")]
+        rows.append([value, *parts, f"{row['tokens'] / row['seconds']:.0f}", f"{row['gemm']:.0%}", f"{row['peak_mb']:.0f}"])
+    head = f"{NAMES[axis]}, s an iteration, rollout, scoring, update, tokens/s, update of GEMM rate, peak MB"
+    return table(head.split(", "), rows)
+
+
+def main() -> None:
+    parser = beside.parser(__doc__, RESULTS, rounds=1)
+    parser.add_argument("--iterations", type=int, default=3)
+    args = parser.parse_args()
+    if not args.tables:
+        known = {axis: run(axis, args.threads, args.iterations) for axis in AXES} | {"machine": beside.machine(args.threads)}
+        args.out.write_text(json.dumps(known, indent=1))
+    elif not args.out.exists():
+        parser.error(f"{args.out}: no results yet: run without --tables first")
+    known = json.loads(args.out.read_text())
+    print("\n\n".join(rows_of(axis, known[axis]) for axis in AXES))
+
+
+if __name__ == "__main__":
+    main()
