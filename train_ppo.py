@@ -198,7 +198,7 @@ def sample_rows(prompts: list[str], responses: list[str], said: dict[str, torch.
 def main() -> None:
     config = training.parse_config(PRESETS, __doc__)
     out = config.out
-    todo = training.claim(out, config, config.resume, config.overwrite)
+    todo = "start" if config.dry_run else training.claim(out, config, config.resume, config.overwrite)
     if todo == "skip":
         print(f"{out} is complete: nothing to do (--overwrite to run it again)")
         return
@@ -272,9 +272,7 @@ def main() -> None:
     if config.dry_run:
         with machine.autocast(precision):
             estimate.show(models, turns, longest, config.response_tokens, rows_at_once, local_batch, fused)
-        print(
-            f"{config.epochs * config.batch // config.minibatch} optimiser steps an iteration, {config.iterations} iterations"
-        )
+        print(f"{config.epochs * config.batch // config.minibatch} optimiser steps an iteration, {config.iterations} of them")
         return
 
     trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None

@@ -57,7 +57,10 @@ def test_scripts_meet_only_through_checkpoints(script):
     assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
-@pytest.mark.parametrize(("experiment", "tables"), [("demo", 7), ("rounds", 1), ("gaming", 1)])
+TABLES = {"demo": 7, "rounds": 1, "gaming": 1, "ppo": 1, "variants": 1, "rollout": 1, "sft": 1, "scaling": 4}
+
+
+@pytest.mark.parametrize(("experiment", "tables"), TABLES.items())
 def test_readme_holds_the_tables_that_its_commands_print(experiment, tables):
     printed = subprocess.check_output([sys.executable, f"benchmarks/{experiment}.py", "--tables"], cwd=ROOT, text=True)
     printed, readme = printed.strip().split("\n\n"), (ROOT / "README.md").read_text()
