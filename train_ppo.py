@@ -404,7 +404,10 @@ def main() -> None:
                         step_stats = totals.over_ranks(machine)
                         stop = config.max_approxkl is not None and step_stats["policy/approxkl_avg"] > config.max_approxkl
                         for part in parts:
-                            training.take_step(machine, optimizers[part], config.max_grad_norm, skip=stop)
+                            if stop:
+                                optimizers[part].zero_grad(set_to_none=True)
+                            else:
+                                training.take_step(machine, optimizers[part], config.max_grad_norm)
                     history.append(step_stats)
                     if stop:
                         break

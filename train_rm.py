@@ -405,10 +405,7 @@ def main() -> None:
                     loss.backward()
 
             # 2. Step.
-            machine.sum_gradients(model.members[k].parameters())
-            norm = torch.nn.utils.clip_grad_norm_(model.members[k].parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = training.take_step(machine, optimizer, config.max_grad_norm)
             step += 1
             training.trim_freed_memory(step)
             total = loss.detach().clone()

@@ -251,10 +251,7 @@ def main() -> None:
                 loss += nll.detach() / count
 
             # 2. Step.
-            machine.sum_gradients(model.parameters())
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = training.take_step(machine, optimizer, config.max_grad_norm)
             step += 1
             training.trim_freed_memory(step)
             machine.sum_([loss])

@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,18 @@ def parser(description: str, results: Path, rounds: int) -> argparse.ArgumentPar
     made.add_argument("--out", type=Path, default=results, help="raw results (default: %(default)s)")
     made.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     return made
+
+
+def collect(parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], run: Callable) -> dict:
+    """The raw results that are there, with those of `names` measured anew by run(args, name), unless only tables are asked for;
+    written after each."""
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name in [] if args.tables else names:
+        known |= {name: run(args, name), "machine": machine(args.threads)}
+        args.out.write_text(json.dumps(known, indent=1))
+    if not known:
+        parser.error(f"{args.out}: no results yet: run without --tables first")
+    return known
 
 
 def conclude(text: str, missed: list[str], check: bool) -> None:

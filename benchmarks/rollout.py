@@ -113,13 +113,7 @@ def main() -> None:
     if args.job:
         ours(args.job)
         return
-    known = json.loads(args.out.read_text()) if args.out.exists() else {}
-    for name in [] if args.tables else args.work:
-        known |= {name: run(args, name), "machine": beside.machine(args.threads)}
-        args.out.write_text(json.dumps(known, indent=1))
-    if not known:
-        parser.error(f"{args.out}: no results yet: run without --tables first")
-    beside.conclude(*report(known), args.check)
+    beside.conclude(*report(beside.collect(parser, args, args.work, run)), args.check)
 
 
 if __name__ == "__main__":

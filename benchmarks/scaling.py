@@ -7,7 +7,7 @@ train_ppo.py on the small work of benchmarks/ppo.py (bf16, four models), of whic
 values: each a process of its own, two iterations to warm up and --iterations that count.
 """
 
-import json
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -29,14 +29,14 @@ AXES = {
 NAMES = {"batch": "responses a batch", "response": "tokens a response", "n_embd": "width", "vocab": "vocabulary"}
 
 
-def run(axis: str, threads: int, iterations: int) -> dict[str, dict]:
+def run(args: argparse.Namespace, axis: str) -> dict[str, dict]:
     """{value: what one process measured}"""
     found = {}
     for value in AXES[axis]:
         work = SMALL | {axis: value}
         with tempfile.TemporaryDirectory() as folder:
             prepare(work, Path(folder))
-            job = {"work": work, "threads": threads, "iterations": WARM_UP + iterations, "folder": folder,
+            job = {"work": work, "threads": args.threads, "iterations": WARM_UP + args.iterations, "folder": folder,
                    "out": f"{folder}/out", "options": OURS["bf16"]}  # fmt: skip
             found[str(value)] = measure(sys.executable, "benchmarks/ppo.py", job)
         print(f"{axis} {value}", flush=True)
@@ -56,12 +56,7 @@ def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=1)
     parser.add_argument("--iterations", type=int, default=3)
     args = parser.parse_args()
-    if not args.tables:
-        known = {axis: run(axis, args.threads, args.iterations) for axis in AXES} | {"machine": beside.machine(args.threads)}
-        args.out.write_text(json.dumps(known, indent=1))
-    elif not args.out.exists():
-        parser.error(f"{args.out}: no results yet: run without --tables first")
-    known = json.loads(args.out.read_text())
+    known = beside.collect(parser, args, AXES, run)
     print("\n\n".join(rows_of(axis, known[axis]) for axis in AXES))
 
 

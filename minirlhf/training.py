@@ -254,14 +254,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, skip: bool = False) -> None:
-    """Sum gradients over the ranks, scale them down to `max_norm`, step; with `skip`, only throw them away."""
+def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Sum gradients over the ranks, scale them down to `max_norm`, step, let them go -> their norm."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    if not skip:
-        machine.sum_gradients(trained)
-        torch.nn.utils.clip_grad_norm_(trained, max_norm)
-        optimizer.step()
+    machine.sum_gradients(trained)
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
