@@ -177,7 +177,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool
     """softmax(q k' / sqrt D) v where `allowed` (or causality) lets a query look: q [B, H, T, D], k and v [B, G, K, D].
 
     No dropout on the weights: it would rule out the fused kernels.  A CPU's are made for long texts: on short ones two plain
-    products are faster, which makes 7 % of a small model's training step.
+    products are faster.
     """
     B, H, T, D = q.shape
     G, K = k.shape[1:3]
