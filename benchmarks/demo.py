@@ -70,8 +70,10 @@ def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
         out = "ppo" if name == "demo" else f"ppo-{name}"
         stage("train_ppo.py", out, "--reward-model", run / "rm-a", "--monitor", run / "judge", *options)
         target = run / f"results-{name}.json"
-        command("-m", "minirlhf.evaluate", "--run", run, "--policy", run / out, "--results", target,
-                *(["--best-of", 4] if preset == "smollm2" else []))  # fmt: skip
+        trained = [(ROOT / run / folder / "latest").lstat().st_mtime for folder in ("sft", "rm", "rm-a", "judge", out)]
+        if not (ROOT / target).exists() or (ROOT / target).stat().st_mtime < max(trained):
+            command("-m", "minirlhf.evaluate", "--run", run, "--policy", run / out, "--results", target,
+                    *(["--best-of", 4] if preset == "smollm2" else []))  # fmt: skip
         found[name] = json.loads((ROOT / target).read_text())
     return found
 

@@ -133,6 +133,17 @@ def load_gpt(path: str | Path, **changes: float) -> GPT:
     return _fill(GPT(GPTConfig(**load_config(path)["model"] | changes)), path)
 
 
+def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
+    """(folder, config.json, tokenizer) of a checkpoint that can write text; UserError of any other."""
+    folder = resolve(path)
+    config = load_config(folder)
+    if "head" in config or not config["model"].get("causal", True):
+        raise UserError(f"{path}: a {config['stage']} checkpoint writes no text: name one of train_sft.py or train_ppo.py")
+    tokenizer = Tokenizer.load(folder)
+    check_tokenizer(config, tokenizer)
+    return folder, config, tokenizer
+
+
 def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
     """The reward model of a checkpoint, on the CPU, and the tokenizer that it reads with."""
     config = load_config(path)

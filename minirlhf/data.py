@@ -132,14 +132,20 @@ def _check(ok: object, message: str) -> None:
         raise UserError(message)
 
 
+def transcript(messages: Sequence[dict], answer: bool) -> str:
+    """Messages {role, content} as HH-RLHF writes them, less the header of an opening assistant turn; `answer`: with that of one
+    to come."""
+    return "".join(ROLES[m["role"]] + m["content"] for m in messages).removeprefix(TURN) + TURN * answer
+
+
 def _text(row: dict, field: str) -> str:
-    """The text of a field. Messages become a transcript, less the header of an opening assistant turn."""
+    """The text of a field, of messages their transcript."""
     _check(field in row, f"{field}: missing")
     value = row[field]
     if isinstance(value, list):
         good = lambda m: isinstance(m, dict) and type(m.get("content")) is str and str(m.get("role")) in ROLES
         _check(value and all(map(good, value)), f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}")
-        value = "".join(ROLES[m["role"]] + m["content"] for m in value).removeprefix(TURN) + TURN * (field == "prompt")
+        value = transcript(value, answer=field == "prompt")
     _check(isinstance(value, str), f"{field}: expected text, got {value!r:.40}")
     _check(not re.search("[\ud800-\udfff]", value), f"{field}: half a surrogate pair")  # JSON can spell it
     return value

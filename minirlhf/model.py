@@ -66,6 +66,7 @@ class GPTConfig:
 
 
 SHORT = 96  # tokens up to which a CPU is faster without its fused attention; at 128 they are equal
+FEW = 8  # rows up to which a CPU's fp32 product with a large vocabulary is two to five times as fast the other way round
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -98,6 +99,23 @@ def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
+def brief(device: torch.device, queries: int, keys: int) -> bool:
+    """Whether attention runs as plain products: fused kernels are made for longer texts than this."""
+    return device.type == "cpu" and queries * keys <= SHORT**2
+
+
+def pack(lengths: list[int]) -> tuple[list[int], list[int]]:
+    """Row and first place of each text where they share rows as wide as the longest: first fit, the longest first."""
+    width, room = max(lengths), []  # room: places left in each row
+    row, start = [0] * len(lengths), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        row[i] = next((r for r, left in enumerate(room) if left >= lengths[i]), len(room))
+        room += [width] * (row[i] == len(room))
+        start[i] = width - room[row[i]]
+        room[row[i]] -= lengths[i]
+    return row, start
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [..., T, D]: channel i turns with channel i + D / 2."""
     a, b = x.chunk(2, -1)
@@ -106,19 +124,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the real tokens of a batch are.  Linear layers see the N of them as [N, C]; attention needs rows, in which every
-    text begins at place 0, whatever its padding was: there causality alone hides the padding, and position = place [D6].
+    """Where the real tokens of a batch are.  Linear layers see the N of them as [N, C]; attention needs rows.  Every text
+    begins at place 0 of its own, where causality alone hides the padding; short texts on a CPU share rows, and `allowed` keeps
+    them apart.
 
     Lists of tokens are filled up with copies of their first to one of a few lengths, 3 % on average: activations of a new size
     in every batch would leave the heap full of holes.  Nobody reads the copies.
     """
 
-    batch: int
+    batch: int  # rows
     width: int  # of a row: the longest text
     real: Tensor | None  # [N] row * T + column of each real token in the batch as it came; None: all are
     filled: Tensor | None  # [N or a little more] row * width + place of each, filled up
-    turn: tuple[Tensor, Tensor] | None  # cosines and sines [N, 1, D / 2] of rotary positions
-    allowed: Tensor | None  # what a query may look at, [B, 1, width, keys]; None: as much as a causal model may, or everything
+    turn: tuple[Tensor, Tensor] | None  # cosines and sines [B, width, D / 2] of rotary positions
+    allowed: Tensor | None  # what a query may look at, [B or 1, width or 1, keys]: bool, or, where texts are brief, 0 and -inf;
+    # None: as much as a causal model may, or everything
     places: Tensor | None  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
 
     def rows(self, x: Tensor) -> Tensor:
@@ -141,26 +161,26 @@ def fill_up(x: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated for `length` tokens a row: 2 x [L, B, G, length, D]."""
+    """Keys and values of every layer, preallocated for `length` tokens a row: 2 x [L, G, B, length, D]."""
 
     def __init__(self, model: GPT, batch: int, length: int):
         c, device = model.config, model.wte.weight.device
         half = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # as attention gets them
         dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
-        shape = (c.n_layer, batch, c.kv_heads, length, c.head_dim)
+        shape = (c.n_layer, c.kv_heads, batch, length, c.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
         self.longest, self.even = 0, True  # even: all rows are as long as the longest
 
     def append(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, G, width, D] of the new tokens; return those of all tokens so far."""
+        """Store k, v [G, B, width, D] of the new tokens; return those of all tokens so far."""
         end = self.longest + layout.width
         for held, new in ((self.k[layer], k), (self.v[layer], v)):
             if layout.places is None:
                 held[:, :, self.longest : end] = new
             else:
-                row = torch.arange(len(held), device=held.device)[:, None]
-                held[row, :, layout.places] = new.transpose(1, 2).to(held.dtype)
+                row = torch.arange(len(self.lengths), device=held.device)[:, None]
+                held[:, row, layout.places] = new.to(held.dtype)
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def advance(self, layout: Layout, counts: Tensor | None) -> None:
@@ -170,30 +190,27 @@ class KVCache:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows [K] alone."""
-        self.k, self.v, self.lengths = self.k[:, rows], self.v[:, rows], self.lengths[rows]
+        self.k, self.v, self.lengths = self.k[:, :, rows], self.v[:, :, rows], self.lengths[rows]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt D) v where `allowed` (or causality) lets a query look: q [B, H, T, D], k and v [B, G, K, D].
+    """softmax(q k' / sqrt D) v where `allowed` (Layout's), or without it causality, lets a query look.  Heads come first:
+    q [H, B, T, D], k and v [G, B, K, D].
 
-    No dropout on the weights: it would rule out the fused kernels.  A CPU's are made for long texts: on short ones two plain
-    products are faster.
+    No dropout on the weights: it would rule out the fused kernels.
     """
-    B, H, T, D = q.shape
-    G, K = k.shape[1:3]
-    if q.device.type != "cpu" or T * K > SHORT**2:
-        k, v = (y.repeat_interleave(H // G, 1) if G < H else y for y in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal)
-    bias = q.new_zeros(1, 1, T, K)
-    if causal:
-        bias = bias.fill_(-math.inf).triu_(1)
-    elif allowed is not None:
-        bias = torch.where(allowed, bias, -math.inf)  # [B, 1, T, K]
-        bias = bias.expand(B, G, T, K).reshape(B * G, 1, T, K)
-    bias = bias.expand(-1, H // G, T, K).reshape(-1, H // G * T, K)
-    fold = lambda x: x.reshape(B * G, x.shape[1] // G * x.shape[2], D)  # queries that share keys: rows of one product
-    scores = torch.baddbmm(bias, fold(q), fold(k).transpose(1, 2), alpha=1 / math.sqrt(D))
-    return (scores.softmax(-1) @ fold(v)).view(B, H, T, D)
+    H, B, T, D = q.shape
+    G, K = len(k), k.shape[2]
+    if not brief(q.device, T, K):
+        k, v = (y.repeat_interleave(H // G, 0) if G < H else y for y in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None and T > 1)
+    q = q.view(G, H // G, B, T, D).transpose(1, 2).reshape(G * B, H // G * T, D)  # queries that share keys: one product's rows
+    k, v = (y.reshape(G * B, K, D) for y in (k, v))
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D))
+    if allowed is not None:
+        scores.view(G, B, H // G, T, K).add_(allowed[:, None])
+    y = scores.softmax(-1) @ v
+    return y.view(G, B, H // G, T, D).transpose(1, 2).reshape(H, B, T, D)
 
 
 class Block(nn.Module):
@@ -211,18 +228,17 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, layout: Layout, cache: KVCache | None, layer: int, keep: Tensor | None) -> Tensor:
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
-        q, k, v = self.qkv(x).view(-1, H + 2 * G, D).split([H, G, G], 1)  # each [N, H or G, D]
-        # CPU backends run the backward of half-precision attention many times slower than fp32's.
-        dtype = torch.float32 if x.device.type == "cpu" else v.dtype
+        heads = layout.rows(self.qkv(x)).unflatten(2, (H + 2 * G, D)).permute(2, 0, 1, 3)  # [H + 2 G, B, width, D]
         with torch.autocast(x.device.type, enabled=False):
+            if x.device.type == "cpu":  # whose backward of half-precision attention is many times slower than fp32's
+                heads = heads.to(torch.float32, memory_format=torch.contiguous_format).contiguous()  # one copy for both
+            q, k, v = heads.split([H, G, G])
             if layout.turn is not None:
-                q, k = (rotate(y.to(dtype), *layout.turn).to(dtype) for y in (q, k))
-            q, k, v = (layout.rows(y).transpose(1, 2) for y in (q, k, v))  # [B, H or G, width, D]
-            q, k, v = (y.to(dtype, memory_format=torch.contiguous_format) for y in (q, k, v))  # one copy for both changes
+                q, k = rotate(heads[: H + G], *layout.turn).to(heads.dtype).split([H, G])
             if cache is not None:
                 k, v = cache.append(layer, k, v, layout)
-            y = attend(q, k, v, layout.allowed, self.config.causal and layout.allowed is None and q.shape[2] > 1)
-        y = layout.tokens(y.transpose(1, 2)).flatten(1)
+            y = attend(q, k, v, layout.allowed, self.config.causal)
+        y = layout.tokens(y.permute(1, 2, 0, 3).flatten(2))
         return self.attn_out(y if keep is None else y.index_select(0, keep))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -272,7 +288,8 @@ class GPT(nn.Module):
     ) -> tuple[Layout, Tensor, Tensor | None]:
         """(where the real tokens are, their positions [N], how many each row has [B] or None for `width` everywhere)."""
         config, device = self.config, self.wte.weight.device
-        real, filled, counts, row = None, None, None, None
+        real = filled = counts = row = text = allowed = places = turn = None
+        past = cache.longest if cache is not None else 0
         if mask is None:
             positions = torch.arange(width, device=device).repeat(batch)
         else:
@@ -281,23 +298,33 @@ class GPT(nn.Module):
             row, positions = tokens // width, position_ids(mask).reshape(-1)[tokens]
             width = max(1, int(counts.max()))
             filled = row * width + positions
-        allowed = places = None
-        past = cache.longest if cache is not None else 0
+            if cache is None and brief(device, width, width):
+                rows, starts = pack(counts.tolist())
+                if max(rows) + 1 < batch:
+                    batch = max(rows) + 1
+                    filled = torch.tensor(rows)[row] * width + torch.tensor(starts)[row] + positions
+                    text = torch.full((batch * width,), -1).index_copy(0, filled, row).view(batch, width)
         if past + width > config.context:
             raise UserError(f"{past + width} tokens do not fit the model's context of {config.context}: shorten the "
                             "prompt or response, or train with a larger --context")  # fmt: skip
-        place = torch.arange(past + width, device=device)
+        place, short = torch.arange(past + width, device=device), brief(device, width, past + width)
         if past:
             starts = cache.lengths
             positions = positions + (starts[row] if row is not None else starts.repeat_interleave(width))
             if not cache.even or width > 1:
                 places = starts[:, None] + place[:width]
-                allowed = place <= places[:, None, :, None]
-        elif counts is not None and not config.causal:  # (a row without tokens may look at its own padding: nobody reads it)
-            allowed = (place < counts.clamp(min=1)[:, None])[:, None, None]
-        turn = None
+                allowed = place <= places[:, :, None]
+        elif text is not None:
+            allowed = (text[:, :, None] == text[:, None]) & (place <= place[:, None] if config.causal else True)
+        elif not config.causal and counts is not None:  # (a row without tokens may look at its own padding: nobody reads it)
+            allowed = (place < counts.clamp(min=1)[:, None])[:, None]
+        elif config.causal and short and width > 1:
+            allowed = (place <= place[:, None])[None]
+        if short and allowed is not None:
+            allowed = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
         if config.positions == "rotary":
-            turn = tuple(x[:, None] for x in rotary(config, positions))
+            at = positions if filled is None else positions.new_zeros(batch * width).index_copy(0, filled, positions)
+            turn = rotary(config, at.view(batch, width))
         return Layout(batch, width, real, filled, turn, allowed, places), positions, counts
 
     def forward(
@@ -342,6 +369,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V]."""
+        plain = hidden.device.type == "cpu" and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        if plain and hidden.dim() == 2 and len(hidden) <= FEW:
+            return (self.head_weight @ hidden.T).T
         return F.linear(hidden, self.head_weight)
 
 

@@ -18,10 +18,12 @@ from minirlhf.model import (
     RewardModel,
     ValueModel,
     attend,
+    brief,
     critic_from,
     disable_dropout,
     fill_up,
     last_real,
+    pack,
     position_ids,
     rotary,
     rotate,
@@ -90,7 +92,7 @@ def test_fill_up_gives_few_lengths_and_little_waste():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("lengths", "computed"), [((7, 3, 0, 5), 15), ((29, 20, 0, 30), 80)])
+@pytest.mark.parametrize(("lengths", "computed"), [((7, 3, 0, 4), 14), ((29, 20, 9, 30), 88)])
 def test_no_work_on_padding_and_the_same_gradients(shape, lengths, computed):
     """A padded batch against its texts one by one: outputs, gradients, and what the linear layers were given."""
     torch.manual_seed(0)
@@ -145,19 +147,31 @@ def test_attention_of_short_texts_is_attention(lengths, groups, where):
     (T, K), B, H, D = lengths, 3, 4, 8
     if where == "causal" and T != K:
         return
-    q, k, v = (torch.randn(B, h, n, D, dtype=torch.float64, requires_grad=True) for h, n in ((H, T), (groups, K), (groups, K)))
-    allowed = torch.rand(B, 1, T, K) < 0.5
+    q, k, v = (torch.randn(h, B, n, D, dtype=torch.float64, requires_grad=True) for h, n in ((H, T), (groups, K), (groups, K)))
+    allowed = torch.rand(B, T, K) < 0.5
     allowed[..., 0] = True
-    look = {"causal": torch.ones(T, K).tril() > 0, "everywhere": torch.tensor(True), "allowed": allowed}[where]
-    keys, values = (x.repeat_interleave(H // groups, 1) for x in (k, v))
+    look = {"causal": torch.ones(1, T, K).tril() > 0, "everywhere": torch.ones(1, T, K) > 0, "allowed": allowed}[where]
+    keys, values = (x.repeat_interleave(H // groups, 0) for x in (k, v))
     scores = torch.where(look, q @ keys.transpose(2, 3) / D**0.5, -torch.inf)
     wanted = scores.softmax(-1) @ values
     upstream = torch.randn_like(wanted)
     gradients = torch.autograd.grad(wanted, (q, k, v), upstream)
     q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
-    found = attend(q, k, v, allowed if where == "allowed" else None, where == "causal" and T > 1)
+    short = brief(q.device, T, K)
+    bounds = None if where == "everywhere" or (where == "causal" and not short) else look
+    bounds = torch.zeros(look.shape).masked_fill(~look, -torch.inf) if short and bounds is not None else bounds
+    found = attend(q, k, v, bounds, where == "causal")
     for a, b in zip((found, *torch.autograd.grad(found, (q, k, v), upstream.float())), (wanted, *gradients), strict=True):
         torch.testing.assert_close(a, b.float(), atol=2e-6, rtol=1e-4)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30))
+def test_packed_texts_share_rows_and_no_place(lengths):
+    rows, starts = pack(lengths)
+    places = [(r, s + i) for r, s, n in zip(rows, starts, lengths, strict=True) for i in range(n)]
+    assert len(set(places)) == sum(lengths) and all(place < max(lengths) for _, place in places)
+    full = [sum(n for r, n in zip(rows, lengths, strict=True) if r == row) for row in range(max(rows) + 1)]
+    assert sum(2 * n <= max(lengths) for n in full if n) <= 1  # first fit: no two rows that would go into one
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])

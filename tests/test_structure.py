@@ -69,6 +69,12 @@ def test_readme_holds_the_tables_that_its_commands_print(experiment, tables):
         assert f"\n\n{table}\n\n" in readme, table
 
 
+def test_readme_explains_a_text_as_the_command_did():
+    raw = (ROOT / "benchmarks/results/chat.txt").read_text()
+    _, ours, table = raw.rpartition("\n[runs/demo/ppo]")
+    assert f"\n```{ours}{table}```\n" in (ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_equations_know_no_model_tokenizer_or_config(name):
     """Nor does anything that they import."""

@@ -12,7 +12,6 @@ from minirlhf.evaluate import CHUNK, write
 from minirlhf.feedback.add import tell
 from minirlhf.feedback.store import Store
 from minirlhf.rollout import read
-from minirlhf.tokenizer import Tokenizer
 
 
 def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[int]:
@@ -29,13 +28,7 @@ def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[i
 def sample(args: argparse.Namespace) -> None:
     """Continue `--limit` prompts K times each, and store every two different responses as a pair (Ouyang et al. 2022), or
     each as a text to rate; all of them, or those that a reward model singles out."""
-    folder = checkpoint.resolve(args.checkpoint)
-    about, tokenizer = checkpoint.load_config(folder), Tokenizer.load(folder)
-    if "head" in about or not about["model"].get("causal", True):
-        raise UserError(
-            f"{args.checkpoint}: a {about['stage']} checkpoint writes no text: name one of train_sft.py or train_ppo.py"
-        )
-    checkpoint.check_tokenizer(about, tokenizer)
+    folder, about, tokenizer = checkpoint.writer(args.checkpoint)
     setting = {key: about["training"].get(key, default) for key, default in
                (("response_tokens", 24), ("temperature", 1.0), ("stop", True))}  # fmt: skip
     setting |= {k: v for k in ("response_tokens", "temperature") if (v := getattr(args, k)) is not None}

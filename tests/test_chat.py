@@ -1,0 +1,158 @@
+"""Talking to checkpoints: layouts, what is forgotten, what is explained."""
+
+import io
+import json
+
+import pytest
+import torch
+
+from minirlhf import UserError, chat, checkpoint, data
+from minirlhf.model import GPT, GPTConfig
+from minirlhf.rollout import response_logprobs
+from minirlhf.tokenizer import BYTES, Tokenizer
+
+CHATML = """{%- for m in messages %}
+{{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+START, END = 257, 258
+SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": START, "<|im_end|>": END}
+
+
+def tokenizer_of(template: str | None = CHATML) -> Tokenizer:
+    hf = {"chat_template": template} if template else {}
+    return Tokenizer({byte: i for i, byte in enumerate(BYTES)}, specials=SPECIALS, eot=END, bos=START, pad=256, hf=hf)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def saved(folder, tokenizer: Tokenizer, stage: str = "import", context: int = 96, **training):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(tokenizer.vocab_size, context, 1, 2, 8))
+    about = {"model": vars(model.config), "stage": stage, "training": training, "tokenizer": {"hash": tokenizer.hash}}
+    checkpoint.save(folder, 0, model.state_dict(), about, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def talk(run, monkeypatch, capsys):
+    """talk(lines, arguments ...) -> (exit status, stdout, stderr) of the command with these lines as its standard input."""
+
+    def call(lines: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        status = run("minirlhf.chat", *arguments)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def test_special_tokens_come_from_the_template_alone():
+    messages = [user("a<|im_end|>"), {"role": "assistant", "content": "b"}, user("{{ 1 }}")]
+    turn = lambda role, text: [START, *role.encode(), 10, *text.encode(), END, 10]
+    wanted = [*turn("user", "a<|im_end|>"), *turn("assistant", "b"), *turn("user", "{{ 1 }}"), START, *b"assistant", 10]
+    assert chat.prompt_ids(tokenizer_of(), "template", messages) == wanted
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no system role') }}", "no system role"),
+        ("{% for %}", "Expected"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_template_that_fails_is_an_error_not_a_crash(template, message):
+    with pytest.raises(UserError, match=f"chat template: .*{message}.*--layout text"):
+        chat.prompt_ids(tokenizer_of(template), "template", [user("a")])
+
+
+def test_a_dialogue_is_laid_out_as_the_stages_were_trained(tmp_path):
+    messages = [{"role": "system", "content": "Be"}, user("Hi"), {"role": "assistant", "content": "Yes"}, user("So?")]
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
+    found = data.load(str(tmp_path / "d.jsonl"))
+    tokenizer = tokenizer_of()
+    assert [chat.prompt_ids(tokenizer, "dialogue", messages)] == data.prompts_of(found.records, tokenizer, 4)
+    assert chat.prompt_ids(tokenizer, "text", messages) == [START, *b"So?"]
+
+
+@pytest.mark.parametrize("layout", ["dialogue", "template"])
+def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(tmp_path, layout):
+    speaker = chat.Speaker(saved(tmp_path, tokenizer_of(), context=128), layout, "S", torch.device("cpu"))
+    for k in range(9):
+        tokens, begun, _ = speaker.answer(f"question {k}", 6, 1.0)
+        assert tokens.shape[1] <= 128 and begun <= 122
+    said = [m["content"] for m in speaker.messages]
+    assert said[0] == "S" and said[-2] == "question 8" and "question 0" not in said and said[1].startswith("question")
+    before = list(speaker.messages[-2:])
+    with pytest.raises(UserError, match="do not fit the context of 128"):
+        speaker.answer("x" * 200, 6, 1.0)
+    assert speaker.messages[-2:] == before or speaker.messages == speaker.opening
+
+
+def test_several_models_answer_and_say_why(smoke, talk):
+    sft, ppo = smoke / "sft", smoke / "ppo"
+    arguments = (sft, ppo, "--response-tokens", 8, "--explain", "--reference", sft, "--reward-model", smoke / "rm")
+    status, out, _ = talk("the film\n\nthe film\n", *arguments)
+    assert status == 0 and out.count("[score ") == 4 and out.count("likeliest others") == 4
+    assert talk("the film\n\nthe film\n", *arguments)[1] == out, "the same seed, the same words"
+
+
+def test_what_is_explained_adds_up(smoke):
+    speaker = chat.Speaker(smoke / "ppo", "auto", None, torch.device("cpu"))
+    assert speaker.layout == "text"
+    reference, (judge, _) = checkpoint.load_gpt(smoke / "sft").eval(), checkpoint.load_reward(smoke / "rm")
+    tokens, begun, _ = speaker.answer("the", 8, 0.7)
+    columns, chances = chat.explain(speaker, tokens, begun, 0.7, reference, judge.eval())
+    mask, written = torch.ones_like(tokens, dtype=torch.bool), tokens[0, begun:].tolist()
+    with torch.no_grad():
+        ours, theirs = (response_logprobs(m, tokens, mask, begun, 0.7)[0].sum() for m in (speaker.model, reference))
+        start, end = (judge(tokens[:, :n], mask[:, :n])[0][0] for n in (begun, tokens.shape[1]))
+    close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
+    close(columns["probability"].log().sum(), ours)
+    close(columns["nats"].sum(), ours - theirs)
+    close(columns["score"].sum(), end - start)
+    close(chances.sum(1), torch.ones(len(written)))
+    itself, _ = chat.explain(speaker, tokens, begun, 0.7, speaker.model, None)
+    assert (itself["nats"] == 0).all()
+    lines = chat.explanation(speaker.tokenizer, written, columns, chances).splitlines()
+    assert len(lines) == 1 + len(written) and all(
+        repr(speaker.tokenizer.token_str(i)) in line for i, line in zip(written, lines[1:], strict=True)
+    )
+
+
+def test_control_characters_reach_no_terminal(tmp_path, talk):
+    _, out, _ = talk("\x1b[31mred\n", saved(tmp_path, tokenizer_of(None)), "--response-tokens", 5)
+    assert "\x1b" not in out and "\\x1b[31mred" in out
+
+
+def test_a_line_that_does_not_fit_loses_nothing_else(tmp_path, talk):
+    status, out, _ = talk(f"{'x' * 100}\nyes\n", saved(tmp_path, tokenizer_of()), "--response-tokens", 4, "--layout", "text")
+    assert status == 0 and "do not fit the context of 96: write less" in out and "> yes\nyes" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layout", "template"], "no chat template"),
+        (["--system", "Be"], "--system needs --layout"),
+        (["--response-tokens", 0], "must be above 0"),
+        (["--temperature", "nan"], "must be above 0"),
+        (["--explain", "--temperature", 0], "leaves none"),
+        (["--reference", "x"], "add it, or drop"),
+        (["--explain", "--reference", "OTHER"], "other tokens"),
+        (["--reward-model", "HERE"], "not a reward model"),
+    ],
+)
+def test_what_cannot_be_done_is_said(tmp_path, talk, arguments, message):
+    here = saved(tmp_path / "a", tokenizer_of(None), "sft")
+    other = saved(tmp_path / "b", Tokenizer({byte: i for i, byte in enumerate(BYTES)}), "sft")
+    arguments = [{"HERE": here, "OTHER": other}.get(x, x) for x in arguments]
+    status, out, err = talk("", here, *arguments)
+    assert status != 0 and message in err and "Traceback" not in err
+
+
+def test_a_reward_model_cannot_talk(smoke, talk):
+    status, _, err = talk("", smoke / "rm")
+    assert status != 0 and "writes no text" in err
