@@ -31,7 +31,7 @@ from tqdm import tqdm
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, estimate, ppo, rewards, training
 from minirlhf.masked import whiten
-from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, store_blocks, train_last
+from minirlhf.model import ValueModel, critic_from, disable_dropout, run_blocks, store_blocks, train_last
 from minirlhf.rollout import Rollout, generate, read, read_before, response_logprobs, response_values
 from minirlhf.tokenizer import Tokenizer
 
@@ -242,10 +242,7 @@ def main() -> None:
         store_blocks(model.requires_grad_(False), training.frozen_dtype(precision))
     models = {"policy": policy, "critic": value_model, "reference": ref, "reward model": reward_model}
     models |= {"judge": judge} if judge else {}
-    for gpt in {m for model in models.values() for m in model.modules() if isinstance(m, GPT)}:
-        gpt.recompute = config.gradient_checkpointing
-        for block in gpt.blocks if config.compile else []:
-            block.compile(dynamic=True)
+    run_blocks(models.values(), config.gradient_checkpointing, config.compile)
 
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     held_out = source.select("val", source.genres_among([config.genre])).records  # the test split is for evaluate.py

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import UserError, baselines, checkpoint, data, preference, stats, training
-from minirlhf.model import RewardEnsemble, train_last
+from minirlhf.model import RewardEnsemble, run_blocks, train_last
 from minirlhf.rollout import generate
 from minirlhf.tokenizer import Tokenizer
 
@@ -115,6 +115,10 @@ class Config:
     """Of those samples: as train_ppo.py will sample."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for backward and compute the rest again: a fraction of the memory, a third more time."""
+    compile: bool = False
+    """torch.compile the blocks; worth it in long runs."""
 
     def __post_init__(self):
         training.check_positive(
@@ -313,6 +317,7 @@ def main() -> None:
             member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
     model.to(machine.device).train()
     train_last(model, config.train_layers, training.frozen_dtype(precision))
+    run_blocks([model], config.gradient_checkpointing, config.compile)
     new_optimizer = lambda k: training.adamw(
         [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr
     )

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from kernels import linear_token_logprobs, token_logprobs
 from minirlhf import UserError, checkpoint, data, training
-from minirlhf.model import GPT, GPTConfig, train_last
+from minirlhf.model import GPT, GPTConfig, run_blocks, train_last
 from minirlhf.rollout import generate
 from minirlhf.tokenizer import Tokenizer
 
@@ -103,6 +103,10 @@ class Config:
     """Never hold the logits of a batch, at the price of computing them twice.  auto: where they would pass 128 MiB."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 where the hardware multiplies it natively."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for backward and compute the rest again: a fraction of the memory, a third more time."""
+    compile: bool = False
+    """torch.compile the blocks; worth it in long runs."""
     samples: int = 5
     """Texts printed at the end."""
 
@@ -187,6 +191,7 @@ def main() -> None:
         )
     model.to(machine.device)
     train_last(model, config.train_layers, training.frozen_dtype(precision))
+    run_blocks([model], config.gradient_checkpointing, config.compile)
     rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
     # Bytes of what is trained, not of the whole text: --context may have cut it.
     learnt = [[t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot] for ids, mask in rows["val"]]

@@ -16,6 +16,7 @@ What it does not do: experts, sliding windows, a head width other than C / H.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -391,6 +392,14 @@ def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None
             for p in module.requires_grad_(False).parameters():
                 if p.dim() == 2:
                     p.data = p.data.to(dtype)
+
+
+def run_blocks(models: Iterable[nn.Module], recompute: bool, compiled: bool) -> None:
+    """How every GPT in `models` runs its blocks: made again in backward, compiled."""
+    for gpt in {m for model in models for m in model.modules() if isinstance(m, GPT)}:
+        gpt.recompute = recompute
+        for block in gpt.blocks if compiled else []:
+            block.compile(dynamic=True)
 
 
 def store_blocks(model: nn.Module, dtype: torch.dtype) -> None:

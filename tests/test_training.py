@@ -70,8 +70,8 @@ def few(tmp_path_factory):
 
 def test_D17_sft_gradients_do_not_know_microbatches(run, few, tmp_path, metrics):
     found, logs = {}, {}
-    for micro in (None, 1, 2, 4):
-        options = [] if micro is None else ["--microbatch", micro]
+    for micro in (None, 1, 2, 4, "again"):
+        options = {None: [], "again": ["--gradient-checkpointing"]}.get(micro, ["--microbatch", micro])
         with gradients() as found[micro]:
             out = tmp_path / str(micro)
             assert run("train_sft", *SFT, "--data", few, "--vocab", 300, "--batch", 16, *options, "--out", out) == 0
@@ -79,6 +79,16 @@ def test_D17_sft_gradients_do_not_know_microbatches(run, few, tmp_path, metrics)
         agree(found[micro], found[None])
         for a, b in zip(logs[micro], logs[None], strict=True):
             assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_a_reward_model_learns_the_same_when_blocks_are_made_again(run, smoke, tmp_path, metrics):
+    logs = []
+    for name, options in {"kept": [], "again": ["--gradient-checkpointing"]}.items():
+        options = ["--preset", "smoke", "--precision", "fp32", "--init", smoke / "sft", "--epochs", 1, *options]
+        assert run("train_rm", *options, "--out", tmp_path / name) == 0
+        logs.append(metrics(tmp_path / name))
+    for a, b in zip(*logs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 def test_D17_ppo_gradients_do_not_know_microbatches(run, smoke, tmp_path, metrics):
