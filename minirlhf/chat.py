@@ -12,6 +12,7 @@ reward model's score of the text so far, and the likeliest others.  An empty lin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -163,7 +164,11 @@ def main() -> None:
         reward_model, reader = checkpoint.load_reward(args.reward_model)
         reward_model.to(device).eval()
     by_token = lambda s: reader and reader.hash == s.tokenizer.hash and reward_model.members[0].backbone.config.causal
+    sys.stdin.reconfigure(errors="replace")
     typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (input() then edits and remembers lines)
     for speaker in speakers:
         print(f"{speaker.name}: {speaker.layout}, {sum(p.numel() for p in speaker.model.parameters()):,} parameters")
     while True:
@@ -178,21 +183,20 @@ def main() -> None:
                 speaker.messages = list(speaker.opening)
             continue
         for speaker in speakers:
+            note = f"[{speaker.name}] " if len(speakers) > 1 else ""
             try:
                 tokens, begun, text = speaker.answer(line, args.response_tokens, args.temperature)
-            except UserError as error:
-                print(error)
-                continue
-            note = f"[{speaker.name}] " if len(speakers) > 1 else ""
-            if reward_model:
-                with torch.no_grad():
-                    score, apart = read(reward_model, reader, tokens, torch.ones_like(tokens) > 0, speaker.tokenizer)
-                note += f"[score {score.item():+.2f}" + f" +- {apart.item():.2f}" * (len(reward_model.members) > 1) + "] "
-            print(note + visible((line if speaker.layout == "text" else "") + text))
-            if args.explain:
-                judge = reward_model if by_token(speaker) else None
-                found = explain(speaker, tokens, begun, args.temperature, reference, judge)
-                print(explanation(speaker.tokenizer, tokens[0, begun:].tolist(), *found))
+                if reward_model:
+                    with torch.no_grad():
+                        score, apart = read(reward_model, reader, tokens, torch.ones_like(tokens) > 0, speaker.tokenizer)
+                    note += f"[score {score.item():+.2f}" + f" +- {apart.item():.2f}" * (len(reward_model.members) > 1) + "] "
+                print(note + visible((line if speaker.layout == "text" else "") + text))
+                if args.explain:
+                    judge = reward_model if by_token(speaker) else None
+                    found = explain(speaker, tokens, begun, args.temperature, reference, judge)
+                    print(explanation(speaker.tokenizer, tokens[0, begun:].tolist(), *found))
+            except UserError as error:  # a text too long for one of the models: the next may fit
+                print(note + str(error))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,9 @@ def saved(folder, tokenizer: Tokenizer, stage: str = "import", context: int = 96
 def talk(run, monkeypatch, capsys):
     """talk(lines, arguments ...) -> (exit status, stdout, stderr) of the command with these lines as its standard input."""
 
-    def call(lines: str, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    def call(lines: str | bytes, *arguments) -> tuple[int, str, str]:
+        raw = lines if isinstance(lines, bytes) else lines.encode()
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
         status = run("minirlhf.chat", *arguments)
         return status, *capsys.readouterr()
 
@@ -125,6 +126,18 @@ def test_what_is_explained_adds_up(smoke):
 def test_control_characters_reach_no_terminal(tmp_path, talk):
     _, out, _ = talk("\x1b[31mred\n", saved(tmp_path, tokenizer_of(None)), "--response-tokens", 5)
     assert "\x1b" not in out and "\\x1b[31mred" in out
+
+
+def test_a_line_that_is_not_utf8_is_read_all_the_same(tmp_path, talk):
+    status, out, _ = talk(b"a\xffb\nc\n", saved(tmp_path, tokenizer_of(None)), "--response-tokens", 5)
+    assert status == 0 and "> a\ufffdb" in out and "> c" in out
+
+
+def test_a_text_too_long_for_the_reward_model_is_said_and_the_next_is_read(tmp_path, smoke, talk):
+    reader = checkpoint.load_config(smoke / "rm")["model"]["context"]
+    arguments = (saved(tmp_path, tokenizer_of(), context=4 * reader), "--response-tokens", 2, "--reward-model", smoke / "rm")
+    status, out, _ = talk("~" * 2 * reader + "\nx\n", "--layout", "text", *arguments)
+    assert status == 0 and out.count("do not fit the model's context") == 1 and out.count("[score") == 1
 
 
 def test_a_line_that_does_not_fit_loses_nothing_else(tmp_path, talk):
