@@ -31,6 +31,17 @@ SEEDS = {  # a row of the table over seeds: where its numbers stand, decimals, w
     "... distinct-2": ("ppo.distinct_2", 3, ">= .60"),
     "... distinct-2 of SFT samples": ("sft_samples.distinct_2", 3, ""),
 }
+SMOLLM2 = {
+    "reward model, test r": ("rm.test.pearson", 3, ">= .87"),
+    "... pairs a point or more apart": ("rm.test.pair_accuracy_1", 3, ">= .925"),
+    "PPO, judge's win rate": ("ppo.judge_win_rate", 3, ">= .93"),
+    "... lexicon's win rate": ("ppo.lexicon_win_rate", 3, ""),
+    "... KL, nats a sequence": ("ppo.kl", 2, "<= 10"),
+    "... distinct-2": ("ppo.distinct_2", 3, ">= .85 x SFT's"),
+    "... distinct-2 of SFT samples": ("sft_samples.distinct_2", 3, ""),
+    "... perplexity to the SFT model": ("ppo.sft_perplexity", 1, "<= 1.3 x SFT's"),
+    "... perplexity of SFT samples": ("sft_samples.sft_perplexity", 1, ""),
+}
 
 
 def look_up(results: dict, path: str):
@@ -128,9 +139,9 @@ def reward_model(found: dict) -> str:
     return table(["Pearson r", "Spearman", "pairs right", "pairs a point or more apart"], cells)
 
 
-def over_seeds(found: dict[str, dict]) -> str:
+def over_seeds(found: dict[str, dict], measures: dict[str, tuple]) -> str:
     rows = []
-    for name, (path, decimals, goal) in SEEDS.items():
+    for name, (path, decimals, goal) in measures.items():
         values = [look_up(found[seed]["demo"], path) for seed in found]
         known = [v for v in values if v is not None]
         rows.append([name, *(number(v, decimals) for v in [*values, mean(known) if known else None]), goal])
@@ -157,12 +168,12 @@ def tables(known: dict[str, dict]) -> str:
     """The README's, in its order, of {preset: what `demo` found of each seed}; samples are of the first seed."""
     found = known["demo"]
     first = next(iter(found.values()))
-    shown = [policies(first), samples(first["demo"]), reward_model(first["demo"]["rm"]), over_seeds(found)]
+    shown = [policies(first), samples(first["demo"]), reward_model(first["demo"]["rm"]), over_seeds(found, SEEDS)]
     if len(known) > 1:
         shown.append(backbones(known))
     if "smollm2" in known:
         first = next(iter(known["smollm2"].values()))
-        shown += [policies(first), samples(first["demo"])]
+        shown += [over_seeds(known["smollm2"], SMOLLM2), policies(first), samples(first["demo"])]
     return "\n\n".join(shown)
 
 

@@ -57,7 +57,7 @@ def test_scripts_meet_only_through_checkpoints(script):
     assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
-TABLES = {"demo": 7, "rounds": 1, "gaming": 1, "ppo": 1, "variants": 1, "rollout": 1, "sft": 1, "scaling": 4}
+TABLES = {"demo": 8, "rounds": 1, "gaming": 1, "ppo": 1, "variants": 1, "rollout": 1, "sft": 1, "scaling": 4}
 
 
 @pytest.mark.parametrize(("experiment", "tables"), TABLES.items())
