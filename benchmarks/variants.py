@@ -1,7 +1,7 @@
 """Is speed paid for with learning?  PPO on the built-in task in each of its fast variants, over the demo's seeds.
 
     python benchmarks/demo.py --seeds 1 2 3    # the SFT and reward models: runs/seed-1 ...
-    python benchmarks/variants.py              # 40 iterations each, about 10 minutes; writes results/variants.json
+    python benchmarks/variants.py              # 40 iterations each, about 12 minutes; writes results/variants.json
     python benchmarks/variants.py --tables     # runs nothing: the table alone
 
 Score, judge's score and KL are means over the last ten iterations.
@@ -23,6 +23,7 @@ VARIANTS = {
     "four models, fp32": ["--precision", "fp32"],
     "four models, bf16": ["--precision", "bf16"],
     "shared trunk, bf16": ["--precision", "bf16", "--shared-trunk"],
+    "shared trunk, bf16, lr 3.5e-4": ["--precision", "bf16", "--shared-trunk", "--lr", "3.5e-4"],
 }
 MEASURES = {
     "score": "objective/scores",
