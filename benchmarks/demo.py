@@ -73,9 +73,10 @@ def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
         return {"demo": {"rm": json.loads((ROOT / run / "rm/config.json").read_text())["results"]}}
     stage("train_sft.py", "sft")
     stage("train_rm.py", "rm")
-    one = ("--members", 1, "--epochs", 2)  # the report's model may be an ensemble and train longer; those of PPO are one each
-    stage("train_rm.py", "rm-a", "--part", "a", *one)
-    stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100, *one)
+    # The report's model may read in both directions and train longer: PPO's critic starts from rm-a.
+    halves = ("--bidirectional", 0, "--epochs", 2)
+    stage("train_rm.py", "rm-a", "--part", "a", *halves)
+    stage("train_rm.py", "judge", "--part", "b", "--seed", seed + 100, *halves)
     found = {}
     for name, options in ({"demo": []} | (VARIANTS if variants else {})).items():
         out = "ppo" if name == "demo" else f"ppo-{name}"

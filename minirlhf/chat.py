@@ -163,7 +163,7 @@ def main() -> None:
     if args.reward_model:
         reward_model, reader = checkpoint.load_reward(args.reward_model)
         reward_model.to(device).eval()
-    by_token = lambda s: reader and reader.hash == s.tokenizer.hash and reward_model.members[0].backbone.config.causal
+    by_token = lambda s: reader and reader.hash == s.tokenizer.hash and reward_model.members[0].backbone.config.reads_prefixes
     sys.stdin.reconfigure(errors="replace")
     typed = sys.stdin.isatty()
     if typed:

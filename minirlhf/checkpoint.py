@@ -137,7 +137,7 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
     """(folder, config.json, tokenizer) of a checkpoint that can write text; UserError of any other."""
     folder = resolve(path)
     config = load_config(folder)
-    if "head" in config or not config["model"].get("causal", True):
+    if "head" in config or not GPTConfig(**config["model"]).reads_prefixes:
         raise UserError(f"{path}: a {config['stage']} checkpoint writes no text: name one of train_sft.py or train_ppo.py")
     tokenizer = Tokenizer.load(folder)
     check_tokenizer(config, tokenizer)

@@ -68,7 +68,8 @@ def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> 
     """Of a block but the last, of the last, whose results are wanted at so many places, and of the language-model head there;
     texts are of these lengths.  Two a weight and token of matrices, four a channel and pair of tokens that attention joins."""
     lengths, block = lengths.double(), gpt.blocks[-1]
-    joined = lengths * (lengths + 1) / 2 if gpt.config.causal else lengths**2
+    back = sum(b.causal for b in gpt.blocks) / len(gpt.blocks)
+    joined = back * lengths * (lengths + 1) / 2 + (1 - back) * lengths**2
     matrices = sum(p.numel() for p in block.parameters() if p.dim() == 2)
     whole = float(2 * matrices * lengths.sum() + 4 * gpt.config.n_embd * joined.sum())
     spared = float(2 * (matrices - block.qkv.weight.numel()) * (lengths.sum() - wanted))

@@ -49,6 +49,7 @@ class GPTConfig:
     qkv_bias: bool | None = None  # None: as `bias`
     tied: bool = True  # the head is the token embedding
     causal: bool = True  # False: an encoder
+    n_bidirectional: int = 0  # of a causal model's last blocks, how many read in both directions (Dukic and Snajder 2024)
     pre_norm: bool = True  # False: norms after the residual sums, and the last one after the embeddings instead
 
     def __post_init__(self):
@@ -56,6 +57,8 @@ class GPTConfig:
             raise UserError(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change --n-embd or --n-head")
         if self.n_head % self.kv_heads:
             raise UserError(f"n_head {self.n_head} does not divide by n_kv_head {self.n_kv_head}")
+        if not 0 <= self.n_bidirectional <= self.n_layer:
+            raise UserError(f"n_bidirectional {self.n_bidirectional}, but {self.n_layer} layers: change --bidirectional")
 
     @property
     def head_dim(self) -> int:
@@ -64,6 +67,11 @@ class GPTConfig:
     @property
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
+
+    @property
+    def reads_prefixes(self) -> bool:
+        """Whether what stands at a token depends on no later one."""
+        return self.causal and not self.n_bidirectional
 
 
 SHORT = 96  # tokens up to which a CPU is faster without its fused attention; at 128 they are equal
@@ -138,8 +146,8 @@ class Layout:
     real: Tensor | None  # [N] row * T + column of each real token in the batch as it came; None: all are
     filled: Tensor | None  # [N or a little more] row * width + place of each, filled up
     turn: tuple[Tensor, Tensor] | None  # cosines and sines [B, width, D / 2] of rotary positions
-    allowed: Tensor | None  # what a query may look at, [B or 1, width or 1, keys]: bool, or, where texts are brief, 0 and -inf;
-    # None: as much as a causal model may, or everything
+    allowed: dict[bool, Tensor | None]  # what a query may look at in a block that is causal (True) or not, [B or 1, width or 1,
+    # keys]: bool, or, where texts are brief, 0 and -inf; None: as much as causality lets it, or everything
     places: Tensor | None  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
 
     def rows(self, x: Tensor) -> Tensor:
@@ -166,6 +174,8 @@ class KVCache:
 
     def __init__(self, model: GPT, batch: int, length: int):
         c, device = model.config, model.wte.weight.device
+        if not c.reads_prefixes:
+            raise UserError("a model that reads in both directions has no past to keep: every new token changes it")
         half = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # as attention gets them
         dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
         shape = (c.n_layer, c.kv_heads, batch, length, c.head_dim)
@@ -215,9 +225,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, causal: bool):
         super().__init__()
-        self.config, self.dropout = config, config.dropout
+        self.config, self.causal, self.dropout = config, causal, config.dropout
         C, inner, D = config.n_embd, config.n_inner or 4 * config.n_embd, config.head_dim
         self.ln_1, self.ln_2 = norm(config), norm(config)
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
@@ -238,7 +248,7 @@ class Block(nn.Module):
                 q, k = rotate(heads[: H + G], *layout.turn).to(heads.dtype).split([H, G])
             if cache is not None:
                 k, v = cache.append(layer, k, v, layout)
-            y = attend(q, k, v, layout.allowed, self.config.causal)
+            y = attend(q, k, v, layout.allowed[self.causal], self.causal)
         y = layout.tokens(y.permute(1, 2, 0, 3).flatten(2))
         return self.attn_out(y if keep is None else y.index_select(0, keep))
 
@@ -273,7 +283,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.wpe = nn.Embedding(config.context, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        looking_back = config.n_layer - config.n_bidirectional if config.causal else 0  # blocks that do no more
+        self.blocks = nn.ModuleList(Block(config, layer < looking_back) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         if not config.tied:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -289,7 +300,7 @@ class GPT(nn.Module):
     ) -> tuple[Layout, Tensor, Tensor | None]:
         """(where the real tokens are, their positions [N], how many each row has [B] or None for `width` everywhere)."""
         config, device = self.config, self.wte.weight.device
-        real = filled = counts = row = text = allowed = places = turn = None
+        real = filled = counts = row = text = places = turn = None
         past = cache.longest if cache is not None else 0
         if mask is None:
             positions = torch.arange(width, device=device).repeat(batch)
@@ -314,19 +325,23 @@ class GPT(nn.Module):
             positions = positions + (starts[row] if row is not None else starts.repeat_interleave(width))
             if not cache.even or width > 1:
                 places = starts[:, None] + place[:width]
-                allowed = place <= places[:, :, None]
-        elif text is not None:
-            allowed = (text[:, :, None] == text[:, None]) & (place <= place[:, None] if config.causal else True)
-        elif not config.causal and counts is not None:  # (a row without tokens may look at its own padding: nobody reads it)
-            allowed = (place < counts.clamp(min=1)[:, None])[:, None]
-        elif config.causal and short and width > 1:
-            allowed = (place <= place[:, None])[None]
-        if short and allowed is not None:
-            allowed = torch.zeros(allowed.shape).masked_fill_(~allowed, -math.inf)
+
+        def allowed(causal: bool) -> Tensor | None:
+            if past:
+                look = None if places is None else place <= places[:, :, None]
+            elif text is not None:
+                look = (text[:, :, None] == text[:, None]) & (place <= place[:, None] if causal else True)
+            elif causal:
+                look = (place <= place[:, None])[None] if short and width > 1 else None
+            else:  # (a row without tokens may look at its own padding: nobody reads it)
+                look = None if counts is None else (place < counts.clamp(min=1)[:, None])[:, None]
+            return torch.zeros(look.shape).masked_fill_(~look, -math.inf) if short and look is not None else look
+
         if config.positions == "rotary":
             at = positions if filled is None else positions.new_zeros(batch * width).index_copy(0, filled, positions)
             turn = rotary(config, at.view(batch, width))
-        return Layout(batch, width, real, filled, turn, allowed, places), positions, counts
+        bounds = {causal: allowed(causal) for causal in {block.causal for block in self.blocks}}
+        return Layout(batch, width, real, filled, turn, bounds, places), positions, counts
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, wanted: Tensor | None = None
@@ -422,7 +437,7 @@ POOLINGS = ("last", "mean", "last+mean")
 
 class ValueModel(nn.Module):
     """A GPT with a head, a two-layer MLP, that scores every prefix: values [B, T], values[:, t] having read tokens 0..t.
-    (An encoder has read all tokens at each: of its values only the last is a prefix's.)
+    (A model that reads in both directions has read all tokens at each: of its values only the last is a prefix's.)
 
     Pooling says what the head sees of a prefix: its last token's hidden state, the mean over its real tokens, or both.
     Without `mlp` the head is one linear layer, the only kind that transformers' sequence classifiers have.
@@ -504,8 +519,8 @@ class RewardEnsemble(nn.Module):
 
 def critic_from(reward_model: RewardModel) -> ValueModel:
     """A value model that starts as the reward model: V of a whole text is its score, scale included [D13] [D14]."""
-    if not reward_model.backbone.config.causal:
-        raise UserError("the reward model is an encoder, which cannot value a prefix: --value-init sft")
+    if not reward_model.backbone.config.reads_prefixes:
+        raise UserError("the reward model reads in both directions, and cannot value a prefix: use --value-init sft or auto")
     critic = ValueModel(reward_model.backbone.config, reward_model.pooling, reward_model.fc is not None)
     critic.load_state_dict({k: v for k, v in reward_model.state_dict().items() if k not in ("gain", "bias")})
     with torch.no_grad():

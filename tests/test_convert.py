@@ -238,8 +238,10 @@ def test_packages_are_found_but_not_imported(folders, tmp_path, monkeypatch):
 
 def test_what_has_no_equivalent_is_not_exported(tokenizer, tmp_path):
     save(tmp_path / "odd", tokenizer, **LLAMA | {"positions": "learned"})
-    with pytest.raises(UserError, match="no architecture of transformers' is shaped like this"):
-        convert.export_model(tmp_path / "odd", tmp_path / "out", backbone=False)
+    save(tmp_path / "both", tokenizer, "rm", RewardEnsemble, **LLAMA | {"n_bidirectional": 1})
+    for folder in ("odd", "both"):
+        with pytest.raises(UserError, match="no architecture of transformers' is shaped like this"):
+            convert.export_model(tmp_path / folder, tmp_path / "out", backbone=folder == "both")
     reward = save(tmp_path / "rm", tokenizer, "rm", RewardEnsemble, **LLAMA)
     with pytest.raises(UserError, match="read one linear layer at the last token .*--backbone exports"):
         convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=False)

@@ -36,7 +36,7 @@ SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "orig
 LLAMA = GPTConfig(50, 32, 2, 4, 16, n_kv_head=2, n_inner=24, norm="rms", positions="rotary", rope_scaling=SCALING, mlp="swiglu",
                   bias=False, qkv_bias=True, tied=False)  # fmt: skip
 ENCODER = GPTConfig(50, 32, 2, 2, 16, mlp="gelu", causal=False, pre_norm=False)
-SHAPES = {"gpt2": SMALL, "llama": LLAMA, "encoder": ENCODER}
+SHAPES = {"gpt2": SMALL, "llama": LLAMA, "encoder": ENCODER, "upper": dataclasses.replace(LLAMA, n_bidirectional=1)}
 
 
 def mask_of(rows):
@@ -62,7 +62,7 @@ def test_D6_amount_side_and_content_of_padding_change_nothing(seed, left, right,
     mask[:, left : left + n] = True
     got = model(padded, mask)[:, left : left + n]
     torch.testing.assert_close(got, model(text), atol=2e-6, rtol=1e-5)
-    if left == 0 and model.config.causal:  # right padding needs no mask at all
+    if left == 0 and model.config.reads_prefixes:  # right padding needs no mask at all
         torch.testing.assert_close(model(padded)[:, :n], model(text), atol=2e-6, rtol=1e-5)
 
 
@@ -196,12 +196,36 @@ def test_the_future_can_be_seen_by_an_encoder_only(shape):
     tokens = torch.randint(50, (1, 8))
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 50
-    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5]) == (shape != "encoder")
+    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5]) == (shape in ("gpt2", "llama"))
 
 
-def test_an_encoders_score_ignores_padding_and_its_critic_is_refused():
+@pytest.mark.parametrize("shape", [SMALL, LLAMA])
+def test_the_last_blocks_may_read_in_both_directions(shape):
+    """The others look back only; if all do, the model is an encoder.  (129 tokens: with fused attention.)"""
     torch.manual_seed(0)
-    model = RewardModel(ENCODER, "last+mean").eval()
+    both = GPT(dataclasses.replace(shape, context=140, n_layer=3, n_bidirectional=2)).eval()
+    tokens, states = torch.randint(50, (2, 129)), []
+    for block in both.blocks:
+        block.register_forward_hook(lambda block, given, out: states.append(out.view(2, -1, 16)[:, 0]))
+    for width in (40, 129):
+        states.clear()
+        for last in (7, 8):
+            tokens[:, width - 1] = last
+            both(tokens[:, :width])
+        assert [torch.equal(states[k], states[3 + k]) for k in range(3)] == [True, False, False]
+    encoder, every = (GPT(dataclasses.replace(both.config, n_bidirectional=n, causal=n > 0)).eval() for n in (0, 3))
+    every.load_state_dict(encoder.state_dict())
+    assert torch.equal(encoder(tokens), every(tokens))
+    with pytest.raises(UserError, match="n_bidirectional 4, but 3 layers: change --bidirectional"):
+        dataclasses.replace(both.config, n_bidirectional=4)
+    with pytest.raises(UserError, match="no past to keep"):
+        KVCache(both, 2, 8)
+
+
+@pytest.mark.parametrize("shape", ["encoder", "upper"])
+def test_who_reads_in_both_directions_scores_whole_texts_alone(shape):
+    torch.manual_seed(0)
+    model = RewardModel(SHAPES[shape], "last+mean").eval()
     tokens, mask = torch.randint(50, (2, 8)), mask_of([[1] * 8, [1] * 5 + [0] * 3])
     torch.testing.assert_close(model(tokens, mask)[1:], model(tokens[1:, :5], mask[1:, :5]), atol=2e-6, rtol=1e-5)
     with pytest.raises(UserError, match="--value-init sft"):

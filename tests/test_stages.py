@@ -197,12 +197,26 @@ def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precisio
 
 
 @pytest.mark.usefixtures("no_baselines")
+def test_a_reward_model_may_read_in_both_directions(smoke, run, metrics, tmp_path, capsys):
+    options = [*SMALL, "--init", smoke / "sft", "--epochs", 1]
+    assert run("train_rm", *options, "--bidirectional", 1, "--out", tmp_path / "rm") == 0
+    reward, _ = checkpoint.load_reward(tmp_path / "rm")
+    assert [block.causal for block in reward.members[0].backbone.blocks][-2:] == [True, False]
+    assert run("train_rm", *options, "--bidirectional", 99, "--out", tmp_path / "no") == 2
+    assert "--bidirectional" in capsys.readouterr().err and not (tmp_path / "no" / "latest").exists()
+    options = [*SMALL, "--init", smoke / "sft", "--reward-model", tmp_path / "rm", "--iterations", 1, "--out", tmp_path / "ppo"]
+    assert run("train_ppo", *options, "--value-init", "reward") == 2 and "--value-init sft" in capsys.readouterr().err
+    assert run("train_ppo", *options) == 0  # the critic starts from the SFT model instead
+    assert math.isfinite(metrics(tmp_path / "ppo")[-1]["objective/rm_scores"])
+
+
+@pytest.mark.usefixtures("no_baselines")
 def test_a_reward_model_may_read_with_another_tokenizer(smoke, run, metrics, tmp_path, capsys):
     assert run("train_sft", *SFT, "--vocab", 300, "--epochs", 1, "--final-epochs", 1, "--out", tmp_path / "sft") == 0
     assert run("train_rm", *SMALL, "--epochs", 1, "--out", tmp_path / "rm") == 0
     options = [*SMALL, "--init", smoke / "sft", "--reward-model", tmp_path / "rm", "--iterations", 1, "--out", tmp_path / "ppo"]
-    assert run("train_ppo", *options) == 2 and "--value-init sft" in capsys.readouterr().err
-    assert run("train_ppo", *options, "--value-init", "sft") == 0
+    assert run("train_ppo", *options, "--value-init", "reward") == 2 and "--value-init sft" in capsys.readouterr().err
+    assert run("train_ppo", *options) == 0
     assert math.isfinite(metrics(tmp_path / "ppo")[-1]["objective/rm_scores"])
 
     reward, reader = checkpoint.load_reward(tmp_path / "rm")
