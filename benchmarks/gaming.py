@@ -1,14 +1,14 @@
 """What happens when the KL anchor is cut: the reward that PPO maximises, and readers that took no part, as KL grows.
 
-    python benchmarks/gaming.py --run runs/demo --strong runs/smollm2-1/judge --fluency runs/smollm2/base
+    python benchmarks/gaming.py --run runs/demo --fluency runs/smollm2/base --seeds 1 2 3
 
-Policies from RUN/sft against an ensemble of three reward models trained on half of the built-in ratings (runs/gaming/ensemble,
-made here): an anchored one, two with a KL coefficient of .01 and 0, and one of 0 with the defences: the members' disagreement
-off the score, a penalty for a response that repeats itself and one for phrases that the rest of the batch has too. Every
-twelfth iteration's texts are read by
+Policies from RUN/sft against an ensemble of three reward models trained on half of the built-in ratings (OUT/ensemble, made
+here): anchored by a KL coefficient of .1, .01 and 0, and of .01 and 0 with the defences: the members' disagreement off the
+score, a penalty for a response that repeats itself and one for phrases that the rest of the batch has too. Every sixth
+iteration's texts are read by
 - proxy: the ensemble's mean, what PPO is told to raise;
 - judge: a reward model trained on the other half of the ratings (RUN/judge), of the same kind as the proxy;
-- strong: a reward model on real weights, other half, other seed (--strong);
+- strong: a reward model on real weights, other half, other seed (--strong; made here from --fluency unless given);
 - fluency: the perplexity of the responses under a language model that took no part (--fluency);
 - distinct-2: different word pairs among all of a rollout's.
 
@@ -31,8 +31,9 @@ from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
 from minirlhf.checkpoint import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
-COLOURS = ("#707070", "#0072B2", "#009E73", "#D55E00", "#CC79A7")  # Okabe and Ito: told apart by everyone
-EVERY = 12  # PPO iterations between the texts that are read
+COLOURS = ("#707070", "#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7")  # Okabe and Ito: told apart by everyone
+EVERY = 6  # PPO iterations between the rollouts that are read
+POINT = 2  # read rollouts that the table and the plot take the mean of: 128 texts say too little
 DEFENCES = ["--disagreement-coef", 2, "--reward", "rm", "--reward", "minirlhf.rewards:repetition:-2",
             "--reward", "minirlhf.rewards:sameness:-20"]  # fmt: skip
 ARMS = {
@@ -40,6 +41,7 @@ ARMS = {
     "kl_coef .1": ["--kl-coef", 0.1],
     "kl_coef .01": ["--kl-coef", 0.01],
     "kl_coef 0": ["--kl-coef", 0.0],
+    "kl_coef .01, defences": ["--kl-coef", 0.01, *DEFENCES],
     "kl_coef 0, defences": ["--kl-coef", 0.0, *DEFENCES],
 }
 
@@ -52,16 +54,27 @@ def curve(samples: Path, readers: dict) -> list[dict]:
     return found
 
 
+def points(curves: list[list[dict]]) -> list[dict]:
+    """One curve: the mean over seeds, and over POINT rollouts in turn."""
+    at = [sum(same, []) for same in zip(*([c[i : i + POINT] for i in range(0, len(c), POINT)] for c in curves), strict=True)]
+    return [{name: mean(p[name] for p in read) for name in read[0]} for read in at]
+
+
+def below_peak(line: list[dict]) -> float:
+    return max(p["strong"] for p in line) - line[-1]["strong"]
+
+
 def table(arms: dict[str, dict]) -> str:
-    """In Markdown: every arm at its end, and how far the strong judge is below its own peak there; means over seeds."""
-    names = ("kl", "proxy", "judge", "strong", "fluency", "distinct_2")
+    """In Markdown: every arm at its end, the mean over seeds; how far the strong judge is below its own peak there, of the
+    mean curve and of each seed's."""
     rows = []
     for arm, seeds in arms.items():
-        at = {name: mean(c[-1][name] for c in seeds.values()) for name in names}
-        drop = mean(max(p["strong"] for p in c) - c[-1]["strong"] for c in seeds.values())
+        line, drops = points([*seeds.values()]), [f"{below_peak(points([c])):.2f}" for c in seeds.values()]
+        at = line[-1]
         signed = [f"{at[name]:+.2f}" for name in ("proxy", "judge", "strong")]
-        rows.append([arm, f"{at['kl']:.1f}", *signed, f"{drop:.2f}", f"{at['fluency']:.0f}", f"{at['distinct_2']:.2f}"])
-    head = ["KL, nats", "proxy", "judge", "strong judge", "... below its peak", "perplexity", "distinct-2"]
+        below = f"{below_peak(line):.2f} ({', '.join(drops)})" if len(line) > 1 else ""
+        rows.append([arm, f"{at['kl']:.1f}", *signed, below, f"{at['fluency']:.0f}", f"{at['distinct_2']:.2f}"])
+    head = ["KL, nats", "proxy", "judge", "strong judge", "... below its peak (seeds)", "perplexity", "distinct-2"]
     return demo.table(head, rows)
 
 
@@ -75,10 +88,10 @@ def plot(arms: dict[str, dict], target: Path) -> None:
              "fluency": "perplexity of the responses", "distinct_2": "distinct-2"}  # fmt: skip
     figure, axes = plt.subplots(1, len(shown), figsize=(3.1 * len(shown), 3.1), constrained_layout=True)
     for axis, (name, title) in zip(axes, shown.items(), strict=True):
-        for arm, seeds in arms.items():
-            for k, points in enumerate(seeds.values()):
-                style = {"color": COLOURS[[*ARMS].index(arm)], "marker": ".", "lw": 1, "label": None if k else arm}
-                axis.plot([p["kl"] for p in points], [p[name] for p in points], **style)
+        for colour, (arm, seeds) in zip(COLOURS, arms.items(), strict=False):
+            for k, line in enumerate(map(points, ([c] for c in seeds.values()))):
+                style = {"color": colour, "marker": ".", "lw": 1, "label": None if k else arm}
+                axis.plot([p["kl"] for p in line], [p[name] for p in line], **style)
         axis.set(title=title, xlabel="KL, nats")
         if name == "fluency":
             axis.set_yscale("log")
@@ -91,11 +104,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with sft and judge")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/gaming", help="folder of the ensemble and the policies")
     parser.add_argument("--preset", default="demo", help="of the stages")
-    parser.add_argument("--strong", type=Path, default=Path("runs/smollm2-1/judge"), help="a reward model on real weights")
+    parser.add_argument("--strong", type=Path, help="a reward model on real weights; default: OUT/strong, made from --fluency")
     parser.add_argument("--fluency", type=Path, default=Path("runs/smollm2/base"), help="a language model that took no part")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=[*ARMS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--iterations", type=int, default=144, help="of PPO")
+    parser.add_argument("--iterations", type=int, default=96, help="of PPO")
     parser.add_argument("--tables", action="store_true", help="only print the table of the results that are there")
     parser.add_argument("--plot", action="store_true", help="only draw their plot")
     return parser.parse_args(argv)
@@ -107,7 +120,10 @@ def main() -> None:
     if not (args.tables or args.plot):
         sft, ensemble, common = args.run / "sft", args.out / "ensemble", ("--preset", args.preset, "--resume")
         command("train_rm.py", "--init", sft, "--part", "a", "--members", 3, "--out", ensemble, *common)
-        strong, fluency = Judge(args.strong), Fluency(args.fluency)
+        if args.strong is None:
+            how = ("--init", args.fluency, "--reference", sft, "--part", "b", "--seed", 101)
+            command("train_rm.py", "--preset", "smollm2", *how, "--out", args.out / "strong", "--resume")
+        strong, fluency = Judge(args.strong or args.out / "strong"), Fluency(args.fluency)
         readers = {"strong": lambda rows: mean(strong(rows)), "fluency": fluency}
         for seed, arm in product(args.seeds, args.arms):
             out = args.out / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"

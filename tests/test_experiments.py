@@ -90,6 +90,17 @@ def test_rounds_learn_from_all_judgements_so_far(smoke, tmp_path):
     assert {len(r.votes) for r in data.load(pairs).records} == {3}
 
 
+def test_gaming_compares_the_end_with_the_peak_of_the_mean_over_rollouts_and_seeds():
+    says = {"kl": 2.0, "proxy": 1.0, "judge": 1.0, "fluency": 90.0, "distinct_2": 0.5}
+    one, other = ([says | {"strong": s} for s in strong] for strong in ([0, 2, 4, 4, 1, 1], [0, 2, 2, 4, 2, 4]))
+    strong = lambda *curves: [p["strong"] for p in gaming.points(curves)]
+    assert strong(one) == [1, 4, 1] and strong(other) == [1, 3, 3] and strong(one, other) == [1, 3.5, 2]
+    row = gaming.table({"arm": {"1": one, "2": other}}).splitlines()[-1]
+    assert row == "| arm | 2.0 | +1.00 | +1.00 | +2.00 | 1.50 (3.00, 0.00) | 90 | 0.50 |"
+    row = gaming.table({"SFT": {"1": one[:1], "2": other[:1]}}).splitlines()[-1]  # a single point has no peak
+    assert row == "| SFT | 2.0 | +1.00 | +1.00 | +0.00 | | 90 | 0.50 |"
+
+
 @pytest.mark.usefixtures("in_process")
 def test_gaming_reads_every_arm(smoke, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
