@@ -3,6 +3,7 @@
     python -m venv .peer && .peer/bin/pip install -r benchmarks/peers/requirements.txt   # the peers' environment, once
     python benchmarks/ppo.py --peer-python .peer/bin/python --check                      # a table, and results/ppo.json
     python benchmarks/ppo.py --tables                                                    # runs nothing: the table alone
+    python benchmarks/ppo.py --tried --work small --out benchmarks/results/tried.json    # what did not make it faster
 
 TRL 1.12.0 is the last release with a PPO trainer. Ours is train_ppo.py itself, run as a user runs it, on random weights of
 the same shapes and random texts; each measurement is a process of its own, which does two iterations to warm up and then
@@ -41,6 +42,15 @@ OURS = {
     "bf16": ["--precision", "bf16"],
     "shared trunk, bf16": ["--precision", "bf16", "--shared-trunk"],
 }
+TRIED = {
+    f"{precision}{name}": ["--precision", precision, *options]
+    for precision in ("fp32", "bf16")
+    for name, options in {
+        "": [],
+        ", compiled": ["--compile"],
+        ", half microbatches": ["--tokens-per-microbatch", "384"],
+    }.items()
+}  # (a minibatch of the small work has 768 tokens)
 WARM_UP = 2  # iterations in which memory is still new
 GEMM = 0.6  # goal: the update's share of the machine's rate on matrix products of these shapes
 GOALS = {  # TRL's seconds an iteration over ours; its peak memory over ours
@@ -140,8 +150,8 @@ def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
             if args.peer_python:
                 peer = job | {"out": f"{folder}/trl-{k}"}
                 found.setdefault("TRL", []).append(measure(args.peer_python, "benchmarks/peers/trl_ppo.py", peer))
-            for variant in args.variants:
-                mine = job | {"out": f"{folder}/{variant}-{k}".replace(" ", "-"), "options": OURS[variant]}
+            for variant, options in TRIED.items() if args.tried else ((v, OURS[v]) for v in args.variants):
+                mine = job | {"out": f"{folder}/{variant}-{k}".replace(" ", "-"), "options": options}
                 found.setdefault(variant, []).append(measure(sys.executable, "benchmarks/ppo.py", mine))
             print(f"{name}: round {k + 1} of {args.rounds}", flush=True)
     return found
@@ -184,6 +194,7 @@ def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
     parser.add_argument("--variants", choices=OURS, nargs="+", default=[*OURS])
+    parser.add_argument("--tried", action="store_true", help="in place of the variants: what did not make them faster")
     parser.add_argument("--iterations", type=int, default=3, help="that count, of each process")
     args = parser.parse_args()
     if args.job:

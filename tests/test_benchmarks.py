@@ -106,7 +106,8 @@ def test_raw_results_are_of_these_workloads():
 
 
 def test_options_of_train_ppo_that_benchmarks_use_exist():
-    options = {option.lstrip("-").replace("-", "_") for variant in ppo.OURS.values() for option in variant if option[0] == "-"}
+    options = {option.lstrip("-").replace("-", "_") for variant in [*ppo.OURS.values(), *ppo.TRIED.values()]
+               for option in variant if option[0] == "-"}  # fmt: skip
     assert options <= {f for f in train_ppo.Config.__dataclass_fields__}
 
 
