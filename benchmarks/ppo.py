@@ -3,7 +3,7 @@
     python -m venv .peer && .peer/bin/pip install -r benchmarks/peers/requirements.txt   # the peers' environment, once
     python benchmarks/ppo.py --peer-python .peer/bin/python --check                      # a table, and results/ppo.json
     python benchmarks/ppo.py --tables                                                    # runs nothing: the table alone
-    python benchmarks/ppo.py --tried --work small --out benchmarks/results/tried.json    # what did not make it faster
+    python benchmarks/ppo.py --tried --work small                                        # what did not make it faster
 
 TRL 1.12.0 is the last release with a PPO trainer. Ours is train_ppo.py itself, run as a user runs it, on random weights of
 the same shapes and random texts; each measurement is a process of its own, which does two iterations to warm up and then
@@ -175,7 +175,8 @@ def report(known: dict[str, dict]) -> tuple[str, list[str]]:
         for variant, row in found.items():
             ratios = ["", ""]
             for i, key in enumerate(("seconds", "peak_mb")) if variant != "TRL" and "TRL" in found else ():
-                goal, ratio = GOALS[name][key][[*OURS].index(variant)], found["TRL"][key] / row[key]
+                goal = GOALS[name][key][[*OURS].index(variant)] if variant in OURS else None
+                ratio = found["TRL"][key] / row[key]
                 ratios[i] = f"{ratio:.2f}" + (f" (>= {goal:g})" if goal else "")
                 if goal and ratio < goal:
                     missed.append(f"{name}, {variant}: {key} {ratio:.2f} x, goal {goal:g} x")
@@ -197,6 +198,8 @@ def main() -> None:
     parser.add_argument("--tried", action="store_true", help="in place of the variants: what did not make them faster")
     parser.add_argument("--iterations", type=int, default=3, help="that count, of each process")
     args = parser.parse_args()
+    if args.tried and args.out == RESULTS:
+        args.out = RESULTS.with_name("tried.json")
     if args.job:
         ours(args.job)
         return
