@@ -56,8 +56,9 @@ def curve(samples: Path, readers: dict) -> list[dict]:
 
 def points(curves: list[list[dict]]) -> list[dict]:
     """One curve: the mean over seeds, and over POINT rollouts in turn."""
-    at = [sum(same, []) for same in zip(*([c[i : i + POINT] for i in range(0, len(c), POINT)] for c in curves), strict=True)]
-    return [{name: mean(p[name] for p in read) for name in read[0]} for read in at]
+    rollouts = [*zip(*curves, strict=True)]  # [read, seeds]
+    pools = [sum(rollouts[i : i + POINT], ()) for i in range(0, len(rollouts), POINT)]
+    return [{name: mean(p[name] for p in pool) for name in pool[0]} for pool in pools]
 
 
 def below_peak(line: list[dict]) -> float:

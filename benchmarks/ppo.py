@@ -43,14 +43,11 @@ OURS = {
     "shared trunk, bf16": ["--precision", "bf16", "--shared-trunk"],
 }
 TRIED = {
-    f"{precision}{name}": ["--precision", precision, *options]
-    for precision in ("fp32", "bf16")
-    for name, options in {
-        "": [],
-        ", compiled": ["--compile"],
-        ", half microbatches": ["--tokens-per-microbatch", "384"],
-    }.items()
-}  # (a minibatch of the small work has 768 tokens)
+    "fp32, compiled": [*OURS["fp32"], "--compile"],
+    "fp32, 384 tokens a microbatch": [*OURS["fp32"], "--tokens-per-microbatch", "384"],  # half a minibatch of the small work
+    "bf16, compiled": [*OURS["bf16"], "--compile"],
+    "bf16, 384 tokens a microbatch": [*OURS["bf16"], "--tokens-per-microbatch", "384"],
+}
 WARM_UP = 2  # iterations in which memory is still new
 GEMM = 0.6  # goal: the update's share of the machine's rate on matrix products of these shapes
 GOALS = {  # TRL's seconds an iteration over ours; its peak memory over ours
@@ -150,8 +147,8 @@ def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
             if args.peer_python:
                 peer = job | {"out": f"{folder}/trl-{k}"}
                 found.setdefault("TRL", []).append(measure(args.peer_python, "benchmarks/peers/trl_ppo.py", peer))
-            for variant, options in TRIED.items() if args.tried else ((v, OURS[v]) for v in args.variants):
-                mine = job | {"out": f"{folder}/{variant}-{k}".replace(" ", "-"), "options": options}
+            for variant in args.variants:
+                mine = job | {"out": f"{folder}/{variant}-{k}".replace(" ", "-"), "options": (OURS | TRIED)[variant]}
                 found.setdefault(variant, []).append(measure(sys.executable, "benchmarks/ppo.py", mine))
             print(f"{name}: round {k + 1} of {args.rounds}", flush=True)
     return found
@@ -194,12 +191,13 @@ def report(known: dict[str, dict]) -> tuple[str, list[str]]:
 def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
-    parser.add_argument("--variants", choices=OURS, nargs="+", default=[*OURS])
-    parser.add_argument("--tried", action="store_true", help="in place of the variants: what did not make them faster")
+    parser.add_argument("--variants", choices=OURS | TRIED, nargs="+", default=[*OURS])
+    parser.add_argument("--tried", action="store_true", help="fp32, bf16 and what did not make them faster, as variants")
     parser.add_argument("--iterations", type=int, default=3, help="that count, of each process")
     args = parser.parse_args()
-    if args.tried and args.out == RESULTS:
-        args.out = RESULTS.with_name("tried.json")
+    if args.tried:
+        args.variants = ["fp32", "bf16", *TRIED]
+        args.out = RESULTS.with_name("tried.json") if args.out == RESULTS else args.out
     if args.job:
         ours(args.job)
         return

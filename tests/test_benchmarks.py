@@ -61,6 +61,7 @@ def test_ppo_says_what_it_missed():
     for factor in (1, 10):
         scaled = {"small": {k: row(v[0]["iterations"][0]["seconds"] * factor, v[0]["peak_mb"]) for k, v in slow.items()}}
         assert ppo.report(scaled)[1] == []
+    assert ppo.report({"small": slow | {"fp32, compiled": row(90.0, 2000)}})[1] == []  # what was tried has no goal
     text, missed = ppo.report({"small": slow | {"fp32": row(41.0, 600, 0.5)}})
     assert "1.46 (>= 1.5)" in text
     assert [m.split(": ", 1)[1] for m in missed] == ["seconds 1.46 x, goal 1.5 x", "peak_mb 1.67 x, goal 1.7 x",
@@ -106,8 +107,8 @@ def test_raw_results_are_of_these_workloads():
 
 
 def test_options_of_train_ppo_that_benchmarks_use_exist():
-    options = {option.lstrip("-").replace("-", "_") for variant in [*ppo.OURS.values(), *ppo.TRIED.values()]
-               for option in variant if option[0] == "-"}  # fmt: skip
+    variants = (ppo.OURS | ppo.TRIED).values()
+    options = {option.lstrip("-").replace("-", "_") for variant in variants for option in variant if option[0] == "-"}
     assert options <= {f for f in train_ppo.Config.__dataclass_fields__}
 
 
