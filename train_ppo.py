@@ -29,11 +29,13 @@ import torch
 from tqdm import tqdm
 
 from kernels import gae
-from minirlhf import UserError, checkpoint, data, estimate, ppo, rewards, training
+from minirlhf import UserError, checkpoint, data, optim, ppo, rewards, run
 from minirlhf.masked import whiten
 from minirlhf.model import ValueModel, critic_from, disable_dropout, run_blocks, store_blocks, train_last
 from minirlhf.rollout import Rollout, generate, read, read_before, response_logprobs, response_values
+from minirlhf.support import cli, hardware
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.tools import estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Config:
     def __post_init__(self):
         if self.fused_head == "on" and not self.stop:
             raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
-        training.check_positive(
+        cli.check_positive(
             self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens", "response_tokens", "temperature",
             "lr", "value_lr", "save_every", "save_samples", "train_layers", "tokens_per_microbatch",
         )  # fmt: skip
@@ -198,21 +200,21 @@ def sample_rows(prompts: list[str], responses: list[str], said: dict[str, torch.
 
 
 def main() -> None:
-    config = training.parse_config(PRESETS, __doc__)
+    config = cli.parse_config(PRESETS, __doc__)
     out = config.out
-    todo = "start" if config.dry_run else training.claim(out, config, config.resume, config.overwrite)
+    todo = "start" if config.dry_run else run.claim(out, config, config.resume, config.overwrite)
     if todo == "skip":
         print(f"{out} is complete: nothing to do (--overwrite to run it again)")
         return
 
     # Setup: the policy and its frozen reference, the reward model and a value model started from it.
     sft_dir = checkpoint.resolve(config.init or out.parent / "sft", "run train_sft.py first, or name one with --init")
-    machine = training.setup_machine(config.seed)
-    precision = training.pick_precision(config.precision)
+    machine = hardware.setup_machine(config.seed)
+    precision = hardware.pick_precision(config.precision)
     sft_config, tokenizer = checkpoint.load_config(sft_dir), Tokenizer.load(sft_dir)
     checkpoint.check_tokenizer(sft_config, tokenizer)
     eos, pad = tokenizer.eot, tokenizer.pad
-    local_batch, local_minibatch = (training.exact_div(n, machine.world, f"--{name} over {machine.world} processes")
+    local_batch, local_minibatch = (optim.exact_div(n, machine.world, f"--{name} over {machine.world} processes")
                                     for name, n in (("batch", config.batch), ("minibatch", config.minibatch)))  # fmt: skip
     microbatch = config.microbatch or local_minibatch
     policy, ref = (checkpoint.load_gpt(sft_dir) for _ in range(2))
@@ -240,9 +242,9 @@ def main() -> None:
     for model in (policy, value_model, *frozen):
         disable_dropout(model.to(machine.device))  # [D5]
         if config.train_layers is not None:
-            train_last(model, 0 if model in frozen else config.train_layers, training.frozen_dtype(precision))
+            train_last(model, 0 if model in frozen else config.train_layers, hardware.frozen_dtype(precision))
     for model in frozen:
-        store_blocks(model.requires_grad_(False), training.frozen_dtype(precision))
+        store_blocks(model.requires_grad_(False), hardware.frozen_dtype(precision))
     models = {"policy": policy, "critic": value_model, "reference": ref, "reward model": reward_model}
     models |= {"judge": judge} if judge else {}
     run_blocks(models.values(), config.gradient_checkpointing, config.compile)
@@ -260,10 +262,10 @@ def main() -> None:
             )
     forbidden = None if config.stop else eos
     at_once = min(microbatch * config.response_tokens, config.tokens_per_microbatch or 10**9)
-    fused = config.stop and training.fuse_head(config.fused_head, at_once, tokenizer.vocab_size)
-    policy_optimizer = training.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
+    fused = config.stop and optim.fuse_head(config.fused_head, at_once, tokenizer.vocab_size)
+    policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_parts = [value_model.fc, value_model.out] if config.shared_trunk else [value_model]
-    value_optimizer = training.adamw(value_parts, config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
+    value_optimizer = optim.adamw(value_parts, config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
     optimizers = {"policy": policy_optimizer, "critic": value_optimizer}
     # Two models take turns in a step: activations and gradients of one are gone before those of the other are made.
     turns = [("policy", "critic")] if config.shared_trunk else [("policy",), ("critic",)]
@@ -284,7 +286,7 @@ def main() -> None:
         checkpoint.unpack_optimizer(policy_optimizer, tensors, state["policy_optimizer"], "policy_optimizer.")
         checkpoint.unpack_optimizer(value_optimizer, tensors, state["value_optimizer"], "value_optimizer.")
         kl_coef, first, seconds = state["kl_coef"], state["iteration"], state["seconds"]
-    log = training.MetricLogger(out, machine, config.tensorboard, keep_until=first)
+    log = run.MetricLogger(out, machine, config.tensorboard, keep_until=first)
 
     def save(iteration: int, complete: bool) -> None:
         policy_tensors, policy_state = checkpoint.pack_optimizer(policy_optimizer, "policy_optimizer.")
@@ -294,7 +296,7 @@ def main() -> None:
         if machine.rank == 0:
             checkpoint.save(
                 out, iteration, policy.state_dict(),
-                training.describe("ppo", policy.config, config, iteration, complete, tokenizer,
+                run.describe("ppo", policy.config, config, iteration, complete, tokenizer,
                                   reward_model=str(reward_dir), results={"seconds": seconds}),
                 tokenizer,
                 {"tensors": value_weights | policy_tensors | value_tensors,
@@ -305,15 +307,15 @@ def main() -> None:
     if machine.rank == 0:
         print(f"{len(prompts)} prompts; {config.iterations} iterations of {config.batch} responses; {precision} on "
               f"{machine.device}")  # fmt: skip
-    limit = estimate.gemm_rate(rows_at_once * longest, policy.config.n_embd, training.frozen_dtype(precision), machine.device)
+    limit = estimate.gemm_rate(rows_at_once * longest, policy.config.n_embd, hardware.frozen_dtype(precision), machine.device)
     bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, disable=machine.rank > 0)
-    with training.Interrupt() as interrupt, training.tracer(out, config.profile and machine.rank == 0) as tracer:
+    with run.Interrupt() as interrupt, run.tracer(out, config.profile and machine.rank == 0) as tracer:
         for iteration in bar:
             start, times = time.perf_counter(), {}
-            training.seed_everything(config.seed, iteration, machine.rank)  # [D21]
+            hardware.seed_everything(config.seed, iteration, machine.rank)  # [D21]
 
             # 1. Rollout: a batch of prompts, continued by the policy.
-            with training.stopwatch(times, "time/rollout"), machine.autocast(precision):
+            with run.stopwatch(times, "time/rollout"), machine.autocast(precision):
                 order = data.cursor(len(prompts), config.batch, config.seed, iteration)
                 picks = order[machine.rank * local_batch : (machine.rank + 1) * local_batch]
                 queries, query_mask = data.collate([prompts[i] for i in picks], pad, side="left")
@@ -325,11 +327,11 @@ def main() -> None:
                 )  # responses, response_mask [B, R]
                 tokens, mask = torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1)
                 lengths = mask.sum(1).cpu()
-                in_microbatches = partial(training.split_rows, lengths, microbatch, config.tokens_per_microbatch)
+                in_microbatches = partial(optim.split_rows, lengths, microbatch, config.tokens_per_microbatch)
 
             # 2. Score: each model reads what was written.  Forwards are those of the update: same shapes, same
             #    function, same precision, so the first ratio is 1 [D4] [D18].
-            with training.stopwatch(times, "time/score"), machine.autocast(precision), torch.no_grad():
+            with run.stopwatch(times, "time/score"), machine.autocast(precision), torch.no_grad():
                 logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
                 for rows in in_microbatches(torch.arange(local_batch)):
                     t, m = tokens[rows], mask[rows]
@@ -363,15 +365,15 @@ def main() -> None:
 
             # 5. Update: epochs of minibatches.
             factor = ppo.linear_decay(iteration, config.iterations)  # [D16]
-            training.set_lr(policy_optimizer, config.lr * factor)
-            training.set_lr(value_optimizer, config.value_lr * factor)
+            optim.set_lr(policy_optimizer, config.lr * factor)
+            optim.set_lr(value_optimizer, config.value_lr * factor)
             history: list[dict[str, float]] = []
-            with training.stopwatch(times, "time/update"):
+            with run.stopwatch(times, "time/update"):
                 steps = (p for _ in range(config.epochs) for p in torch.randperm(local_batch).split(local_minibatch))
                 for minibatch in steps:
                     count = response_mask[minibatch].sum().float()
                     machine.sum_([count])  # real tokens of the whole minibatch, over ranks [D17]
-                    totals = training.Sums()
+                    totals = optim.Sums()
                     for parts in turns:
                         for rows in in_microbatches(minibatch):
                             r, loss = rollout[rows], torch.zeros((), device=machine.device)
@@ -407,7 +409,7 @@ def main() -> None:
                             if stop:
                                 optimizers[part].zero_grad(set_to_none=True)
                             else:
-                                training.take_step(machine, optimizers[part], config.max_grad_norm)
+                                optim.take_step(machine, optimizers[part], config.max_grad_norm)
                     history.append(step_stats)
                     if stop:
                         break
@@ -417,7 +419,7 @@ def main() -> None:
             kl = k1.sum(1)  # [B] nats a sequence; padding holds 0
             metrics = {name: float(np.mean([h[name] for h in history])) for name in history[0]}
             ratios = [h["val/ratio"] for h in history]
-            sums = training.Sums()
+            sums = optim.Sums()
             share = lambda x: x.sum() / config.batch  # adds up over ranks to the mean over the rollout
             sums.add({
                 "objective/kl": share(kl),
@@ -469,4 +471,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    cli.run_script(main)

@@ -25,9 +25,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirlhf import UserError, baselines, checkpoint, data, preference, stats, training
+from minirlhf import UserError, checkpoint, data, optim, preference, run
+from minirlhf.measure import baselines, stats
 from minirlhf.model import RewardEnsemble, run_blocks, train_last
 from minirlhf.rollout import generate
+from minirlhf.support import cli, hardware
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -124,7 +126,7 @@ class Config:
     """torch.compile the blocks; worth it in long runs."""
 
     def __post_init__(self):
-        training.check_positive(
+        cli.check_positive(
             self, "members", "epochs", "batch", "lr", "train_layers", "prompt_tokens", "response_tokens", "temperature"
         )
         if not 0 <= self.lowercase <= 1:
@@ -182,7 +184,7 @@ def lowered(record: data.Response | data.Preference) -> data.Response | data.Pre
     return dataclasses.replace(record, **{name: getattr(record, name).lower() for name in names})
 
 
-def score(model, sequences: list[list[int]], pad: int, machine: training.Machine, precision: str) -> Tensor:
+def score(model, sequences: list[list[int]], pad: int, machine: hardware.Machine, precision: str) -> Tensor:
     """Scores [len(sequences)] on the CPU, in the given order."""
     scores = torch.empty(len(sequences))
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -248,7 +250,7 @@ def print_report(found: dict) -> None:
 
 
 def reference_samples(
-    config: Config, reference: Path, own: Tokenizer, tokenizer: Tokenizer, prompts: list[list[int]], machine: training.Machine
+    config: Config, reference: Path, own: Tokenizer, tokenizer: Tokenizer, prompts: list[list[int]], machine: hardware.Machine
 ) -> list[list[int]]:
     """Continuations by the reference policy, as train_ppo.py will see them: prompts in its `own` tokens, prompt and response
     returned in those of `tokenizer`."""
@@ -264,9 +266,9 @@ def reference_samples(
 
 
 def main() -> None:
-    config = training.parse_config(PRESETS, __doc__)
+    config = cli.parse_config(PRESETS, __doc__)
     out = config.out
-    todo = training.claim(out, config, config.resume, config.overwrite)
+    todo = run.claim(out, config, config.resume, config.overwrite)
     if todo == "skip":
         print(f"{out} is complete: nothing to do (--overwrite to run it again)")
         return
@@ -276,8 +278,8 @@ def main() -> None:
         config.init or out.parent / "sft",
         "run train_sft.py first, or name one with --init, such as minirlhf.checkpoint import makes",
     )
-    machine = training.setup_machine(config.seed)
-    precision = training.pick_precision(config.precision)
+    machine = hardware.setup_machine(config.seed)
+    precision = hardware.pick_precision(config.precision)
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     if source.kind not in ("rated", "preference"):
         raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
@@ -315,15 +317,15 @@ def main() -> None:
     per_member = len(schedule) // config.members
     model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
     for k, member in enumerate(model.members):
-        training.seed_everything(config.seed + k)  # members differ in head and in data order
+        hardware.seed_everything(config.seed + k)  # members differ in head and in data order
         member.reset_head()
         member.backbone.load_state_dict(backbone.state_dict())
         if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
             member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
     model.to(machine.device).train()
-    train_last(model, config.train_layers, training.frozen_dtype(precision))
+    train_last(model, config.train_layers, hardware.frozen_dtype(precision))
     run_blocks([model], config.gradient_checkpointing, config.compile)
-    new_optimizer = lambda k: training.adamw(
+    new_optimizer = lambda k: optim.adamw(
         [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr
     )
 
@@ -346,7 +348,7 @@ def main() -> None:
         if longest > shape.context:
             raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the "
                             f"context of {shape.context}: lower --response-tokens or --prompt-tokens")  # fmt: skip
-    log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
+    log = run.MetricLogger(out, machine, config.tensorboard, keep_until=step)
     if machine.rank == 0:
         print(source.describe())
         print(f"{len(train_records)} items to learn from (part {config.part}), {loss_kind} loss; {len(schedule)} steps; "
@@ -359,7 +361,7 @@ def main() -> None:
     def save(complete: bool, **more) -> None:
         tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
         if machine.rank == 0:
-            about = training.describe("rm", shape, config, step, complete, tokenizer,
+            about = run.describe("rm", shape, config, step, complete, tokenizer,
                                       head={"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"},
                                       data={"name": source.name, "sha256": source.sha256}, **more)  # fmt: skip
             checkpoint.save(out, step, model.state_dict(), about, tokenizer,
@@ -376,19 +378,19 @@ def main() -> None:
 
     # The loop: one optimiser step an iteration; validation four times a member.
     bar = tqdm(schedule[step:], initial=step, total=len(schedule), disable=machine.rank > 0)
-    with training.Interrupt() as interrupt:
+    with run.Interrupt() as interrupt:
         for k, batch in bar:
             start = time.perf_counter()
-            training.seed_everything(config.seed, step, 0)  # [D21]
+            hardware.seed_everything(config.seed, step, 0)  # [D21]
             # Drawn before the seeds of the ranks part: how a text is read does not depend on who reads it.
             low = (torch.rand(len(batch)) < config.lowercase).tolist()
             if machine.rank:
-                training.seed_everything(config.seed, step, machine.rank)  # dropout
+                hardware.seed_everything(config.seed, step, machine.rank)  # dropout
             if step == k * per_member and step:
                 optimizer = new_optimizer(k)
             at = step - k * per_member
             factor = min(1.0, (at + 1) / max(1, config.warmup)) * (1 - at / per_member)
-            training.set_lr(optimizer, config.lr * factor)
+            optim.set_lr(optimizer, config.lr * factor)
 
             # 1. Loss.  A rank's mean is weighted by its share of the batch, so that ranks add up to the mean [D17].
             mine = batch[machine.rank :: machine.world]
@@ -415,9 +417,9 @@ def main() -> None:
                     loss.backward()
 
             # 2. Step.
-            norm = training.take_step(machine, optimizer, config.max_grad_norm)
+            norm = optim.take_step(machine, optimizer, config.max_grad_norm)
             step += 1
-            training.trim_freed_memory(step)
+            hardware.trim_freed_memory(step)
             total = loss.detach().clone()
             machine.sum_([total])
             metrics = {
@@ -448,7 +450,7 @@ def main() -> None:
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
         found = report(config, source, held_out("test"), records) | ({"raters": raters} if raters else {})
-        training.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
+        hardware.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
         if mode != "none":
             samples = reference_samples(config, reference, reference_tokenizer, tokenizer, prompts, machine)
             for member in model.members:
@@ -464,4 +466,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    cli.run_script(main)

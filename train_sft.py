@@ -24,9 +24,10 @@ import torch
 from tqdm import tqdm
 
 from kernels import linear_token_logprobs, token_logprobs
-from minirlhf import UserError, checkpoint, data, training
+from minirlhf import UserError, checkpoint, data, optim, run
 from minirlhf.model import GPT, GPTConfig, run_blocks, train_last
 from minirlhf.rollout import generate
+from minirlhf.support import cli, hardware
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -111,7 +112,7 @@ class Config:
     """Texts printed at the end."""
 
     def __post_init__(self):
-        training.check_positive(self, "epochs", "batch", "microbatch", "lr", "train_layers", "vocab", "context", "n_layer",
+        cli.check_positive(self, "epochs", "batch", "microbatch", "lr", "train_layers", "vocab", "context", "n_layer",
                                 "n_head", "n_embd", "patience")  # fmt: skip
         if self.microbatch is not None and self.batch % self.microbatch:
             raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
@@ -137,7 +138,7 @@ def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, dev
     tokens, mask, trained = tokens.to(device), mask.to(device), trained.to(device)[:, 1:]
     hidden = model(tokens[:, :-1], mask[:, 1:])[trained]  # [N, C]; what has no next token predicts nothing
     targets = tokens[:, 1:][trained]
-    if training.fuse_head(fused_head, len(hidden), model.config.vocab_size):
+    if optim.fuse_head(fused_head, len(hidden), model.config.vocab_size):
         logprobs, _ = linear_token_logprobs(hidden, model.head_weight, targets)
     else:
         logprobs, _ = token_logprobs(model.logits(hidden), targets)
@@ -151,23 +152,23 @@ def bits_per_byte(model: GPT, rows, n_bytes: int, pad: int, machine, config: Con
     total = 0.0
     rows = sorted(rows, key=lambda row: len(row[0]))
     for i in range(0, len(rows), 64):
-        with machine.autocast(training.pick_precision(config.precision)):
+        with machine.autocast(hardware.pick_precision(config.precision)):
             total += loss_sum(model, rows[i : i + 64], pad, machine.device, config.fused_head).item()
     model.train()
     return total / math.log(2) / n_bytes
 
 
 def main() -> None:
-    config = training.parse_config(PRESETS, __doc__)
+    config = cli.parse_config(PRESETS, __doc__)
     out = config.out
-    todo = training.claim(out, config, config.resume, config.overwrite)
+    todo = run.claim(out, config, config.resume, config.overwrite)
     if todo == "skip":
         print(f"{out} is complete: nothing to do (--overwrite to run it again)")
         return
 
     # Setup: data, tokenizer, model, optimiser.
-    machine = training.setup_machine(config.seed)
-    precision = training.pick_precision(config.precision)
+    machine = hardware.setup_machine(config.seed)
+    precision = hardware.pick_precision(config.precision)
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     home = source.genres_among([config.genre])
     texts = {"train": source.select("train", source.genres_among(config.genres)).records}
@@ -190,13 +191,13 @@ def main() -> None:
             GPTConfig(tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
         )
     model.to(machine.device)
-    train_last(model, config.train_layers, training.frozen_dtype(precision))
+    train_last(model, config.train_layers, hardware.frozen_dtype(precision))
     run_blocks([model], config.gradient_checkpointing, config.compile)
     rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
     # Bytes of what is trained, not of the whole text: --context may have cut it.
     learnt = [[t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot] for ids, mask in rows["val"]]
     n_bytes = sum(len(tokenizer.encoding.decode_bytes(ids)) for ids in learnt)
-    optimizer = training.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
+    optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     schedule = []  # (epoch, rows of the batch, is it the epoch's last)
     for epoch in range(config.epochs):
         pool = rows["final" if epoch >= config.epochs - config.final_epochs else "train"]
@@ -213,7 +214,7 @@ def main() -> None:
         step, best, best_step, best_epoch, seconds = (state[k] for k in ("step", "best", "best_step", "best_epoch", "seconds"))
         if best_step == step:  # killed after the save and before the link was moved
             checkpoint.point(out, "best", step)
-    log = training.MetricLogger(out, machine, config.tensorboard, keep_until=step)
+    log = run.MetricLogger(out, machine, config.tensorboard, keep_until=step)
     if machine.rank == 0:
         print(source.describe())
         n_tokens = sum(len(ids) for _, batch, _ in schedule for ids, _ in batch)
@@ -225,7 +226,7 @@ def main() -> None:
         if machine.rank == 0:
             checkpoint.save(
                 out, step, model.state_dict(),
-                training.describe("sft", model.config, config, step, complete, tokenizer,
+                run.describe("sft", model.config, config, step, complete, tokenizer,
                                   data={"name": source.name, "sha256": source.sha256}, **results),
                 tokenizer,
                 {"tensors": tensors, "state": {"optimizer": state, "step": step, "best": best, "best_step": best_step,
@@ -235,14 +236,14 @@ def main() -> None:
     # The loop: one optimiser step an iteration; validation at the end of each epoch.
     bar = tqdm(schedule[step:], initial=step, total=total, disable=machine.rank > 0)
     model.train()
-    with training.Interrupt() as interrupt:
+    with run.Interrupt() as interrupt:
         for epoch, batch, last_of_epoch in bar:
             if epoch - best_epoch > config.patience:  # asked here, so that a resumed run stops as well
                 break
             start = time.perf_counter()
-            training.seed_everything(config.seed, step, machine.rank)  # dropout [D21]
-            factor = training.warmup_cosine(step, total, config.warmup)
-            training.set_lr(optimizer, config.lr * factor)
+            hardware.seed_everything(config.seed, step, machine.rank)  # dropout [D21]
+            factor = optim.warmup_cosine(step, total, config.warmup)
+            optim.set_lr(optimizer, config.lr * factor)
 
             # 1. Gradients: the mean over the trained tokens of the whole batch, over microbatches and ranks [D17].
             mine = batch[machine.rank :: machine.world]
@@ -256,9 +257,9 @@ def main() -> None:
                 loss += nll.detach() / count
 
             # 2. Step.
-            norm = training.take_step(machine, optimizer, config.max_grad_norm)
+            norm = optim.take_step(machine, optimizer, config.max_grad_norm)
             step += 1
-            training.trim_freed_memory(step)
+            hardware.trim_freed_memory(step)
             machine.sum_([loss])
             metrics = {"train/loss": loss.item(), "train/grad_norm": norm.item(), "lr": config.lr * factor, "epoch": epoch + 1,
                        "train/tokens": count}  # fmt: skip
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    cli.run_script(main)

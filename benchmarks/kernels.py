@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import gae, linear_token_logprobs, token_kl, token_logprobs
-from kernels.audit import Case, nbytes
+from kernels.tools.audit import Case, nbytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

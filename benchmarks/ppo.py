@@ -74,7 +74,7 @@ def prepare(work: dict, folder: Path) -> None:
 
     import train_rm
     import train_sft
-    from minirlhf import checkpoint, training
+    from minirlhf import checkpoint, run
     from minirlhf.model import GPT, GPTConfig, RewardEnsemble
     from minirlhf.tokenizer import BYTES, Tokenizer
 
@@ -91,7 +91,7 @@ def prepare(work: dict, folder: Path) -> None:
         ("sft", policy, train_sft.Config(), {}),
         ("rm", reward, train_rm.Config(), {"head": head}),
     ):
-        about = training.describe(stage, shape, config, 0, True, tokenizer, **more)
+        about = run.describe(stage, shape, config, 0, True, tokenizer, **more)
         checkpoint.save(folder / stage, 0, model.state_dict(), about, tokenizer)
     rng = np.random.default_rng(0)
     ascii_letters = [p.decode() for p in letters if p.isascii()]
@@ -105,7 +105,7 @@ def ours(job: dict) -> None:
     import torch
 
     import train_ppo
-    from minirlhf import training
+    from minirlhf.support import cli
 
     work, folder = job["work"], Path(job["folder"])
     torch.set_num_threads(job["threads"])
@@ -115,7 +115,7 @@ def ours(job: dict) -> None:
                "value-lr": 1e-5, "save-every": 10**6, "missing-eos": "none"}  # fmt: skip
     sys.argv = ["train_ppo.py", *(str(x) for name, value in options.items() for x in (f"--{name}", value)), *job["options"]]
     cpu = time.process_time()
-    training.run_script(train_ppo.main)
+    cli.run_script(train_ppo.main)
     cpu = time.process_time() - cpu
     lines = [json.loads(line) for line in (Path(job["out"]) / "metrics.jsonl").read_text().splitlines()]
     ends = [0.0] + [line["time/seconds"] for line in lines]

@@ -8,7 +8,9 @@ import torch
 
 import train_rm
 from kernels import token_logprobs
-from minirlhf import checkpoint, data, stats, training
+from minirlhf import checkpoint, data
+from minirlhf.measure import stats
+from minirlhf.support import hardware
 from minirlhf.tokenizer import Tokenizer
 
 BATCH = 64
@@ -27,7 +29,7 @@ class Judge:
     """A reward model, read for its opinion."""
 
     def __init__(self, folder: Path):
-        self.machine, self.precision = training.setup_machine(0), training.pick_precision("auto")
+        self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
         self.model, self.tokenizer = checkpoint.load_reward(checkpoint.resolve(folder))
         self.model.to(self.machine.device).eval()
         self.context = self.model.members[0].backbone.config.context
@@ -42,7 +44,7 @@ class Fluency:
     """A language model, read for how much the responses surprise it."""
 
     def __init__(self, folder: Path):
-        self.machine, self.precision = training.setup_machine(0), training.pick_precision("auto")
+        self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
         folder = checkpoint.resolve(folder)
         self.model, self.tokenizer = checkpoint.load_gpt(folder).to(self.machine.device).eval(), Tokenizer.load(folder)
 

@@ -47,13 +47,13 @@ def ours(job: dict) -> None:
     """In a process of its own; prints what was measured."""
     import torch
 
-    from minirlhf import training
     from minirlhf.model import GPT, GPTConfig
     from minirlhf.rollout import generate
+    from minirlhf.support import hardware
 
     work = job["work"]
     torch.set_num_threads(job["threads"])
-    machine = training.setup_machine(seed=0)
+    machine = hardware.setup_machine(seed=0)
     model = GPT(GPTConfig(work["vocab"], 1024, work["n_layer"], work["n_head"], work["n_embd"])).eval()
     eos, pad = work["vocab"] - 1, work["vocab"] - 2
     prompts = torch.randint(pad, (work["batch"], work["prompt"]))
@@ -66,7 +66,7 @@ def ours(job: dict) -> None:
             )
         seconds.append(time.perf_counter() - start)
         assert responses.shape == (work["batch"], work["response"]) and mask.all() and not (responses == eos).any()
-    print(json.dumps({"seconds": seconds[1:], "tokens": responses.numel(), "versions": training.versions()}))
+    print(json.dumps({"seconds": seconds[1:], "tokens": responses.numel(), "versions": hardware.versions()}))
 
 
 def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:

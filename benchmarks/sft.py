@@ -83,14 +83,15 @@ def ours(job: dict) -> None:
     import torch
 
     import train_sft
-    from minirlhf import checkpoint, training
+    from minirlhf import checkpoint, run
+    from minirlhf.support import cli, hardware
     from minirlhf.tokenizer import Tokenizer
 
     folder, out = Path(job["folder"]), Path(job["out"])
     torch.set_num_threads(job["threads"])
     stamps, tokens = [], set()
 
-    class Logger(training.MetricLogger):
+    class Logger(run.MetricLogger):
         """Says when a step is over: the clock of metrics.jsonl stops while it is written and the progress bar drawn."""
 
         def log(self, step: int, metrics: dict) -> None:
@@ -98,13 +99,13 @@ def ours(job: dict) -> None:
             stamps.append(time.perf_counter())
             tokens.add(metrics["train/tokens"])
 
-    training.MetricLogger = Logger
+    run.MetricLogger = Logger
     options = {"data": folder / "rows.jsonl", "tokenizer": folder / "tokenizer", "out": out, "context": WIDTH + 2, "n-layer": 4,
                "n-head": 4, "n-embd": 128, "dropout": 0, "epochs": 1, "final-epochs": 1, "batch": BATCH, "lr": 1e-3,
                "warmup": 100, "weight-decay": 0.1, "seed": job["seed"], "precision": job["precision"]}  # fmt: skip
     sys.argv = ["train_sft.py", *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
                 "--betas", "0.9", "0.99"]  # fmt: skip
-    training.run_script(train_sft.main)
+    cli.run_script(train_sft.main)
     assert len(stamps) == job["steps"] and tokens == {BATCH * (WIDTH + 1)}, (len(stamps), tokens)
 
     model, tokenizer = checkpoint.load_gpt(out).eval(), Tokenizer.load(out)
@@ -115,7 +116,7 @@ def ours(job: dict) -> None:
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 2:].flatten()).item()
     seconds = [end - start for start, end in zip(stamps, stamps[1:-1], strict=False)]  # the last step validates
     print(json.dumps({"seconds": seconds, "steps": len(stamps), "tokens": int(tokens.pop()), "loss": loss,
-                      "parameters": sum(p.numel() for p in model.parameters()), "versions": training.versions()}))  # fmt: skip
+                      "parameters": sum(p.numel() for p in model.parameters()), "versions": hardware.versions()}))  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> dict[str, list[dict]]:

@@ -4,7 +4,7 @@ step-000120/   model.safetensors, config.json, tokenizer.*, metrics.jsonl so far
 latest, best   relative symlinks to whole step folders, so that OUT can be moved; `latest` is flipped last
 config.json …  links through `latest`: OUT itself reads as a checkpoint folder
 
-    python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint: see minirlhf.convert
+    python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint: see minirlhf.interop.convert
     python -m minirlhf.checkpoint export CKPT OUT    a checkpoint becomes a folder that transformers loads"""
 
 import argparse
@@ -195,7 +195,7 @@ def main() -> None:
     exporting.add_argument("out", type=Path)
     exporting.add_argument("--backbone", action="store_true", help="of a reward model: the model under its head")
     args = parser.parse_args()
-    from minirlhf import convert
+    from minirlhf.interop import convert
 
     if args.command == "import":
         print(f"{args.out}: {convert.import_model(args.source, args.out)}")
@@ -204,6 +204,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from minirlhf.training import run_script
+    from minirlhf.support.cli import run_script
 
     run_script(main)

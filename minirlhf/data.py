@@ -469,6 +469,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from minirlhf.training import run_script
+    from minirlhf.support.cli import run_script
 
     run_script(main)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf import UserError
-from minirlhf.stats import GAP_SLACK, finite, pair_accuracy, pearson
+from minirlhf.measure.stats import GAP_SLACK, finite, pair_accuracy, pearson
 
 Ratings = Sequence[Sequence[float]]  # each item's individual scores, in any order, missing ones left out
 MAX_LEVELS = 256  # different scores on one scale; a slider of 0..100 has 101

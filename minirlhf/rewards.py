@@ -9,7 +9,7 @@ from collections.abc import Callable
 from itertools import chain, pairwise
 
 from minirlhf import UserError
-from minirlhf.stats import distinct_n
+from minirlhf.measure.stats import distinct_n
 
 Reward = Callable[[list[str], list[str]], list[float]]
 BLOCKED_WORDS = {"bastard", "bitch", "damn", "fuck", "fucking", "idiot", "moron", "shit"}  # lower case

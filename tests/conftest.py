@@ -13,6 +13,7 @@ import pytest
 # busy cores make a test a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
+FRONTS = {f"minirlhf.{name}": f"minirlhf.tools.{name}" for name in ("chat", "evaluate", "report", "estimate")}
 sys.path.insert(0, str(ROOT))  # the stage scripts belong to no package
 
 
@@ -21,23 +22,24 @@ def run():
     """run(script, *argv) -> exit code: what `python script.py argv` would do, told apart from a crash, which raises.
 
     `stop_at` sends Ctrl-C when that step has been logged."""
-    from minirlhf import training
+    from minirlhf import run
+    from minirlhf.support import cli
 
     def call(script: str, *argv, stop_at: int | None = None) -> int:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script, *map(str, argv)])
             patch.setattr(os, "fsync", lambda descriptor: None)  # nobody will cut the power
             if stop_at is not None:
-                log = training.MetricLogger.log
+                log = run.MetricLogger.log
 
                 def log_and_stop(self, step, metrics):
                     log(self, step, metrics)
                     if step == stop_at:
                         signal.raise_signal(signal.SIGINT)
 
-                patch.setattr(training.MetricLogger, "log", log_and_stop)
+                patch.setattr(run.MetricLogger, "log", log_and_stop)
             try:
-                training.run_script(importlib.import_module(script).main)
+                cli.run_script(importlib.import_module(FRONTS.get(script, script)).main)
             except SystemExit as stop:
                 return stop.code or 0
         return 0

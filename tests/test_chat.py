@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from minirlhf import UserError, chat, checkpoint, data
+from minirlhf import UserError, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rollout import response_logprobs
 from minirlhf.tokenizer import BYTES, Tokenizer
+from minirlhf.tools import chat
 
 CHATML = """{%- for m in messages %}
 {{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}

@@ -14,8 +14,8 @@ import torch
 
 from minirlhf import UserError, checkpoint
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
+from minirlhf.support.hardware import seed_everything
 from minirlhf.tokenizer import Tokenizer
-from minirlhf.training import seed_everything
 
 OLD, NEW = Tokenizer({bytes([b]): b for b in range(256)}), Tokenizer.train(["abc abd"], 260)
 

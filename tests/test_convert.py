@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minirlhf import UserError, checkpoint, convert, convert_tokenizer, training
-from minirlhf.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN
+from minirlhf import UserError, checkpoint
+from minirlhf import run as stage_run
+from minirlhf.interop import convert, convert_tokenizer
+from minirlhf.interop.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
 
@@ -41,7 +43,7 @@ def save(out, tokenizer, stage="sft", wrap=None, **shape):
         for p in model.parameters():
             p.normal_()
     head = {"head": {"pooling": "last", "members": 1, "mlp": True}} if wrap else {}
-    about = training.describe(stage, config, convert.Import("random"), 3, True, tokenizer, **head)
+    about = stage_run.describe(stage, config, convert.Import("random"), 3, True, tokenizer, **head)
     checkpoint.save(out, 3, model.state_dict(), about, tokenizer)
     return model
 

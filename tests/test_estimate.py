@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from minirlhf import estimate, training
+from minirlhf import optim
 from minirlhf.model import GPT, GPTConfig, ValueModel, train_last
 from minirlhf.rollout import read_before, response_logprobs, response_values
+from minirlhf.support import hardware
+from minirlhf.tools import estimate
 
 GPT2 = GPTConfig(vocab_size=50, context=64, n_layer=3, n_head=4, n_embd=32)
 LLAMA = GPTConfig(50, 64, 3, 4, 32, n_kv_head=2, n_inner=40, norm="rms", positions="rotary", mlp="swiglu", bias=False)
@@ -52,7 +54,7 @@ def test_gradient_checkpointing_keeps_little_and_changes_no_gradient(shape):
     for model.recompute in (False, True):
         known = [*model.parameters()]
         kept.append(estimate.saved_bytes(lambda: model(tokens, mask), known))
-        training.seed_everything(3)
+        hardware.seed_everything(3)
         model(tokens, mask).square().mean().backward()
         gradients.append([p.grad.clone() for p in known if p.grad is not None])
         model.zero_grad()
@@ -110,7 +112,7 @@ def test_sizes_are_readable(n, said):
 def test_rows_are_split_by_number_and_by_tokens(lengths, rows, tokens):
     lengths = torch.tensor(lengths)
     picks = torch.randperm(len(lengths))
-    groups = training.split_rows(lengths, rows, tokens, picks)
+    groups = optim.split_rows(lengths, rows, tokens, picks)
     assert torch.equal(torch.cat(groups), picks)
     for group, following in zip(groups, [*groups[1:], None], strict=True):
         n = int(lengths[group].sum())

@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
-from minirlhf import checkpoint, data, evaluate, ppo, stats, training
+from minirlhf import checkpoint, data, ppo
+from minirlhf.measure import stats
+from minirlhf.support import hardware
 from minirlhf.tokenizer import Tokenizer
+from minirlhf.tools import evaluate
 
 EOS, PAD = 8, 9
 
@@ -107,7 +110,7 @@ def writer(smoke):
 
 def test_a_writer_is_a_function_of_its_seed(writer):
     gpt, prompts, setting, tokenizer = writer
-    machine = training.Machine(torch.device("cpu"))
+    machine = hardware.Machine(torch.device("cpu"))
     first, again, other = (evaluate.write(gpt, prompts[:10], setting, tokenizer, machine, seed) for seed in (1, 1, 2))
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.mask, again.mask)
     assert not torch.equal(first.responses, other.responses)
@@ -118,7 +121,7 @@ def test_a_writer_is_a_function_of_its_seed(writer):
 
 def test_D1_kl_of_a_policy_to_itself_is_zero(smoke, writer):
     gpt, prompts, setting, tokenizer = writer
-    written = evaluate.write(gpt, prompts[:70], setting, tokenizer, training.Machine(torch.device("cpu")), 1)
+    written = evaluate.write(gpt, prompts[:70], setting, tokenizer, hardware.Machine(torch.device("cpu")), 1)
     kl, entropy, surprise = evaluate.under_both(written, gpt, gpt, setting, tokenizer.eot)
     assert torch.equal(kl, torch.zeros_like(kl)) and kl.shape == entropy.shape == (len(written.responses),)
     assert (entropy > 0).all() and (entropy <= math.log(tokenizer.vocab_size) * written.response_mask.sum(1)).all()

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf import UserError, preference, stats
+from minirlhf import UserError, preference
+from minirlhf.measure import stats
 
 few = settings(max_examples=40, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

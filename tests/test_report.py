@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import UserError, evaluate, preference, report, stats, training
+from minirlhf import UserError, preference
+from minirlhf.measure import stats
+from minirlhf.support import cli
+from minirlhf.tools import evaluate, report
 
 HOSTILE = "<script src=//x.y>alert(1)</script><img src=x onerror='a'>&\"\u202e</div>"
 PPO_KEYS = {"objective/kl", "objective/rm_scores", "objective/judge", "policy/entropy_avg", "val/response_length"}
@@ -142,7 +145,7 @@ def test_a_whole_run(tmp_path, run_report):
 
 
 def test_plotted_keys_are_those_that_ppo_logs():
-    script = Path(report.__file__).parents[1] / "train_ppo.py"
+    script = Path(report.__file__).parents[2] / "train_ppo.py"
     logged = set(re.findall(r'"([a-z]+/\w+)"', script.read_text(encoding="utf-8")))
     plotted = {about[0] for about in (*report.READERS.values(), *report.STRIPS.values())}
     assert plotted == PPO_KEYS and plotted <= logged
@@ -259,5 +262,5 @@ def test_what_is_missing_is_told(tmp_path, run_report, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob("*.png"))  # nothing written by any of them
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="2"):
-        training.run_script(report.main)
+        cli.run_script(report.main)
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "nowhere").exists()

@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from minirlhf import UserError, baselines, rewards
-from minirlhf.stats import pearson
+from minirlhf import UserError, rewards
+from minirlhf.measure import baselines
+from minirlhf.measure.stats import pearson
 
 
 def test_specs_give_name_function_and_weight():

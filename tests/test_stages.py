@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import baselines, checkpoint, data, model, rollout, stats
+from minirlhf import checkpoint, data, model, rollout
+from minirlhf.measure import baselines, stats
 from minirlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -421,10 +422,10 @@ def test_presets_parse_and_help_lists_every_option(run, capsys, script, preset):
 @pytest.mark.parametrize("script", MODULES)
 def test_no_options_mean_the_demo(script):
     module = MODULES[script]
-    assert module.training.parse_config(module.PRESETS, "", []) == module.PRESETS["demo"] == module.Config()
+    assert module.cli.parse_config(module.PRESETS, "", []) == module.PRESETS["demo"] == module.Config()
     smoke = module.PRESETS["smoke"]
-    assert module.training.parse_config(module.PRESETS, "", ["--preset=smoke"]) == smoke
-    changed = module.training.parse_config(module.PRESETS, "", ["--seed", "7", "--preset", "smoke"])
+    assert module.cli.parse_config(module.PRESETS, "", ["--preset=smoke"]) == smoke
+    changed = module.cli.parse_config(module.PRESETS, "", ["--seed", "7", "--preset", "smoke"])
     assert changed.seed == 7 and changed.data == "toy"
 
 
@@ -582,7 +583,7 @@ def test_overwriting_never_passes_the_old_run_off_as_the_new(run, monkeypatch, t
     with pytest.raises(Killed):
         run("train_sft", *SFT, "--out", tmp_path, "--overwrite")
     monkeypatch.undo()
-    assert train_sft.training.claim(tmp_path, train_sft.Config(), resume=True, overwrite=False) == "start"
+    assert train_sft.run.claim(tmp_path, train_sft.Config(), resume=True, overwrite=False) == "start"
 
 
 STAGES = {

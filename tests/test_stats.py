@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf import UserError, stats
+from minirlhf import UserError
+from minirlhf.measure import stats
 
 few = settings(max_examples=60, deadline=None)
 numbers = st.lists(st.integers(-20, 20).map(lambda i: i / 4), min_size=0, max_size=30)  # many ties

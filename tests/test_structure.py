@@ -17,8 +17,8 @@ SCRIPTS = ["train_sft", "train_rm", "train_ppo"]
 LIBRARY = sorted((ROOT / "minirlhf").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SOURCE = [*LIBRARY, *KERNELS, *(ROOT / f"{s}.py" for s in SCRIPTS), *sorted((ROOT / "benchmarks").rglob("*.py"))]
-PURE = ["masked", "ppo", "preference", "stats"]
-WITH_CONFIG = [*SCRIPTS, "minirlhf.evaluate"]
+PURE = ["masked", "ppo", "preference", "measure.stats"]
+WITH_CONFIG = [*SCRIPTS, "minirlhf.tools.evaluate"]
 
 
 def imports(file: Path) -> set[str]:
@@ -38,7 +38,7 @@ def roots(file: Path) -> set[str]:
 
 
 def test_imports_are_seen(tmp_path):
-    assert {"kernels", "kernels.gae", "minirlhf.ppo", "minirlhf.training"} <= imports(ROOT / "train_ppo.py")
+    assert {"kernels", "kernels.gae", "minirlhf.ppo", "minirlhf.run"} <= imports(ROOT / "train_ppo.py")
     assert "minirlhf.masked" in imports(ROOT / "minirlhf/ppo.py")  # a relative one
 
 
@@ -81,8 +81,9 @@ def test_equations_know_no_model_tokenizer_or_config(name):
     todo, seen = [name], set()
     while todo:
         seen.add(module := todo.pop())
-        names = imports(ROOT / "minirlhf" / f"{module}.py")
-        todo += {n.split(".")[1] for n in names if re.match(r"minirlhf\.[a-z]", n)} - seen
+        names = imports(ROOT / "minirlhf" / f"{module.replace('.', '/')}.py")
+        found = {n.removeprefix("minirlhf.") for n in names if re.match(r"minirlhf\.[a-z]", n)}
+        todo += {n for n in found if (ROOT / "minirlhf" / f"{n.replace('.', '/')}.py").exists()} - seen
     assert seen <= {*PURE}
 
 

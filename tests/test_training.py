@@ -20,12 +20,14 @@ from safetensors.torch import load_file
 
 import train_ppo
 import train_sft
-from minirlhf import UserError, checkpoint, training
+from minirlhf import UserError, checkpoint, optim
+from minirlhf import run as stage_run
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.support import cli, hardware
 from minirlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-ALONE = training.Machine(torch.device("cpu"))
+ALONE = hardware.Machine(torch.device("cpu"))
 # Steps too small to move anything: then each step's gradient is that of the same weights, however the batch was split.
 STILL = ["--preset", "smoke", "--precision", "fp32", "--lr", "1e-12", "--weight-decay", "0"]
 SFT = [*STILL, "--n-layer", "1", "--n-embd", "16", "--dropout", "0", "--epochs", "1", "--samples", "0"]
@@ -107,17 +109,18 @@ DRIVER = """
 import importlib, json, os, signal, sys
 from safetensors.torch import save_file
 from test_training import gradients
-from minirlhf import UserError, training
+from minirlhf import UserError, optim, run as stage_run
+from minirlhf.support import hardware, cli
 
 rank = os.environ["RANK"]
 runs, found, said = json.loads(sys.argv[1]), {}, {}
-log = training.MetricLogger.log
+log = stage_run.MetricLogger.log
 for name, script, argv in runs:
     def log_and_stop(self, step, metrics):
         log(self, step, metrics)
         if name == "stopped" and rank == "1" and step == 1:
             signal.raise_signal(signal.SIGINT)
-    training.MetricLogger.log = log_and_stop
+    stage_run.MetricLogger.log = log_and_stop
     sys.argv = [script, *argv]
     with gradients() as grads:
         try:
@@ -214,7 +217,7 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(two_ranks):
 @settings(max_examples=20, deadline=None)
 def test_D17_sums_add_up(parts, cut):
     """3.7, not 2.5: a mean over parts of unequal size is the sum of their sums over the sum of their sizes."""
-    sums = training.Sums()
+    sums = optim.Sums()
     for part in parts:
         sums.add({"a": torch.tensor(float(part), requires_grad=True), "b": torch.tensor(1, dtype=torch.bfloat16)})
     assert sums.over_ranks(ALONE) == {"a": float(sum(parts)), "b": float(len(parts))}
@@ -225,8 +228,8 @@ def test_D17_sums_add_up(parts, cut):
 
 def test_D16_adam_eps_of_ppo_reaches_the_optimiser(run, smoke, monkeypatch, tmp_path):
     assert train_ppo.Config().adam_eps == 1e-5 and {p.adam_eps for p in train_ppo.PRESETS.values()} == {1e-5}
-    made, adamw = [], training.adamw
-    monkeypatch.setattr(training, "adamw", lambda *args: made.append(adamw(*args)) or made[-1])
+    made, adamw = [], optim.adamw
+    monkeypatch.setattr(optim, "adamw", lambda *args: made.append(adamw(*args)) or made[-1])
     options = ["--init", smoke / "sft", "--reward-model", smoke / "rm", "--out", tmp_path]
     assert run("train_ppo", *PPO, *options, "--lr", 3e-4, "--value-lr", 2e-4) == 0
     assert len(made) == 2
@@ -240,7 +243,7 @@ def test_D16_where_torch_places_eps():
     p, g, lr, eps, beta2 = torch.nn.Parameter(torch.zeros(1, 1)), 1e-6, 1e-3, 1e-5, 0.999
     holder = torch.nn.Module()
     holder.p = p
-    optimizer = training.adamw([holder], lr, 0.0, (0.9, beta2), eps)
+    optimizer = optim.adamw([holder], lr, 0.0, (0.9, beta2), eps)
     p.grad = torch.full_like(p, g)
     optimizer.step()
     torch_step = -p.item()
@@ -252,7 +255,7 @@ def test_D16_where_torch_places_eps():
 def test_decay_is_on_matrices_only():
     model = GPT(GPTConfig(16, context=8, n_layer=1, n_head=1, n_embd=4))
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
-    optimizer = training.adamw([model, frozen], 0.1, 0.5, (0.9, 0.95), 1e-8)
+    optimizer = optim.adamw([model, frozen], 0.1, 0.5, (0.9, 0.95), 1e-8)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
@@ -260,23 +263,23 @@ def test_decay_is_on_matrices_only():
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.allclose(p, before[name] * (0.95 if p.dim() == 2 else 1), atol=1e-7), name
-    training.set_lr(optimizer, 7.0)
+    optim.set_lr(optimizer, 7.0)
     assert {group["lr"] for group in optimizer.param_groups} == {7.0}
 
 
 def test_warmup_cosine():
-    factors = [training.warmup_cosine(step, 104, 4) for step in range(104)]
+    factors = [optim.warmup_cosine(step, 104, 4) for step in range(104)]
     assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert factors[54] == pytest.approx(0.5) and factors[29] == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert factors[4:] == sorted(factors[4:], reverse=True) and 0 < factors[-1] < 0.001
-    assert training.warmup_cosine(0, 10, 0) == 1.0
-    assert training.warmup_cosine(5, 6, 5) == 1.0
-    assert math.isfinite(training.warmup_cosine(3, 3, 3))  # warm-up as long as the run
+    assert optim.warmup_cosine(0, 10, 0) == 1.0
+    assert optim.warmup_cosine(5, 6, 5) == 1.0
+    assert math.isfinite(optim.warmup_cosine(3, 3, 3))  # warm-up as long as the run
 
 
 def test_sft_learning_rate_follows_the_schedule(smoke, metrics):
     config, lines = train_sft.PRESETS["smoke"], metrics(smoke / "sft")
-    factors = [training.warmup_cosine(i, len(lines), config.warmup) for i in range(len(lines))]
+    factors = [optim.warmup_cosine(i, len(lines), config.warmup) for i in range(len(lines))]
     assert [line["lr"] for line in lines] == pytest.approx([config.lr * f for f in factors])
 
 
@@ -290,12 +293,12 @@ def draws() -> tuple:
 @given(st.lists(st.integers(0, 2**31), min_size=1, max_size=3), st.lists(st.integers(0, 2**31), min_size=1, max_size=3))
 @settings(max_examples=30, deadline=None)
 def test_D21_seeds_are_a_function_of_their_parts(a, b):
-    training.seed_everything(*a)
+    hardware.seed_everything(*a)
     first = draws()
     draws()
-    training.seed_everything(*b)
+    hardware.seed_everything(*b)
     other = draws()
-    training.seed_everything(*a)
+    hardware.seed_everything(*a)
     assert draws() == first
     # SeedSequence reads (1, 0) as (1,): only zeros at the end are lost.
     if (a + [0, 0])[:3] != (b + [0, 0])[:3]:
@@ -305,17 +308,17 @@ def test_D21_seeds_are_a_function_of_their_parts(a, b):
 @given(st.integers(0, 10_000), st.integers(1, 100))
 @settings(max_examples=30, deadline=None)
 def test_exact_div(a, b):
-    assert training.exact_div(a * b, b, "batch") == a
+    assert optim.exact_div(a * b, b, "batch") == a
     if b > 1:
         with pytest.raises(UserError, match=rf"^--batch: {a * b + 1} does not divide by {b}$"):
-            training.exact_div(a * b + 1, b, "--batch")
+            optim.exact_div(a * b + 1, b, "--batch")
 
 
 def test_pick_precision(monkeypatch):
     for fast in (True, False):
-        monkeypatch.setattr(training, "has_fast_bf16", lambda fast=fast: fast)
-        assert training.pick_precision("auto") == ("bf16" if fast else "fp32")
-        assert [training.pick_precision(wish) for wish in ("fp32", "bf16")] == ["fp32", "bf16"]
+        monkeypatch.setattr(hardware, "has_fast_bf16", lambda fast=fast: fast)
+        assert hardware.pick_precision("auto") == ("bf16" if fast else "fp32")
+        assert [hardware.pick_precision(wish) for wish in ("fp32", "bf16")] == ["fp32", "bf16"]
     x = torch.randn(4, 4)
     with ALONE.autocast("bf16"):
         assert (x @ x).dtype == torch.bfloat16
@@ -328,12 +331,12 @@ def test_run_script(capsys):
         raise UserError("a.jsonl:3: text: missing")
 
     with pytest.raises(SystemExit) as stop:
-        training.run_script(mistaken)
+        cli.run_script(mistaken)
     assert stop.value.code == 2
     assert capsys.readouterr() == ("", "error: a.jsonl:3: text: missing\n")
-    training.run_script(lambda: None)
+    cli.run_script(lambda: None)
     with pytest.raises(ZeroDivisionError):  # a fault of ours keeps its traceback
-        training.run_script(lambda: 1 / 0)
+        cli.run_script(lambda: 1 / 0)
 
 
 # ----------------------------------------------------------------------------- a stage's folder
@@ -342,13 +345,13 @@ def test_run_script(capsys):
 @pytest.mark.parametrize("keep", [0, 2, 5])
 def test_D21_logger_drops_what_is_done_again(tmp_path, keep):
     out = tmp_path / "new" / "sft"
-    first = training.MetricLogger(out, ALONE, tensorboard=False, keep_until=0)
+    first = stage_run.MetricLogger(out, ALONE, tensorboard=False, keep_until=0)
     for step in range(1, 6):
         first.log(step, {"loss": torch.tensor(step / 2), "n": step})
         first.write("samples", step, [{"response": "a\u2028b"}, {"response": "c"}])
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')  # killed while it wrote
-    again = training.MetricLogger(out, ALONE, tensorboard=False, keep_until=keep)
+    again = stage_run.MetricLogger(out, ALONE, tensorboard=False, keep_until=keep)
     again.log(keep + 1, {"loss": 0.25, "n": 1})
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, keep + 1), keep + 1]
@@ -362,7 +365,7 @@ def test_D21_logger_drops_what_is_done_again(tmp_path, keep):
 
 def test_only_the_first_rank_logs(tmp_path):
     out = tmp_path / "sft"
-    training.MetricLogger(out, training.Machine(torch.device("cpu"), rank=1, world=2), False, 0).log(1, {"loss": 1.0})
+    stage_run.MetricLogger(out, hardware.Machine(torch.device("cpu"), rank=1, world=2), False, 0).log(1, {"loss": 1.0})
     assert not out.exists()
 
 
@@ -371,10 +374,10 @@ def test_claim(tmp_path):
     config = train_sft.Config(out=tmp_path, data_dir=tmp_path)
 
     def leave(complete: bool) -> None:
-        about = training.describe("sft", GPTConfig(258), config, 7, complete, tokenizer)
+        about = stage_run.describe("sft", GPTConfig(258), config, 7, complete, tokenizer)
         checkpoint.save(tmp_path, 7, {"w": torch.ones(1)}, about, tokenizer)
 
-    claim = lambda resume=False, overwrite=False, **other: training.claim(
+    claim = lambda resume=False, overwrite=False, **other: stage_run.claim(
         tmp_path, train_sft.Config(**{"out": tmp_path, "data_dir": tmp_path} | other), resume, overwrite
     )
     assert claim() == claim(resume=True) == "start"
@@ -393,7 +396,7 @@ def test_claim(tmp_path):
 
 def test_interrupt_asks_once_and_the_second_time_stops(capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), training.Interrupt() as interrupt:
+    with pytest.raises(KeyboardInterrupt), stage_run.Interrupt() as interrupt:
         assert not interrupt.asked
         signal.raise_signal(signal.SIGTERM)
         assert interrupt.asked
@@ -404,6 +407,6 @@ def test_interrupt_asks_once_and_the_second_time_stops(capsys):
 
 def test_stopwatch_adds_up():
     times = {"a": 1.0}
-    with training.stopwatch(times, "a"), training.stopwatch(times, "b"):
+    with stage_run.stopwatch(times, "a"), stage_run.stopwatch(times, "b"):
         pass
     assert 1.0 < times["a"] < 1.5 and 0 < times["b"] < 0.5

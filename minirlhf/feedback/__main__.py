@@ -122,7 +122,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:  # not training.run_script, which imports torch: the page is to be up at once
+    try:  # not cli.run_script, which imports torch: the page is to be up at once
         main()
     except UserError as mistake:
         print(f"error: {mistake}", file=sys.stderr)

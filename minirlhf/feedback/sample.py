@@ -7,11 +7,12 @@ from itertools import chain, combinations
 import torch
 from torch import Tensor
 
-from minirlhf import UserError, checkpoint, data, training
-from minirlhf.evaluate import CHUNK, write
+from minirlhf import UserError, checkpoint, data
 from minirlhf.feedback.add import tell
 from minirlhf.feedback.store import Store
 from minirlhf.rollout import read
+from minirlhf.support import hardware
+from minirlhf.tools.evaluate import CHUNK, write
 
 
 def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[int]:
@@ -38,7 +39,7 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--per-prompt must be 2 or more to make pairs: raise it, or use --mode rating")
     if (args.keep is None) != (args.reward_model is None) or (args.keep or 1) < 1:
         raise UserError("--reward-model chooses and --keep N, above 0, says how many: give both or neither")
-    machine, reward_model = training.setup_machine(args.seed), None
+    machine, reward_model = hardware.setup_machine(args.seed), None
     if args.reward_model:
         reward_model, reader = checkpoint.load_reward(checkpoint.resolve(args.reward_model))
         reward_model.to(machine.device).eval()

@@ -19,7 +19,7 @@ RUNS["files"] = ["pytest", "-p", "no:cacheprovider", *(f"tests/kernels/test_{nam
 
 def pytest_configure(config):
     if INTERPRETED and HAS_TRITON:
-        from kernels.interpreter import repair
+        from kernels.tools.interpreter import repair
 
         repair()
         # numpy speaks up where a kernel computes inf - inf, as it may; pytest would record each of a hundred thousand times.

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.audit import GOALS, Case, missed, nbytes
-from kernels.instruments import Buffers, count, inner_loops, parse
+from kernels.tools.audit import GOALS, Case, missed, nbytes
+from kernels.tools.instruments import Buffers, count, inner_loops, parse
 
 try:
     import triton

@@ -3,8 +3,8 @@
 import pytest
 from broken import BUGS, HEALTHY
 
-from kernels.properties import PROPERTIES
-from kernels.testing import OPS, Subject, check
+from kernels.tools.properties import PROPERTIES
+from kernels.tools.testing import OPS, Subject, check
 
 HERE = [(bug, name) for bug in BUGS for name in bug.properties]
 ALL = [(op, name) for op in OPS for name in PROPERTIES[op]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.testing import INTERPRETED
+from kernels.tools.testing import INTERPRETED
 
 triton = pytest.importorskip("triton")
 tl = triton.language

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import gae, linear_token_logprobs, token_kl, token_logprobs
-from kernels.testing import INTERPRETED, OPS
+from kernels.tools.testing import INTERPRETED, OPS
 
 x, tokens = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
 WRONG = {

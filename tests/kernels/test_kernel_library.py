@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import kernels
-from kernels.testing import INTERPRETED, OPS
+from kernels.tools.testing import INTERPRETED, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kernels import linear_token_logprobs, token_kl, token_logprobs
-from kernels.instruments import Buffers
-from kernels.testing import INTERPRETED
+from kernels.tools.instruments import Buffers
+from kernels.tools.testing import INTERPRETED
 
 MIB = 1 << 20
 

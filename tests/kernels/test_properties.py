@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 
 import kernels
-from kernels.properties import PROPERTIES
-from kernels.testing import OPS, Subject, check
+from kernels.tools.properties import PROPERTIES
+from kernels.tools.testing import OPS, Subject, check
 
 ASKED = [(op, name) for op in OPS for name in PROPERTIES[op]]
 each_property = pytest.mark.parametrize(("op", "name"), ASKED, ids=[f"{op}-{name}" for op, name in ASKED])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from broken import healthy_logprobs
 
-from kernels.properties import PROPERTIES
-from kernels.testing import Subject, check, main
+from kernels.tools.properties import PROPERTIES
+from kernels.tools.testing import Subject, check, main
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,8 +13,9 @@ gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
-from minirlhf import UserError, checkpoint, convert, convert_tokenizer  # noqa: E402
-from minirlhf.convert_tokenizer import HARD_TEXTS, SMOLLM_PATTERN  # noqa: E402
+from minirlhf import UserError, checkpoint  # noqa: E402
+from minirlhf.interop import convert, convert_tokenizer  # noqa: E402
+from minirlhf.interop.convert_tokenizer import HARD_TEXTS, SMOLLM_PATTERN  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
 from minirlhf.rollout import generate  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402

@@ -13,9 +13,11 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-from minirlhf import UserError, checkpoint, convert, training  # noqa: E402
-from minirlhf.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
+from minirlhf import UserError, checkpoint  # noqa: E402
+from minirlhf import run as stage_run  # noqa: E402
 from minirlhf.data import collate  # noqa: E402
+from minirlhf.interop import convert  # noqa: E402
+from minirlhf.interop.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
 from minirlhf.model import GPTConfig, RewardEnsemble  # noqa: E402
 from minirlhf.rollout import generate  # noqa: E402
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer  # noqa: E402
@@ -253,7 +255,7 @@ def test_a_linear_reward_head_is_a_sequence_classifier(shape, tmp_path, capsys):
             p.normal_(std=0.3)
         model.members[0].gain.fill_(2.5), model.members[0].bias.fill_(-0.75)
     head = {"pooling": "last", "members": 1, "mlp": False}
-    about = training.describe("rm", config, convert.Import("random"), 1, True, tokenizer, head=head)
+    about = stage_run.describe("rm", config, convert.Import("random"), 1, True, tokenizer, head=head)
     checkpoint.save(tmp_path / "rm", 1, model.state_dict(), about, tokenizer)
     kind = convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=False)
     assert kind.endswith("ForSequenceClassification")

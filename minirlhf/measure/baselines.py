@@ -5,7 +5,7 @@ Each gives one score a text, higher is better, or None where the library it need
 
 from collections.abc import Sequence
 
-from minirlhf.stats import pearson
+from minirlhf.measure.stats import pearson
 
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # ridge strengths tried on the validation split
 

@@ -18,7 +18,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .logprobs import token_logprobs_reference
+from kernels.logprobs import token_logprobs_reference
 
 INF, NAN = math.inf, math.nan
 LOGITS = ("token_logprobs", "token_kl")

@@ -27,8 +27,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf import UserError, checkpoint, convert_tokenizer, training
-from minirlhf.convert_tokenizer import read_json
+from minirlhf import UserError, checkpoint, run
+from minirlhf.interop import convert_tokenizer
+from minirlhf.interop.convert_tokenizer import read_json
 from minirlhf.model import GPT, GPTConfig, rotary
 from minirlhf.tokenizer import Tokenizer, WordPiece
 
@@ -344,7 +345,7 @@ def import_model(source: str, out: Path) -> str:
     config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model")
-    about = training.describe("import", config, Import(source), 0, True, tokenizer)
+    about = run.describe("import", config, Import(source), 0, True, tokenizer)
     about["source"] = {"name": source, "sha256": {file.name: _sha256(file) for file in files}}
     with whole(out) as new:
         checkpoint.save(new, 0, state, about, tokenizer)

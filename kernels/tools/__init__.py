@@ -1,0 +1,1 @@
+"""Tools around the kernels: the property suite, the audit of machine code, meters, and repairs of the interpreter."""

@@ -1,0 +1,1 @@
+"""What one runs around the stages: chat, evaluate, report, estimate, inspect.  Nothing on the reading path imports these."""
