@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import demo  # noqa: E402
 from benchmarks.demo import command  # noqa: E402
 from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
-from minirlhf.checkpoint import write_atomically  # noqa: E402
+from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
 COLOURS = ("#707070", "#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7")  # Okabe and Ito: told apart by everyone

@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from minirlhf import data, preference  # noqa: E402
-from minirlhf.checkpoint import write_atomically  # noqa: E402
 from minirlhf.measure import baselines, stats  # noqa: E402
+from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/raters.json"
 KINDS = {"clean": [], "random": ["random"], "inverted": ["inverted"], "both": ["random", "inverted"]}  # taken in turn

@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import demo  # noqa: E402
 from benchmarks.demo import command  # noqa: E402
 from benchmarks.readers import Judge, looks, rows_of  # noqa: E402
-from minirlhf.checkpoint import write_atomically  # noqa: E402
 from minirlhf.feedback.store import Policy, Store  # noqa: E402
+from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/rounds.json"
 NOISE = {"ann": 0.5, "bob": 1.0, "cid": 2.0}  # points

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
+from minirlhf.support.files import fsync
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -41,7 +42,7 @@ def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer
     if (out / "metrics.jsonl").is_file():
         shutil.copyfile(out / "metrics.jsonl", new / "metrics.jsonl")
     for path in [*new.iterdir(), new]:
-        _fsync(path)
+        fsync(path)
     followers = [link for link in ("best", "latest") if name in (out / link).resolve().name]
     if final.exists():  # one folder cannot replace another at once: its links lead to hard links meanwhile
         shutil.copytree(final, f"{new}.old", copy_function=os.link)
@@ -79,7 +80,7 @@ def point(out: Path, name: str, step: int | str) -> None:
     temporary.unlink(missing_ok=True)
     os.symlink(f"step-{step:06d}" if isinstance(step, int) else step, temporary)
     os.replace(temporary, Path(out, name))
-    _fsync(Path(out))
+    fsync(Path(out))
 
 
 def resolve(path: str | Path, remedy: str = "train that stage first or fix the path") -> Path:
@@ -160,20 +161,6 @@ def _fill(model: Module, path: str | Path) -> Module:
     except RuntimeError as error:
         raise UserError(f"{path}: weights do not fit config.json: {str(error).splitlines()[1].strip()}") from None
     return model
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    _fsync(temporary)
-    os.replace(temporary, path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _read(file: Path) -> dict:

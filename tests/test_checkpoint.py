@@ -14,6 +14,7 @@ import torch
 
 from minirlhf import UserError, checkpoint
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
+from minirlhf.support import files
 from minirlhf.support.hardware import seed_everything
 from minirlhf.tokenizer import Tokenizer
 
@@ -378,14 +379,14 @@ def test_models_come_back_from_their_checkpoints(tmp_path):
 
 
 def test_write_atomically(tmp_path):
-    checkpoint.write_atomically(tmp_path / "a.json", "é")
-    checkpoint.write_atomically(tmp_path / "a.json", "old")
+    files.write_atomically(tmp_path / "a.json", "é")
+    files.write_atomically(tmp_path / "a.json", "old")
     with pytest.MonkeyPatch.context() as patch:
         crash_at(patch, 2)  # with the new content written, before it takes the name
         with pytest.raises(Crash):
-            checkpoint.write_atomically(tmp_path / "a.json", "new")
+            files.write_atomically(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_bytes() == b"old"
-    checkpoint.write_atomically(tmp_path / "a.json", b"new")
+    files.write_atomically(tmp_path / "a.json", b"new")
     assert listing(tmp_path) == ["a.json"] and (tmp_path / "a.json").read_bytes() == b"new"
 
 

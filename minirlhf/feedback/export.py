@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 from minirlhf import UserError
-from minirlhf.checkpoint import write_atomically
 from minirlhf.feedback.store import SCALE, Store
+from minirlhf.support.files import write_atomically
 
 STRENGTH = {"a": 1, "tie": 0, "b": -1}
 

@@ -25,7 +25,7 @@ from minirlhf import checkpoint, data, ppo
 from minirlhf.measure import baselines, stats
 from minirlhf.model import GPT
 from minirlhf.rollout import generate, read, response_logprobs
-from minirlhf.support import cli, hardware
+from minirlhf.support import cli, files, hardware
 from minirlhf.tokenizer import Tokenizer
 
 CHUNK = 128  # texts written or read at a time
@@ -231,7 +231,7 @@ def main() -> None:
     config = cli.parse_config({"demo": Config()}, __doc__)
     results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
     target = config.results or config.run / "results.json"
-    checkpoint.write_atomically(target, json.dumps(results, indent=1))
+    files.write_atomically(target, json.dumps(results, indent=1))
     print_table(results)
     print(f"\nwritten to {target}")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minirlhf import UserError, checkpoint
-from minirlhf.support import cli
+from minirlhf import UserError
+from minirlhf.support import cli, files
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#707070"  # Okabe and Ito: told apart by everyone
 READERS = {"score": ("objective/rm_scores", "reward model", BLUE), "judge": ("objective/judge", "judge", ORANGE)}
@@ -160,8 +160,8 @@ def main() -> None:
     sft = {key: value for key, value in results["sft_samples"].items() if "win_rate" not in key}  # ties with itself
     writers = {"SFT": sft, **{f"best of {n}": row for n, row in results["best_of_n"].items()}, "PPO": results["ppo"]}
     png = draw(writers, metrics["ppo"])
-    checkpoint.write_atomically(run / "report.html", page(run.resolve().name, results, writers, metrics, png))
-    checkpoint.write_atomically(run / "reward_kl.png", png)
+    files.write_atomically(run / "report.html", page(run.resolve().name, results, writers, metrics, png))
+    files.write_atomically(run / "reward_kl.png", png)
     for stage, number, what, time in stages(results):
         print(f"{stage:22s}{number:>12s}{time:>14s}  {what}")
     print(f"written to {run}/report.html and {run}/reward_kl.png")
