@@ -162,7 +162,9 @@ class Config:
 
     def __post_init__(self):
         if self.fused_head == "on" and not self.stop:
-            raise UserError("--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them")
+            raise UserError(
+                "--no-stop takes a token out of the logits, which --fused-head on never holds: drop one of them"
+            )
         cli.check_positive(
             self, "iterations", "epochs", "batch", "minibatch", "microbatch", "prompt_tokens", "response_tokens", "temperature",
             "lr", "value_lr", "save_every", "save_samples", "train_layers", "tokens_per_microbatch",
@@ -172,7 +174,9 @@ class Config:
             if s is not None and b % s:
                 raise UserError(f"--{big} {b} does not divide by --{small} {s}")
         if not self.stop and self.missing_eos != "none":
-            raise UserError(f"--no-stop leaves no end of text for --missing-eos {self.missing_eos}: add --missing-eos none")
+            raise UserError(
+                f"--no-stop leaves no end of text for --missing-eos {self.missing_eos}: add --missing-eos none"
+            )
 
 
 PRESETS = {
@@ -186,10 +190,16 @@ PRESETS = {
 }  # fmt: skip
 
 
-def show_samples(prompts: list[str], responses: list[str], scores: torch.Tensor, kl: torch.Tensor, kl_coef: float) -> None:
+def show_samples(
+    prompts: list[str], responses: list[str], scores: torch.Tensor, kl: torch.Tensor, kl_coef: float
+) -> None:
     """Three episodes as lm-human-preferences prints them: query, response, score, KL, and what PPO maximises."""
-    for prompt, response, score, nats in list(zip(prompts, responses, scores.tolist(), kl.tolist(), strict=True))[:3]:
-        tqdm.write(f"  {prompt!r} -> {response!r}\n    score {score:+.2f}  kl {nats:.1f}  total {score - kl_coef * nats:+.2f}")
+    for prompt, response, score, nats in list(
+        zip(prompts, responses, scores.tolist(), kl.tolist(), strict=True)
+    )[:3]:
+        tqdm.write(
+            f"  {prompt!r} -> {response!r}\n    score {score:+.2f}  kl {nats:.1f}  total {score - kl_coef * nats:+.2f}"
+        )
 
 
 def sample_rows(prompts: list[str], responses: list[str], said: dict[str, torch.Tensor | None]) -> list[dict]:
@@ -208,7 +218,9 @@ def main() -> None:
         return
 
     # Setup: the policy and its frozen reference, the reward model and a value model started from it.
-    sft_dir = checkpoint.resolve(config.init or out.parent / "sft", "run train_sft.py first, or name one with --init")
+    sft_dir = checkpoint.resolve(
+        config.init or out.parent / "sft", "run train_sft.py first, or name one with --init"
+    )
     machine = hardware.setup_machine(config.seed)
     precision = hardware.pick_precision(config.precision)
     sft_config, tokenizer = checkpoint.load_config(sft_dir), Tokenizer.load(sft_dir)
@@ -224,15 +236,21 @@ def main() -> None:
     load_reward = lambda path, remedy: checkpoint.load_reward(checkpoint.resolve(path, remedy))
     reward_model, reader = load_reward(reward_dir, "run train_rm.py first, or name one with --reward-model")
     if config.disagreement_coef and len(reward_model.members) == 1:
-        raise UserError(f"--disagreement-coef: {reward_dir} has one member, and nobody to disagree with: use --members 3 there")
-    judge, judge_reader = load_reward(config.monitor, "train one with train_rm.py") if config.monitor else (None, None)
+        raise UserError(
+            f"--disagreement-coef: {reward_dir} has one member, and nobody to disagree with: use --members 3 there"
+        )
+    judge, judge_reader = (
+        load_reward(config.monitor, "train one with train_rm.py") if config.monitor else (None, None)
+    )
     scores_prefixes = reader.hash == tokenizer.hash and reward_model.members[0].backbone.config.reads_prefixes
     if config.shared_trunk:
         value_model = ValueModel(policy.config, trunk=policy)
         torch.nn.init.zeros_(value_model.out.weight)
     elif config.value_init == "reward" or config.value_init == "auto" and scores_prefixes:
         if reader.hash != tokenizer.hash:
-            raise UserError(f"{reward_dir} reads other tokens than the policy writes: use --value-init sft or auto")
+            raise UserError(
+                f"{reward_dir} reads other tokens than the policy writes: use --value-init sft or auto"
+            )
         value_model = critic_from(reward_model.members[0])  # [D13]
     else:
         value_model = ValueModel(policy.config)
@@ -250,7 +268,9 @@ def main() -> None:
     run_blocks(models.values(), config.gradient_checkpointing, config.compile)
 
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
-    held_out = source.select("val", source.genres_among([config.genre])).records  # the test split is for evaluate.py
+    held_out = source.select(
+        "val", source.genres_among([config.genre])
+    ).records  # the test split is for evaluate.py
     prompts = data.prompts_of(held_out, tokenizer, config.prompt_tokens)
     longest = max(map(len, prompts)) + config.response_tokens
     readers = [("reward model", reward_model.members[0].backbone)] if reader.hash == tokenizer.hash else []
@@ -270,11 +290,15 @@ def main() -> None:
     # Two models take turns in a step: activations and gradients of one are gone before those of the other are made.
     turns = [("policy", "critic")] if config.shared_trunk else [("policy",), ("critic",)]
     kl_coef, first, seconds = config.kl_coef, 0, 0.0
-    rows_at_once = min(microbatch, max(1, (config.tokens_per_microbatch or 10**9) // longest))  # where all are the longest
+    rows_at_once = min(
+        microbatch, max(1, (config.tokens_per_microbatch or 10**9) // longest)
+    )  # where all are the longest
     if config.dry_run:
         with machine.autocast(precision):
             estimate.show(models, turns, longest, config.response_tokens, rows_at_once, local_batch, fused)
-        print(f"{config.epochs * config.batch // config.minibatch} optimiser steps an iteration, {config.iterations} of them")
+        print(
+            f"{config.epochs * config.batch // config.minibatch} optimiser steps an iteration, {config.iterations} of them"
+        )
         return
 
     trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
@@ -292,7 +316,9 @@ def main() -> None:
         policy_tensors, policy_state = checkpoint.pack_optimizer(policy_optimizer, "policy_optimizer.")
         value_tensors, value_state = checkpoint.pack_optimizer(value_optimizer, "value_optimizer.")
         shared = "backbone." if config.shared_trunk else ()  # saved with the policy
-        value_weights = {f"value.{k}": v for k, v in value_model.state_dict().items() if not k.startswith(shared)}
+        value_weights = {
+            f"value.{k}": v for k, v in value_model.state_dict().items() if not k.startswith(shared)
+        }
         if machine.rank == 0:
             checkpoint.save(
                 out, iteration, policy.state_dict(),
@@ -307,8 +333,12 @@ def main() -> None:
     if machine.rank == 0:
         print(f"{len(prompts)} prompts; {config.iterations} iterations of {config.batch} responses; {precision} on "
               f"{machine.device}")  # fmt: skip
-    limit = estimate.gemm_rate(rows_at_once * longest, policy.config.n_embd, hardware.frozen_dtype(precision), machine.device)
-    bar = tqdm(range(first, config.iterations), initial=first, total=config.iterations, disable=machine.rank > 0)
+    limit = estimate.gemm_rate(
+        rows_at_once * longest, policy.config.n_embd, hardware.frozen_dtype(precision), machine.device
+    )
+    bar = tqdm(
+        range(first, config.iterations), initial=first, total=config.iterations, disable=machine.rank > 0
+    )
     with run.Interrupt() as interrupt, run.tracer(out, config.profile and machine.rank == 0) as tracer:
         for iteration in bar:
             start, times = time.perf_counter(), {}
@@ -323,7 +353,14 @@ def main() -> None:
                 P = queries.shape[1]
                 how = (P, config.temperature, forbidden, fused)  # the update reads as scoring does
                 responses, response_mask = generate(
-                    policy, queries, query_mask, config.response_tokens, config.temperature, eos, pad, forbidden=forbidden
+                    policy,
+                    queries,
+                    query_mask,
+                    config.response_tokens,
+                    config.temperature,
+                    eos,
+                    pad,
+                    forbidden=forbidden,
                 )  # responses, response_mask [B, R]
                 tokens, mask = torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1)
                 lengths = mask.sum(1).cpu()
@@ -332,15 +369,25 @@ def main() -> None:
             # 2. Score: each model reads what was written.  Forwards are those of the update: same shapes, same
             #    function, same precision, so the first ratio is 1 [D4] [D18].
             with run.stopwatch(times, "time/score"), machine.autocast(precision), torch.no_grad():
-                logprobs, ref_logprobs, values = (torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3))
+                logprobs, ref_logprobs, values = (
+                    torch.zeros_like(response_mask, dtype=torch.float32) for _ in range(3)
+                )
                 for rows in in_microbatches(torch.arange(local_batch)):
                     t, m = tokens[rows], mask[rows]
-                    hidden = read_before(policy, t, m, P) if config.shared_trunk else None  # one forward serves both
+                    hidden = (
+                        read_before(policy, t, m, P) if config.shared_trunk else None
+                    )  # one forward serves both
                     logprobs[rows], _ = response_logprobs(policy, t, m, *how, hidden)
                     values[rows] = response_values(value_model, t, m, P, hidden)
                     ref_logprobs[rows], _ = response_logprobs(ref, t, m, *how)
-                texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(responses, response_mask, strict=True)]
-                prompt_texts = [tokenizer.decode(row[keep].tolist()) for row, keep in zip(queries, query_mask, strict=True)]
+                texts = [
+                    tokenizer.decode(row[keep].tolist())
+                    for row, keep in zip(responses, response_mask, strict=True)
+                ]
+                prompt_texts = [
+                    tokenizer.decode(row[keep].tolist())
+                    for row, keep in zip(queries, query_mask, strict=True)
+                ]
                 rm_scores, disagreement = read(reward_model, reader, tokens, mask, tokenizer)
                 cautious = rm_scores - config.disagreement_coef * disagreement
                 scores = torch.zeros_like(rm_scores)
@@ -351,7 +398,9 @@ def main() -> None:
             has_eos = ((responses == eos) & response_mask).any(1)
             penalty = config.missing_eos_penalty * (-1 if config.missing_eos == "replace" else 1)
             scores = ppo.apply_missing_eos(scores, has_eos, penalty, config.missing_eos)  # [D9]
-            rollout = Rollout(queries, query_mask, responses, response_mask, logprobs, ref_logprobs, values, scores)
+            rollout = Rollout(
+                queries, query_mask, responses, response_mask, logprobs, ref_logprobs, values, scores
+            )
 
             # 3. Shape rewards: minus kl_coef * k1 at every token, the score at the last real one [D1] [D7].
             token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
@@ -359,7 +408,9 @@ def main() -> None:
                 token_rewards = whiten(token_rewards, response_mask, shift_mean=False)  # [D10]
 
             # 4. Advantages, and returns before whitening [D8].
-            advantages, returns = gae(token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam)
+            advantages, returns = gae(
+                token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam
+            )
             if config.whiten_advantages:
                 advantages = whiten(advantages, response_mask)  # [D10]
 
@@ -369,7 +420,11 @@ def main() -> None:
             optim.set_lr(value_optimizer, config.value_lr * factor)
             history: list[dict[str, float]] = []
             with run.stopwatch(times, "time/update"):
-                steps = (p for _ in range(config.epochs) for p in torch.randperm(local_batch).split(local_minibatch))
+                steps = (
+                    p
+                    for _ in range(config.epochs)
+                    for p in torch.randperm(local_batch).split(local_minibatch)
+                )
                 for minibatch in steps:
                     count = response_mask[minibatch].sum().float()
                     machine.sum_([count])  # real tokens of the whole minibatch, over ranks [D17]
@@ -378,14 +433,23 @@ def main() -> None:
                         for rows in in_microbatches(minibatch):
                             r, loss = rollout[rows], torch.zeros((), device=machine.device)
                             with machine.autocast(precision):
-                                hidden = read_before(policy, r.tokens, r.mask, P) if config.shared_trunk else None
+                                hidden = (
+                                    read_before(policy, r.tokens, r.mask, P) if config.shared_trunk else None
+                                )
                                 if "policy" in parts:
-                                    new_logprobs, entropy = response_logprobs(policy, r.tokens, r.mask, *how, hidden)
+                                    new_logprobs, entropy = response_logprobs(
+                                        policy, r.tokens, r.mask, *how, hidden
+                                    )
                                 if "critic" in parts:
                                     new_values = response_values(value_model, r.tokens, r.mask, P, hidden)
                             if "policy" in parts:
                                 policy_loss, stats = ppo.policy_loss(
-                                    new_logprobs, r.logprobs, advantages[rows], r.response_mask, config.clip_range, count
+                                    new_logprobs,
+                                    r.logprobs,
+                                    advantages[rows],
+                                    r.response_mask,
+                                    config.clip_range,
+                                    count,
                                 )  # [D12]
                                 mean_entropy = entropy.sum() / count  # masked: padding holds 0 [D22]
                                 loss = loss + policy_loss
@@ -398,13 +462,21 @@ def main() -> None:
                                 })  # fmt: skip
                             if "critic" in parts:
                                 value_loss, value_clipfrac = ppo.value_loss(
-                                    new_values, r.values, returns[rows], r.response_mask, config.clip_range_value, count
+                                    new_values,
+                                    r.values,
+                                    returns[rows],
+                                    r.response_mask,
+                                    config.clip_range_value,
+                                    count,
                                 )  # [D12]
                                 loss = loss + (config.vf_coef if config.shared_trunk else 1.0) * value_loss
                                 totals.add({"loss/value_avg": value_loss, "val/clipfrac_avg": value_clipfrac})
                             loss.backward()
                         step_stats = totals.over_ranks(machine)
-                        stop = config.max_approxkl is not None and step_stats["policy/approxkl_avg"] > config.max_approxkl
+                        stop = (
+                            config.max_approxkl is not None
+                            and step_stats["policy/approxkl_avg"] > config.max_approxkl
+                        )
                         for part in parts:
                             if stop:
                                 optimizers[part].zero_grad(set_to_none=True)
@@ -441,12 +513,18 @@ def main() -> None:
                 "optimizer_steps": len(history) - int(stop),
                 "episode": (iteration + 1) * config.batch,
             } | times  # fmt: skip
-            work = estimate.update_operations(policy, value_model, mask[:, :-1].sum(1), response_mask.sum().item())
+            work = estimate.update_operations(
+                policy, value_model, mask[:, :-1].sum(1), response_mask.sum().item()
+            )
             work *= len(history) * config.minibatch / config.batch  # epochs, unless they were cut short
             metrics["time/gemm_share"] = work / times["time/update"] / limit
-            metrics["time/tokens_per_second"] = metrics["val/response_length"] * config.batch / (time.perf_counter() - start)
+            metrics["time/tokens_per_second"] = (
+                metrics["val/response_length"] * config.batch / (time.perf_counter() - start)
+            )
             if config.kl_target is not None:
-                kl_coef = ppo.adapt_kl_coef(kl_coef, metrics["objective/kl"], config.kl_target, config.batch, config.kl_horizon)
+                kl_coef = ppo.adapt_kl_coef(
+                    kl_coef, metrics["objective/kl"], config.kl_target, config.batch, config.kl_horizon
+                )
             seconds += time.perf_counter() - start
             log.log(iteration + 1, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(
@@ -456,7 +534,13 @@ def main() -> None:
             )
             tracer.step()
             if config.save_samples and (iteration + 1) % config.save_samples == 0:
-                said = {"score": scores, "rm": rm_scores, "disagreement": disagreement, "judge": judged, "kl": kl}
+                said = {
+                    "score": scores,
+                    "rm": rm_scores,
+                    "disagreement": disagreement,
+                    "judge": judged,
+                    "kl": kl,
+                }
                 log.write("samples", iteration + 1, sample_rows(prompt_texts, texts, said))
             done = iteration + 1 == config.iterations
             leave = interrupt.agreed(machine)

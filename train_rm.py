@@ -127,7 +127,15 @@ class Config:
 
     def __post_init__(self):
         cli.check_positive(
-            self, "members", "epochs", "batch", "lr", "train_layers", "prompt_tokens", "response_tokens", "temperature"
+            self,
+            "members",
+            "epochs",
+            "batch",
+            "lr",
+            "train_layers",
+            "prompt_tokens",
+            "response_tokens",
+            "temperature",
         )
         if not 0 <= self.lowercase <= 1:
             raise UserError(f"--lowercase is a share: want 0 to 1, not {self.lowercase}")
@@ -175,7 +183,9 @@ def settle(records: list, how: str) -> tuple[list, dict]:
     units = [(r.votes or (r.share,)) if choices else r.ratings for r in records]
     targets, found = preference.settle(units, [r.raters for r in records], how, choices)
     field = "share" if choices else "rating"
-    return [dataclasses.replace(r, **{field: t}) for r, t in zip(records, targets.tolist(), strict=True)], found
+    return [
+        dataclasses.replace(r, **{field: t}) for r, t in zip(records, targets.tolist(), strict=True)
+    ], found
 
 
 def lowered(record: data.Response | data.Preference) -> data.Response | data.Preference:
@@ -214,13 +224,19 @@ def report(config: Config, source: data.Dataset, predictions: list[float], recor
     found = {"longer text": baselines.longer_text(texts), "VADER lexicon": baselines.vader_lexicon(texts)}
     if config.part == "all":  # learners are compared on the same training items
         fit = [
-            x for split in ("train", "val") for x in ([r.response for r in records[split]], [r.rating for r in records[split]])
+            x
+            for split in ("train", "val")
+            for x in ([r.response for r in records[split]], [r.rating for r in records[split]])
         ]
         found["TF-IDF + ridge"] = baselines.tfidf_ridge(*fit, texts)
         found["TF-IDF + ridge, with characters"] = baselines.tfidf_ridge(*fit, texts, characters=True)
     return {
-        "test": {"n": len(test)} | measure(predictions) | {"calibration": stats.calibration(predictions, truth)},
-        "baselines": {name: measure(scores) if scores is not None else None for name, scores in found.items()},
+        "test": {"n": len(test)}
+        | measure(predictions)
+        | {"calibration": stats.calibration(predictions, truth)},
+        "baselines": {
+            name: measure(scores) if scores is not None else None for name, scores in found.items()
+        },
         "humans": preference.human_ceiling([r.ratings for r in test], np.random.default_rng(config.seed)),
     }
 
@@ -239,18 +255,31 @@ def print_report(found: dict) -> None:
         rows["one human (against the others)"] = {"pearson": h["one_pearson"], "pair_accuracy": h["one_pair_accuracy"],
                                                   "pair_accuracy_1": h["one_pair_accuracy_1"]}  # fmt: skip
         rows["half the humans (against the rest)"] = {"pearson": h["half_pearson"]}
-    columns = [c for c in ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy") if c in found["test"]]
-    print(f"\n{'test split, ' + str(found['test']['n']) + ' items':36s}" + "".join(f"{c:>17s}" for c in columns))
+    columns = [
+        c
+        for c in ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy")
+        if c in found["test"]
+    ]
+    print(
+        f"\n{'test split, ' + str(found['test']['n']) + ' items':36s}" + "".join(f"{c:>17s}" for c in columns)
+    )
     for name, row in rows.items():
         cells = ["not installed" if row is None else f"{row[c]:.3f}" if c in row else "" for c in columns]
         print(f"{name:36s}" + "".join(f"{cell:>17s}" for cell in cells))
     if "calibration" in found["test"]:
         c = found["test"]["calibration"]
-        print(f"calibration: people = {c['slope']:.2f} x score {c['intercept']:+.2f}, rmse {c['rmse']:.2f} points")
+        print(
+            f"calibration: people = {c['slope']:.2f} x score {c['intercept']:+.2f}, rmse {c['rmse']:.2f} points"
+        )
 
 
 def reference_samples(
-    config: Config, reference: Path, own: Tokenizer, tokenizer: Tokenizer, prompts: list[list[int]], machine: hardware.Machine
+    config: Config,
+    reference: Path,
+    own: Tokenizer,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    machine: hardware.Machine,
 ) -> list[list[int]]:
     """Continuations by the reference policy, as train_ppo.py will see them: prompts in its `own` tokens, prompt and response
     returned in those of `tokenizer`."""
@@ -261,7 +290,9 @@ def reference_samples(
         queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], own.pad, side="left")
         responses, keep = generate(ref, queries.to(machine.device), query_mask.to(machine.device), config.response_tokens,
                                    config.temperature, own.eot, own.pad)  # fmt: skip
-        found += [prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)]
+        found += [
+            prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)
+        ]
     return [data.translate(ids, own, tokenizer) for ids in found]
 
 
@@ -283,17 +314,25 @@ def main() -> None:
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     if source.kind not in ("rated", "preference"):
         raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
-    loss_kind = config.loss if config.loss != "auto" else "regression" if source.kind == "rated" else "pairwise"
+    loss_kind = (
+        config.loss if config.loss != "auto" else "regression" if source.kind == "rated" else "pairwise"
+    )
     if source.kind == "preference" and loss_kind != "pairwise":
-        raise UserError(f"--loss {loss_kind} needs ratings, but {source.name} holds choices: use --loss pairwise")
+        raise UserError(
+            f"--loss {loss_kind} needs ratings, but {source.name} holds choices: use --loss pairwise"
+        )
     tokenizer, init_config = Tokenizer.load(init), checkpoint.load_config(init)
     checkpoint.check_tokenizer(init_config, tokenizer)
     backbone = checkpoint.load_gpt(init)
     kind = "gpt" if backbone.config.causal else "bert"
     if config.backbone not in ("auto", kind):
-        raise UserError(f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init")
+        raise UserError(
+            f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init"
+        )
     if config.bidirectional and kind == "bert":
-        raise UserError(f"{init} holds an encoder, all of whose blocks read in both directions: leave --bidirectional out")
+        raise UserError(
+            f"{init} holds an encoder, all of whose blocks read in both directions: leave --bidirectional out"
+        )
     shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
     mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
 
@@ -302,15 +341,23 @@ def main() -> None:
     part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
     train_records = part(source.select("train", source.genres_among(config.genres)).records)
     train_records, raters = settle(train_records, config.raters)
-    records["train"], _ = settle(records["train"], config.raters)  # for the baselines, which learn from the same targets
-    spellings = [items_of([change(r) for r in train_records], tokenizer, shape.context) for change in (lambda r: r, lowered)]
+    records["train"], _ = settle(
+        records["train"], config.raters
+    )  # for the baselines, which learn from the same targets
+    spellings = [
+        items_of([change(r) for r in train_records], tokenizer, shape.context)
+        for change in (lambda r: r, lowered)
+    ]
     encoded = {id(r): pair for r, pair in zip(train_records, zip(*spellings, strict=True), strict=True)}
     held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
 
     def schedule_of(member: int) -> list[tuple[int, list]]:
         """(member, records of a batch), every epoch's."""
         lengths = [len(encoded[id(r)][0].ids) for r in train_records]
-        epochs = [data.batches(len(lengths), config.batch, config.seed + member, e, lengths) for e in range(config.epochs)]
+        epochs = [
+            data.batches(len(lengths), config.batch, config.seed + member, e, lengths)
+            for e in range(config.epochs)
+        ]
         return [(member, [train_records[i] for i in picks]) for batches in epochs for picks in batches]
 
     schedule = [entry for member in range(config.members) for entry in schedule_of(member)]
@@ -341,7 +388,9 @@ def main() -> None:
             checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
     if mode != "none":  # what the reference policy will continue, at the end
         remedy = "name a language model with --reference, or leave scores on the raters' own scale with --normalise none"
-        reference = checkpoint.resolve(config.reference or (init if kind == "gpt" else out.parent / "sft"), remedy)
+        reference = checkpoint.resolve(
+            config.reference or (init if kind == "gpt" else out.parent / "sft"), remedy
+        )
         reference_tokenizer = Tokenizer.load(reference)
         prompts = data.prompts_of(records["val"], reference_tokenizer, config.prompt_tokens)
         longest = max(map(len, prompts)) + config.response_tokens
@@ -396,7 +445,10 @@ def main() -> None:
             mine = batch[machine.rank :: machine.world]
             loss = torch.zeros((), device=machine.device)
             if mine:
-                items = [encoded[id(r)][lower] for r, lower in zip(mine, low[machine.rank :: machine.world], strict=True)]
+                items = [
+                    encoded[id(r)][lower]
+                    for r, lower in zip(mine, low[machine.rank :: machine.world], strict=True)
+                ]
                 sequences = [i.ids for i in items] + [i.ids_b for i in items if i.ids_b is not None]
                 tokens, mask = data.collate(sequences, tokenizer.pad)
                 with machine.autocast(precision):
@@ -409,7 +461,9 @@ def main() -> None:
                     loss = loss + preference.pairwise_loss(*scores.chunk(2), share)
                 elif loss_kind in ("pairwise", "both") and len(mine) > 1:
                     ratings = [r.ratings if config.raters == "mean" else r.rating for r in mine]
-                    a, b, share = preference.pairs_from_ratings(ratings, np.random.default_rng(step), 4 * len(mine))
+                    a, b, share = preference.pairs_from_ratings(
+                        ratings, np.random.default_rng(step), 4 * len(mine)
+                    )
                     share = torch.tensor(share, dtype=torch.float32, device=machine.device)
                     loss = loss + preference.pairwise_loss(scores[a], scores[b], share)
                 loss = loss * (len(mine) / len(batch))
@@ -430,14 +484,23 @@ def main() -> None:
             }
 
             # 3. Validation.
-            quarter = at + 1 == per_member or (at + 1) % max(1, per_member // 4) == 0 and per_member - at > per_member // 4
+            quarter = (
+                at + 1 == per_member
+                or (at + 1) % max(1, per_member // 4) == 0
+                and per_member - at > per_member // 4
+            )
             if quarter:
                 predicted = held_out("val")
                 if source.kind == "rated":
                     metrics["val/pearson"] = stats.pearson(predicted, [r.rating for r in records["val"]])
                 else:
-                    metrics["val/accuracy"] = agreement(predicted, np.array([r.share for r in records["val"]]))
-                tqdm.write(f"step {step}: " + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/")))
+                    metrics["val/accuracy"] = agreement(
+                        predicted, np.array([r.share for r in records["val"]])
+                    )
+                tqdm.write(
+                    f"step {step}: "
+                    + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
+                )
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
             bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
@@ -445,7 +508,9 @@ def main() -> None:
             if quarter or stop:
                 save(complete=False)
             if stop:
-                raise UserError(f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}")
+                raise UserError(
+                    f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}"
+                )
 
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
@@ -454,7 +519,9 @@ def main() -> None:
         if mode != "none":
             samples = reference_samples(config, reference, reference_tokenizer, tokenizer, prompts, machine)
             for member in model.members:
-                gain, bias = preference.fit_affine(score(member.eval(), samples, tokenizer.pad, machine, precision), mode)
+                gain, bias = preference.fit_affine(
+                    score(member.eval(), samples, tokenizer.pad, machine, precision), mode
+                )
                 member.gain.fill_(gain)
                 member.bias.fill_(bias)
         scale = getattr(records["test"][0], "scale", None)

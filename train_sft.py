@@ -129,7 +129,9 @@ PRESETS = {
 }  # fmt: skip
 
 
-def loss_sum(model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device, fused_head: str) -> torch.Tensor:
+def loss_sum(
+    model: GPT, rows: list[tuple[list[int], list[bool]]], pad: int, device, fused_head: str
+) -> torch.Tensor:
     """Sum of -log p over the trained tokens of rows [(ids, loss_mask)]."""
     tokens, mask = data.collate([ids for ids, _ in rows], pad)
     trained = torch.zeros_like(tokens, dtype=torch.bool)
@@ -188,14 +190,26 @@ def main() -> None:
         else:
             tokenizer = Tokenizer.load(config.tokenizer)
         model = GPT(
-            GPTConfig(tokenizer.vocab_size, config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
+            GPTConfig(
+                tokenizer.vocab_size,
+                config.context,
+                config.n_layer,
+                config.n_head,
+                config.n_embd,
+                config.dropout,
+            )
         )
     model.to(machine.device)
     train_last(model, config.train_layers, hardware.frozen_dtype(precision))
     run_blocks([model], config.gradient_checkpointing, config.compile)
-    rows = {split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()}
+    rows = {
+        split: data.encode_all(tokenizer, records, model.config.context) for split, records in texts.items()
+    }
     # Bytes of what is trained, not of the whole text: --context may have cut it.
-    learnt = [[t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot] for ids, mask in rows["val"]]
+    learnt = [
+        [t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot]
+        for ids, mask in rows["val"]
+    ]
     n_bytes = sum(len(tokenizer.encoding.decode_bytes(ids)) for ids in learnt)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     schedule = []  # (epoch, rows of the batch, is it the epoch's last)
@@ -211,7 +225,9 @@ def main() -> None:
         tensors, state = trainer_state
         model.load_state_dict(checkpoint.load_state(out))
         checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
-        step, best, best_step, best_epoch, seconds = (state[k] for k in ("step", "best", "best_step", "best_epoch", "seconds"))
+        step, best, best_step, best_epoch, seconds = (
+            state[k] for k in ("step", "best", "best_step", "best_epoch", "seconds")
+        )
         if best_step == step:  # killed after the save and before the link was moved
             checkpoint.point(out, "best", step)
     log = run.MetricLogger(out, machine, config.tensorboard, keep_until=step)
@@ -252,7 +268,9 @@ def main() -> None:
             size = config.microbatch or config.batch
             for i in range(0, len(mine), size):
                 with machine.autocast(precision):
-                    nll = loss_sum(model, mine[i : i + size], tokenizer.pad, machine.device, config.fused_head)
+                    nll = loss_sum(
+                        model, mine[i : i + size], tokenizer.pad, machine.device, config.fused_head
+                    )
                 (nll / count).backward()
                 loss += nll.detach() / count
 
@@ -270,7 +288,9 @@ def main() -> None:
                 metrics["val/bits_per_byte"] = bpb
                 if bpb < best:
                     best, best_step, best_epoch = bpb, step, epoch
-                tqdm.write(f"epoch {epoch + 1}: validation {bpb:.4f} bits per byte" + " (best)" * (best_step == step))
+                tqdm.write(
+                    f"epoch {epoch + 1}: validation {bpb:.4f} bits per byte" + " (best)" * (best_step == step)
+                )
             seconds += time.perf_counter() - start
             log.log(step, metrics | {"time/seconds": seconds})
             seen = f" val {best:.3f} bits/byte" if best < math.inf else ""
@@ -281,13 +301,17 @@ def main() -> None:
                 if best_step == step and machine.rank == 0:
                     checkpoint.point(out, "best", step)
             if stop:
-                raise UserError(f"stopped at step {step} of {total}; the same command with --resume goes on from {out}")
+                raise UserError(
+                    f"stopped at step {step} of {total}; the same command with --resume goes on from {out}"
+                )
 
     # The best checkpoint becomes the stage's result.
     if machine.rank == 0:
         model.load_state_dict(checkpoint.load_state(out / "best"))
         save(complete=True, results={"val_bits_per_byte": best, "best_step": best_step, "seconds": seconds})
-        print(f"best validation {best:.4f} bits per byte after {best_step} steps; {seconds:.0f} s; model in {out}")
+        print(
+            f"best validation {best:.4f} bits per byte after {best_step} steps; {seconds:.0f} s; model in {out}"
+        )
         model.eval()
         start = torch.full((config.samples, 1), tokenizer.bos, device=machine.device)
         real, length = torch.ones_like(start, dtype=torch.bool), min(48, model.config.context - 1)

@@ -82,7 +82,10 @@ def demo(preset: str, seed: int, variants: bool) -> dict[str, dict]:
         out = "ppo" if name == "demo" else f"ppo-{name}"
         stage("train_ppo.py", out, "--reward-model", run / "rm-a", "--monitor", run / "judge", *options)
         target = run / f"results-{name}.json"
-        trained = [(ROOT / run / folder / "latest").lstat().st_mtime for folder in ("sft", "rm", "rm-a", "judge", out)]
+        trained = [
+            (ROOT / run / folder / "latest").lstat().st_mtime
+            for folder in ("sft", "rm", "rm-a", "judge", out)
+        ]
         if not (ROOT / target).exists() or (ROOT / target).stat().st_mtime < max(trained):
             command("-m", "minirlhf.evaluate", "--run", run, "--policy", run / out, "--results", target,
                     *(["--best-of", 4] if preset == "smollm2" else []))  # fmt: skip
@@ -110,7 +113,16 @@ def policies(found: dict[str, dict]) -> str:
         rows["PPO, never stops (`--no-stop`)"] = found["no-stop"]["ppo"]
     if "kl-0.01" in found:
         rows["PPO, `--kl-coef 0.01`"] = found["kl-0.01"]["ppo"]
-    head = ["score", "judge's wins", "lexicon's wins", "KL, nats", "entropy", "distinct-1 / 2 / 3", "length", "EOS rate"]
+    head = [
+        "score",
+        "judge's wins",
+        "lexicon's wins",
+        "KL, nats",
+        "entropy",
+        "distinct-1 / 2 / 3",
+        "length",
+        "EOS rate",
+    ]
     fluency = ["perplexity to SFT"] * ("sft_perplexity" in found["demo"]["ppo"])
     return table(head + fluency, [
         [name, f"{row['score']:+.2f}", number(row.get("judge_win_rate")), number(row["lexicon_win_rate"]),
@@ -136,7 +148,9 @@ def reward_model(found: dict) -> str:
     rows = {"**reward model**": found["test"]} | found["baselines"]
     rows["one human, against the mean of the others"] = people("one")
     rows["half the humans, against the other half"] = people("half")
-    cells = [[name, *(number((row or {}).get(m)) for m in measures)] for name, row in rows.items()]  # None: not installed
+    cells = [
+        [name, *(number((row or {}).get(m)) for m in measures)] for name, row in rows.items()
+    ]  # None: not installed
     return table(["Pearson r", "Spearman", "pairs right", "pairs a point or more apart"], cells)
 
 
@@ -151,7 +165,11 @@ def over_seeds(found: dict[str, dict], measures: dict[str, tuple]) -> str:
 
 def backbones(known: dict[str, dict]) -> str:
     """Test r of reward models on every backbone that was measured, all seeds, beside the baselines and people."""
-    names = {"demo": "from scratch, 4 layers", "minilm": "MiniLM, 6 layers, an encoder", "smollm2": "SmolLM2-135M, 30 layers"}
+    names = {
+        "demo": "from scratch, 4 layers",
+        "minilm": "MiniLM, 6 layers, an encoder",
+        "smollm2": "SmolLM2-135M, 30 layers",
+    }
     rows = []
     for preset, found in known.items():
         tests = [f["demo"]["rm"]["test"] for f in found.values()]
@@ -161,7 +179,13 @@ def backbones(known: dict[str, dict]) -> str:
     rm = next(iter(known["demo"].values()))["demo"]["rm"]
     measures = ("pearson", "pair_accuracy_1")
     rows.append(["TF-IDF + ridge", *(number(rm["baselines"]["TF-IDF + ridge"][m]) for m in measures), ""])
-    rows.append(["one human, against the mean of the others", *(number(rm["humans"][f"one_{m}"]) for m in measures), ""])
+    rows.append(
+        [
+            "one human, against the mean of the others",
+            *(number(rm["humans"][f"one_{m}"]) for m in measures),
+            "",
+        ]
+    )
     return table(["Pearson r", "pairs a point or more apart", "seeds"], rows)
 
 
@@ -169,7 +193,12 @@ def tables(known: dict[str, dict]) -> str:
     """The README's, in its order, of {preset: what `demo` found of each seed}; samples are of the first seed."""
     found = known["demo"]
     first = next(iter(found.values()))
-    shown = [policies(first), samples(first["demo"]), reward_model(first["demo"]["rm"]), over_seeds(found, SEEDS)]
+    shown = [
+        policies(first),
+        samples(first["demo"]),
+        reward_model(first["demo"]["rm"]),
+        over_seeds(found, SEEDS),
+    ]
     if len(known) > 1:
         shown.append(backbones(known))
     if "smollm2" in known:
@@ -179,17 +208,27 @@ def tables(known: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="from scratch, or on real weights")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", action="store_true", help="PPO's variants as well, with the first seed")
-    parser.add_argument("--tables", action="store_true", help="only print the tables of the results that are there")
+    parser.add_argument(
+        "--tables", action="store_true", help="only print the tables of the results that are there"
+    )
     args = parser.parse_args()
     if not args.tables:
-        found = {seed: demo(args.preset, seed, args.variants and seed == args.seeds[0]) for seed in args.seeds}
+        found = {
+            seed: demo(args.preset, seed, args.variants and seed == args.seeds[0]) for seed in args.seeds
+        }
         results_of(args.preset).write_text(json.dumps(found, indent=1))
         print(f"\nraw results in {results_of(args.preset).relative_to(ROOT)}\n")
-    known = {preset: json.loads(results_of(preset).read_text()) for preset in PRESETS if results_of(preset).exists()}
+    known = {
+        preset: json.loads(results_of(preset).read_text())
+        for preset in PRESETS
+        if results_of(preset).exists()
+    }
     if "demo" not in known:
         parser.error(f"{results_of('demo').relative_to(ROOT)}: no results yet: run the demo first")
     print(tables(known))

@@ -70,7 +70,11 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
     blocks = sum(p.numel() for p in policy.blocks.parameters() if p.requires_grad)
     rounded = WIDTH * blocks  # autocast's copies
     activations = shape.n_layer * rows * length * block_bytes(shape, again)
-    logits = 0 if 4 * rows * args.response * shape.vocab_size > 2**27 else 8 * rows * args.response * shape.vocab_size
+    logits = (
+        0
+        if 4 * rows * args.response * shape.vocab_size > 2**27
+        else 8 * rows * args.response * shape.vocab_size
+    )
     cache = estimate.cache_bytes(shape, batch, length, WIDTH)
     gradients = trained if shared else trained / 2
     held = estimate.stored_bytes(known) + 2 * trained + rounded + max(gradients + activations + logits, cache)
@@ -82,15 +86,29 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
     block, last, head = estimate.forward_operations(policy, lengths, predicted, True)
     one = (shape.n_layer - 1) * block + last
     score = ((3 if shared else 4) * one + 2 * head) / flops
-    update = args.epochs * estimate.update_operations(policy, critic, lengths, predicted) * (4 / 3 if again else 1) / flops
+    update = (
+        args.epochs
+        * estimate.update_operations(policy, critic, lengths, predicted)
+        * (4 / 3 if again else 1)
+        / flops
+    )
     steps = args.epochs * args.batch // args.minibatch
     exchange = steps * 2 * (gpus - 1) / gpus * trained / (args.link_gb_s * 1e9)
     return held, rollout + score + update + exchange
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"batch": 512, "minibatch": 64, "microbatch": 4, "prompt": 256, "response": 128, "epochs": 1}.items():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in {
+        "batch": 512,
+        "minibatch": 64,
+        "microbatch": 4,
+        "prompt": 256,
+        "response": 128,
+        "epochs": 1,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--gpu-gb", type=float, default=80, help="memory of a GPU")
     parser.add_argument("--gpu-tflop-s", type=float, default=989, help="its peak in bf16, dense")
@@ -106,7 +124,9 @@ def main() -> None:
             for gpus in args.gpus:
                 held, seconds = needs(shape, how, args, gpus)
                 fits = held <= 0.9 * args.gpu_gb * 1e9  # the rest is the allocator's, and CUDA's
-                cells.append(f"{held / 1e9:.0f} GB, {seconds:.1f} s" if fits else f"{held / 1e9:.0f} GB: too much")
+                cells.append(
+                    f"{held / 1e9:.0f} GB, {seconds:.1f} s" if fits else f"{held / 1e9:.0f} GB: too much"
+                )
             rows.append([name, variant, *cells])
     print(table(["model", "how", *(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus)], rows))
 

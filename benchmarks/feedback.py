@@ -52,15 +52,27 @@ class Rater:
     """A browser as far as the server can tell: one connection, a cookie, a CSRF token."""
 
     def __init__(self, address: str, name: str):
-        self.host, self.name, self.cookie, self.csrf, self.seconds = urlsplit(address).netloc, name, "", "", []
+        self.host, self.name, self.cookie, self.csrf, self.seconds = (
+            urlsplit(address).netloc,
+            name,
+            "",
+            "",
+            [],
+        )
         self.connection = http.client.HTTPConnection(self.host, timeout=30)
 
     def request(self, path: str, body: dict | None = None) -> tuple[int, bytes]:
         headers = {"Cookie": self.cookie}
         if body is not None:
-            headers |= {"Origin": f"http://{self.host}", "Content-Type": "application/json", "X-CSRF-Token": self.csrf}
+            headers |= {
+                "Origin": f"http://{self.host}",
+                "Content-Type": "application/json",
+                "X-CSRF-Token": self.csrf,
+            }
         start = time.perf_counter()
-        self.connection.request("GET" if body is None else "POST", path, body if body is None else json.dumps(body), headers)
+        self.connection.request(
+            "GET" if body is None else "POST", path, body if body is None else json.dumps(body), headers
+        )
         response = self.connection.getresponse()
         content = response.read()
         self.seconds.append(time.perf_counter() - start)
@@ -84,13 +96,17 @@ class Rater:
 
     def vote(self, item: dict, answer: dict) -> dict | None:
         """The next item, once this answer is acknowledged."""
-        return self.call("/api/vote", {"item": item["item"], "lease": item["lease"], "answer": answer})["item"]
+        return self.call("/api/vote", {"item": item["item"], "lease": item["lease"], "answer": answer})[
+            "item"
+        ]
 
 
 def audit(store: Path, acknowledged: dict[tuple[str, str, int], dict], undone: int) -> dict[str, int]:
     """What the store holds against what raters were told that it holds; double: an item judged twice by one rater."""
     with closing(Store(store).db) as db:
-        rows = db.execute("SELECT e.rater, e.item, e.repeat, e.data FROM current c JOIN events e ON e.id = c.event").fetchall()
+        rows = db.execute(
+            "SELECT e.rater, e.item, e.repeat, e.data FROM current c JOIN events e ON e.id = c.event"
+        ).fetchall()
         events = dict(tuple(row) for row in db.execute("SELECT kind, count(*) FROM events GROUP BY kind"))
     held = {(rater, item, repeat): json.loads(data) for rater, item, repeat, data in rows}
     same = lambda key: key in held and all(held[key].get(k) == v for k, v in acknowledged[key].items())
@@ -155,7 +171,9 @@ def fsync_ms(folder: Path) -> float:
 
 def measure(folder: Path, raters: int, seconds: float, items: int, votes: int, pause: float) -> dict:
     store = folder / "store.db"
-    Store(store, create=True, seed=1).add({"mode": "rating", "prompt": f"{i}.", "a": f"Text {i}"} for i in range(items))
+    Store(store, create=True, seed=1).add(
+        {"mode": "rating", "prompt": f"{i}.", "a": f"Text {i}"} for i in range(items)
+    )
     started = time.monotonic()
     with running_server(store, "--raters", votes, "--repeat-every", 0) as (_, address):
         up = time.monotonic() - started
@@ -174,7 +192,9 @@ def measure(folder: Path, raters: int, seconds: float, items: int, votes: int, p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--raters", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--items", type=int, default=5000)

@@ -31,7 +31,14 @@ from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
 from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
-COLOURS = ("#707070", "#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7")  # Okabe and Ito: told apart by everyone
+COLOURS = (
+    "#707070",
+    "#0072B2",
+    "#009E73",
+    "#D55E00",
+    "#E69F00",
+    "#CC79A7",
+)  # Okabe and Ito: told apart by everyone
 EVERY = 6  # PPO iterations between the rollouts that are read
 POINT = 2  # read rollouts that the table and the plot take the mean of: 128 texts say too little
 DEFENCES = ["--disagreement-coef", 2, "--reward", "rm", "--reward", "minirlhf.rewards:repetition:-2",
@@ -49,8 +56,14 @@ ARMS = {
 def curve(samples: Path, readers: dict) -> list[dict]:
     found = []
     for step, rows in rows_of(samples).items():
-        own = {"kl": mean(r["kl"] for r in rows), "proxy": mean(r["rm"] for r in rows), "judge": mean(r["judge"] for r in rows)}
-        found.append({"step": step} | own | {name: read(rows) for name, read in readers.items()} | looks(rows))
+        own = {
+            "kl": mean(r["kl"] for r in rows),
+            "proxy": mean(r["rm"] for r in rows),
+            "judge": mean(r["judge"] for r in rows),
+        }
+        found.append(
+            {"step": step} | own | {name: read(rows) for name, read in readers.items()} | looks(rows)
+        )
     return found
 
 
@@ -74,8 +87,18 @@ def table(arms: dict[str, dict]) -> str:
         at = line[-1]
         signed = [f"{at[name]:+.2f}" for name in ("proxy", "judge", "strong")]
         below = f"{below_peak(line):.2f} ({', '.join(drops)})" if len(line) > 1 else ""
-        rows.append([arm, f"{at['kl']:.1f}", *signed, below, f"{at['fluency']:.0f}", f"{at['distinct_2']:.2f}"])
-    head = ["KL, nats", "proxy", "judge", "strong judge", "... below its peak (seeds)", "perplexity", "distinct-2"]
+        rows.append(
+            [arm, f"{at['kl']:.1f}", *signed, below, f"{at['fluency']:.0f}", f"{at['distinct_2']:.2f}"]
+        )
+    head = [
+        "KL, nats",
+        "proxy",
+        "judge",
+        "strong judge",
+        "... below its peak (seeds)",
+        "perplexity",
+        "distinct-2",
+    ]
     return demo.table(head, rows)
 
 
@@ -101,16 +124,26 @@ def plot(arms: dict[str, dict], target: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with sft and judge")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/gaming", help="folder of the ensemble and the policies")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs/gaming", help="folder of the ensemble and the policies"
+    )
     parser.add_argument("--preset", default="demo", help="of the stages")
-    parser.add_argument("--strong", type=Path, help="a reward model on real weights; default: OUT/strong, made from --fluency")
-    parser.add_argument("--fluency", type=Path, default=Path("runs/smollm2/base"), help="a language model that took no part")
+    parser.add_argument(
+        "--strong", type=Path, help="a reward model on real weights; default: OUT/strong, made from --fluency"
+    )
+    parser.add_argument(
+        "--fluency", type=Path, default=Path("runs/smollm2/base"), help="a language model that took no part"
+    )
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=[*ARMS])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--iterations", type=int, default=96, help="of PPO")
-    parser.add_argument("--tables", action="store_true", help="only print the table of the results that are there")
+    parser.add_argument(
+        "--tables", action="store_true", help="only print the table of the results that are there"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw their plot")
     return parser.parse_args(argv)
 

@@ -123,7 +123,9 @@ def public_linear() -> dict[str, Callable]:
         return {}
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    call = lambda h, w, tokens: ChunkedLogProbFunction.apply(h, w, None, tokens, 1.0, TRL_CHUNK, None, 1.0, ("entropy",))
+    call = lambda h, w, tokens: ChunkedLogProbFunction.apply(
+        h, w, None, tokens, 1.0, TRL_CHUNK, None, 1.0, ("entropy",)
+    )
     return {"TRL chunked_logprob": lambda *inputs: call(*inputs)[:2]}
 
 
@@ -198,7 +200,9 @@ def kl(V: int) -> Operation:
 def linear() -> Operation:
     of_product = lambda function: lambda hidden, weight, tokens: function(hidden @ weight.T, tokens)
     calls = {OURS: linear_token_logprobs, "log_softmax + gather": of_product(plain)}
-    return Operation(of_hidden, (0,), calls | {"F.cross_entropy": of_product(cross_entropy)} | public_linear())
+    return Operation(
+        of_hidden, (0,), calls | {"F.cross_entropy": of_product(cross_entropy)} | public_linear()
+    )
 
 
 def advantages(with_dones: bool) -> Operation:
@@ -217,9 +221,13 @@ OPERATIONS: dict[str, Callable[[], Operation]] = {
 # Measuring
 
 
-def run(op: Operation, call: Callable, inputs: Sequence[Any], timed: Callable) -> tuple[float, float, Any, Any]:
+def run(
+    op: Operation, call: Callable, inputs: Sequence[Any], timed: Callable
+) -> tuple[float, float, Any, Any]:
     """Forward and backward on copies of the inputs -> seconds of each, results, gradients."""
-    copies = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs]
+    copies = [
+        x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in inputs
+    ]
     forward, outputs = timed(lambda: call(*copies))
     leaves = [x for x in copies if isinstance(x, Tensor) and x.requires_grad]
     starts = [outputs[i] for i in op.graded if i < len(outputs)]
@@ -302,7 +310,9 @@ def measure(name: str, op: Operation, rounds: int, clock: str) -> dict[str, Any]
         del got, grads
     results = nbytes(want) + nbytes(want_grads)
     del want, want_grads
-    samples: dict[str, dict[str, list[float]]] = {contender: {"forward": [], "backward": []} for contender in op.contenders}
+    samples: dict[str, dict[str, list[float]]] = {
+        contender: {"forward": [], "backward": []} for contender in op.contenders
+    }
     for _ in range(rounds):
         for contender, call in op.contenders.items():
             forward, backward, *_ = run(op, call, inputs, timed)
@@ -336,7 +346,11 @@ def versions() -> dict[str, str]:
 
 def device_facts() -> dict[str, Any]:
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    facts = {"device": DEVICE, "cpu": cpu[1] if cpu else platform.machine(), "threads": torch.get_num_threads()}
+    facts = {
+        "device": DEVICE,
+        "cpu": cpu[1] if cpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
     if DEVICE == "cuda":
         facts |= {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": copy_rate()}
     return facts | {"versions": versions()}
@@ -393,7 +407,11 @@ def public_cases() -> list[Case]:
         if installed("triton", "trl.kernels.logprob_entropy"):
             from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
-            cases.append(Case(f"TRL logprob_entropy V={V}", selective_log_softmax_and_entropy, partial(inputs, V, 8192)))
+            cases.append(
+                Case(
+                    f"TRL logprob_entropy V={V}", selective_log_softmax_and_entropy, partial(inputs, V, 8192)
+                )
+            )
         if installed("triton", "liger_kernel.ops.cross_entropy"):
             # It looks at the tokens: no meta tensors.
             cases.append(Case(f"Liger cross_entropy V={V}", liger_losses, partial(inputs, V, 3)))
@@ -401,13 +419,19 @@ def public_cases() -> list[Case]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--op", nargs="+", default=[""], help="only operations whose names begin so")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each contender (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="measurements of each contender (default: %(default)s)"
+    )
     parser.add_argument("--clock", choices=("wall", "process"), default="wall",
                         help="on CPU; process: seconds of all threads, for a busy machine")  # fmt: skip
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/kernels_<device>.json")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a goal that was measured is missed")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 where a goal that was measured is missed"
+    )
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # what a child process does
     args = parser.parse_args()
     torch.manual_seed(0)

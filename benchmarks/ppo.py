@@ -34,7 +34,8 @@ SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, 
          "epochs": 4, "end": 0.0}  # fmt: skip
 WORK = {
     "small": SMALL,
-    "gpt2": SMALL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50257, "batch": 8, "minibatch": 8, "epochs": 1},
+    "gpt2": SMALL
+    | {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50257, "batch": 8, "minibatch": 8, "epochs": 1},
     "lengths": SMALL | {"response": 64, "end": 0.038},  # min(geometric, 64) has mean 24
 }
 OURS = {
@@ -44,7 +45,11 @@ OURS = {
 }
 TRIED = {
     "fp32, compiled": [*OURS["fp32"], "--compile"],
-    "fp32, 384 tokens a microbatch": [*OURS["fp32"], "--tokens-per-microbatch", "384"],  # half a minibatch of the small work
+    "fp32, 384 tokens a microbatch": [
+        *OURS["fp32"],
+        "--tokens-per-microbatch",
+        "384",
+    ],  # half a minibatch of the small work
     "bf16, compiled": [*OURS["bf16"], "--compile"],
     "bf16, 384 tokens a microbatch": [*OURS["bf16"], "--tokens-per-microbatch", "384"],
 }
@@ -113,7 +118,11 @@ def ours(job: dict) -> None:
                "prompt-tokens": work["prompt"] - 1, "response-tokens": work["response"], "batch": work["batch"],
                "minibatch": work["minibatch"], "epochs": work["epochs"], "iterations": job["iterations"], "lr": 1e-5,
                "value-lr": 1e-5, "save-every": 10**6, "missing-eos": "none"}  # fmt: skip
-    sys.argv = ["train_ppo.py", *(str(x) for name, value in options.items() for x in (f"--{name}", value)), *job["options"]]
+    sys.argv = [
+        "train_ppo.py",
+        *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
+        *job["options"],
+    ]
     cpu = time.process_time()
     cli.run_script(train_ppo.main)
     cpu = time.process_time() - cpu
@@ -123,17 +132,23 @@ def ours(job: dict) -> None:
              | {"seconds": end - start, "gemm": line["time/gemm_share"], "tokens": line["val/response_length"] * work["batch"]}
              for line, start, end in zip(lines, ends, ends[1:], strict=False)]  # fmt: skip
     steps = sum(line["optimizer_steps"] for line in lines)
-    peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # (ru_maxrss may be the parent's)
+    peak = (
+        int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    )  # (ru_maxrss may be the parent's)
     print(json.dumps({"iterations": found, "optimizer_steps": steps, "peak_mb": peak, "cpu_seconds": cpu}))
 
 
 def measure(python: str, script: str, job: dict) -> dict:
     """What a process found, less its first iterations; the work it did is asserted."""
     found, work = beside.child(python, script, job), job["work"]
-    assert found["optimizer_steps"] == job["iterations"] * work["epochs"] * work["batch"] // work["minibatch"], found
+    assert (
+        found["optimizer_steps"] == job["iterations"] * work["epochs"] * work["batch"] // work["minibatch"]
+    ), found
     full = work["batch"] * work["response"]
     for iteration in found["iterations"]:  # fixed lengths are exact; drawn ones have the same mean
-        assert iteration["tokens"] == full if not work["end"] else 0.2 * full < iteration["tokens"] < 0.6 * full, iteration
+        assert (
+            iteration["tokens"] == full if not work["end"] else 0.2 * full < iteration["tokens"] < 0.6 * full
+        ), iteration
     return found | {"iterations": found["iterations"][WARM_UP:]}
 
 
@@ -142,13 +157,23 @@ def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         prepare(WORK[name], Path(folder))
-        job = {"work": WORK[name], "threads": args.threads, "iterations": WARM_UP + args.iterations, "folder": folder}
+        job = {
+            "work": WORK[name],
+            "threads": args.threads,
+            "iterations": WARM_UP + args.iterations,
+            "folder": folder,
+        }
         for k in range(args.rounds):
             if args.peer_python:
                 peer = job | {"out": f"{folder}/trl-{k}"}
-                found.setdefault("TRL", []).append(measure(args.peer_python, "benchmarks/peers/trl_ppo.py", peer))
+                found.setdefault("TRL", []).append(
+                    measure(args.peer_python, "benchmarks/peers/trl_ppo.py", peer)
+                )
             for variant in args.variants:
-                mine = job | {"out": f"{folder}/{variant}-{k}".replace(" ", "-"), "options": (OURS | TRIED)[variant]}
+                mine = job | {
+                    "out": f"{folder}/{variant}-{k}".replace(" ", "-"),
+                    "options": (OURS | TRIED)[variant],
+                }
                 found.setdefault(variant, []).append(measure(sys.executable, "benchmarks/ppo.py", mine))
             print(f"{name}: round {k + 1} of {args.rounds}", flush=True)
     return found
@@ -157,11 +182,17 @@ def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
 def summary(runs: list[dict]) -> dict[str, float]:
     """Medians over all iterations that count (seconds) and over processes."""
     iterations = [i for run in runs for i in run["iterations"]]
-    found = {key: median(i[key] for i in iterations) for key in ("seconds", "rollout", "score", "update", "tokens")}
+    found = {
+        key: median(i[key] for i in iterations) for key in ("seconds", "rollout", "score", "update", "tokens")
+    }
     seconds = sorted(i["seconds"] for i in iterations)
     found |= {"fastest": seconds[0], "slowest": seconds[-1], "peak_mb": median(r["peak_mb"] for r in runs)}
     cpu = median(r["cpu_seconds"] / (len(r["iterations"]) + WARM_UP) for r in runs)
-    return found | {"cpu": cpu} | ({"gemm": median(i["gemm"] for i in iterations)} if "gemm" in iterations[0] else {})
+    return (
+        found
+        | {"cpu": cpu}
+        | ({"gemm": median(i["gemm"] for i in iterations)} if "gemm" in iterations[0] else {})
+    )
 
 
 def report(known: dict[str, dict]) -> tuple[str, list[str]]:
@@ -192,7 +223,9 @@ def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
     parser.add_argument("--variants", choices=OURS | TRIED, nargs="+", default=[*OURS])
-    parser.add_argument("--tried", action="store_true", help="fp32, bf16 and what did not make them faster, as variants")
+    parser.add_argument(
+        "--tried", action="store_true", help="fp32, bf16 and what did not make them faster, as variants"
+    )
     parser.add_argument("--iterations", type=int, default=3, help="that count, of each process")
     args = parser.parse_args()
     if args.tried:

@@ -30,7 +30,12 @@ from minirlhf.measure import baselines, stats  # noqa: E402
 from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/raters.json"
-KINDS = {"clean": [], "random": ["random"], "inverted": ["inverted"], "both": ["random", "inverted"]}  # taken in turn
+KINDS = {
+    "clean": [],
+    "random": ["random"],
+    "inverted": ["inverted"],
+    "both": ["random", "inverted"],
+}  # taken in turn
 WAYS = ("mean", "majority", "model")
 
 
@@ -50,7 +55,9 @@ def write(condition: str, keep: int, clean: list[data.Response]) -> Path:
         if data.split_of(*data.as_example(r)) == "train":
             ratings = corrupt(ratings[: keep or None], KINDS[condition], rng)
         row = {"text": r.response, "genre": r.genre, "scale": r.scale}
-        lines.append(json.dumps(row | {"ratings": {f"rater {j}": score for j, score in enumerate(ratings, 1)}}) + "\n")
+        lines.append(
+            json.dumps(row | {"ratings": {f"rater {j}": score for j, score in enumerate(ratings, 1)}}) + "\n"
+        )
     path = ROOT / f"runs/raters/{condition}-{keep}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(lines).encode())
@@ -104,7 +111,11 @@ def table(found: dict) -> str:
         cells = []
         for how in WAYS:
             tests = [run["test"]["pearson"] for run in ways[how].get("train", {}).values()]
-            numbers = [ways[how]["pearson"], ways[how]["tfidf_test_pearson"], *([mean(tests)] if tests else [])]
+            numbers = [
+                ways[how]["pearson"],
+                ways[how]["tfidf_test_pearson"],
+                *([mean(tests)] if tests else []),
+            ]
             cells.append(" / ".join(map(number, numbers)))
         lines.append(f"| {int(keep) or 'all'} | {condition} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -113,11 +124,17 @@ def table(found: dict) -> str:
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--keep", type=int, nargs="+", default=[0, 6], help="raters of a training item; 0: all")
+    parser.add_argument(
+        "--keep", type=int, nargs="+", default=[0, 6], help="raters of a training item; 0: all"
+    )
     parser.add_argument("--conditions", choices=KINDS, nargs="+", default=[*KINDS])
     parser.add_argument("--train", action="store_true", help="train reward models as well")
-    parser.add_argument("--init", type=Path, default=Path("runs/demo/sft"), help="checkpoint that they start from")
-    parser.add_argument("--ways", choices=WAYS, nargs="+", default=["mean", "model"], help="--raters of those trained")
+    parser.add_argument(
+        "--init", type=Path, default=Path("runs/demo/sft"), help="checkpoint that they start from"
+    )
+    parser.add_argument(
+        "--ways", choices=WAYS, nargs="+", default=["mean", "model"], help="--raters of those trained"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("options", nargs="*", help="more options of train_rm.py, behind --")
     args = parser.parse_args()
@@ -132,9 +149,13 @@ def main() -> None:
     for seed in args.seeds if args.train else []:
         for name, path in paths.items():
             for how in args.ways:
-                known[name][how].setdefault("train", {})[str(seed)] = train(path, how, seed, args.init, args.options)
+                known[name][how].setdefault("train", {})[str(seed)] = train(
+                    path, how, seed, args.init, args.options
+                )
                 save()
-    print("r of the targets with the clean means / test r of TF-IDF + ridge / of the reward models, where trained\n")
+    print(
+        "r of the targets with the clean means / test r of TF-IDF + ridge / of the reward models, where trained\n"
+    )
     print(table(known))
 
 

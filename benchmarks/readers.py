@@ -46,7 +46,10 @@ class Fluency:
     def __init__(self, folder: Path):
         self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
         folder = checkpoint.resolve(folder)
-        self.model, self.tokenizer = checkpoint.load_gpt(folder).to(self.machine.device).eval(), Tokenizer.load(folder)
+        self.model, self.tokenizer = (
+            checkpoint.load_gpt(folder).to(self.machine.device).eval(),
+            Tokenizer.load(folder),
+        )
 
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> float:

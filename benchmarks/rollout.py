@@ -30,7 +30,10 @@ from benchmarks.demo import table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/rollout.json"
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, "response": 32, "batch": 64}
-WORK = {"small": SMALL, "gpt2": SMALL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50257, "batch": 8}}
+WORK = {
+    "small": SMALL,
+    "gpt2": SMALL | {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50257, "batch": 8},
+}
 SCRIPTS = {"ours": "benchmarks/rollout.py", "transformers": "benchmarks/peers/transformers_generate.py"}
 VARIANTS = {  # a row of the table: (whose, what its process is told)
     "transformers, fp32": ("transformers", {"precision": "fp32", "keep_freed": False}),
@@ -40,7 +43,10 @@ VARIANTS = {  # a row of the table: (whose, what its process is told)
     "ours, bf16": ("ours", {"precision": "bf16"}),
 }
 BASE = "transformers, fp32"
-GOALS = {"small": {"ours, fp32": 1.8, "ours, bf16": 2.3}, "gpt2": {"ours, fp32": 1.4, "ours, bf16": 2.0}}  # times BASE's speed
+GOALS = {
+    "small": {"ours, fp32": 1.8, "ours, bf16": 2.3},
+    "gpt2": {"ours, fp32": 1.4, "ours, bf16": 2.0},
+}  # times BASE's speed
 
 
 def ours(job: dict) -> None:
@@ -62,10 +68,21 @@ def ours(job: dict) -> None:
         start = time.perf_counter()
         with machine.autocast(job["precision"]):
             responses, mask = generate(
-                model, prompts, torch.ones_like(prompts, dtype=torch.bool), work["response"], 1.0, eos, pad, forbidden=eos
+                model,
+                prompts,
+                torch.ones_like(prompts, dtype=torch.bool),
+                work["response"],
+                1.0,
+                eos,
+                pad,
+                forbidden=eos,
             )
         seconds.append(time.perf_counter() - start)
-        assert responses.shape == (work["batch"], work["response"]) and mask.all() and not (responses == eos).any()
+        assert (
+            responses.shape == (work["batch"], work["response"])
+            and mask.all()
+            and not (responses == eos).any()
+        )
     print(json.dumps({"seconds": seconds[1:], "tokens": responses.numel(), "versions": hardware.versions()}))
 
 
@@ -79,7 +96,10 @@ def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
             if pythons[whose]:
                 job = {"work": WORK[name], "threads": args.threads, "calls": args.calls} | told
                 found.setdefault(variant, []).append(one := beside.child(pythons[whose], SCRIPTS[whose], job))
-                assert one["tokens"] == WORK[name]["batch"] * WORK[name]["response"] and len(one["seconds"]) == args.calls
+                assert (
+                    one["tokens"] == WORK[name]["batch"] * WORK[name]["response"]
+                    and len(one["seconds"]) == args.calls
+                )
         print(f"{name}: round {k + 1} of {args.rounds}", flush=True)
     return found
 
@@ -101,7 +121,9 @@ def report(known: dict[str, dict]) -> tuple[str, list[str]]:
                     missed.append(f"{name}, {variant}: {ratio:.2f} x, goal {goal:g} x")
             rows.append([f"{name}: {variant}", f"{median(speed):.0f}", f"{speed[0]:.0f} to {speed[-1]:.0f}", times,
                          f">= {goal:g}" if goal else ""])  # fmt: skip
-    return table(["response tokens/s", "slowest to fastest call", "times transformers, fp32", "set out to reach"], rows), missed
+    return table(
+        ["response tokens/s", "slowest to fastest call", "times transformers, fp32", "set out to reach"], rows
+    ), missed
 
 
 def main() -> None:

@@ -42,7 +42,11 @@ def judge(path: Path, gold: Judge, seed: int) -> int:
     said: dict[tuple[str, str], float] = {}
 
     def worth(item: dict) -> list[float]:
-        new = [{"prompt": item["prompt"], "response": t} for t in item["texts"] if (item["prompt"], t) not in said]
+        new = [
+            {"prompt": item["prompt"], "response": t}
+            for t in item["texts"]
+            if (item["prompt"], t) not in said
+        ]
         if new:
             said.update(zip(((r["prompt"], r["response"]) for r in new), gold(new), strict=True))
         return [said[item["prompt"], t] for t in item["texts"]]
@@ -65,7 +69,9 @@ def at_kl(curve: list[dict], nats: float) -> float | None:
     return None
 
 
-def judged(args: argparse.Namespace, out: Path, store: Path, samples: list[tuple], gold: Judge, seed: int) -> Path:
+def judged(
+    args: argparse.Namespace, out: Path, store: Path, samples: list[tuple], gold: Judge, seed: int
+) -> Path:
     """OUT/feedback/preferences.jsonl: all judgements in the store, after new items (each sample's arguments) got theirs."""
     pairs = out / "feedback/preferences.jsonl"
     if not pairs.exists():
@@ -81,12 +87,34 @@ def judged(args: argparse.Namespace, out: Path, store: Path, samples: list[tuple
 def policy(args: argparse.Namespace, out: Path, pairs: Path, seed: int, gold: Judge) -> dict:
     """Reward model and PPO of OUT; what the gold model says along the way."""
     common = ("--preset", args.preset, "--init", args.init, "--seed", seed, "--resume")
-    few = ("--members", 3, "--epochs", args.epochs, "--batch", 16, "--warmup", 10)  # for hundreds of pairs, not thousands
+    few = (
+        "--members",
+        3,
+        "--epochs",
+        args.epochs,
+        "--batch",
+        16,
+        "--warmup",
+        10,
+    )  # for hundreds of pairs, not thousands
     command("train_rm.py", "--data", pairs, "--out", out / "rm", *few, *common)
-    command("train_ppo.py", "--out", out / "ppo", "--save-samples", EVERY, "--iterations", args.iterations, *common)
+    command(
+        "train_ppo.py",
+        "--out",
+        out / "ppo",
+        "--save-samples",
+        EVERY,
+        "--iterations",
+        args.iterations,
+        *common,
+    )
     curve = []
     for step, rows in rows_of(out / "ppo/samples.jsonl").items():
-        read = {"kl": mean(r["kl"] for r in rows), "proxy": mean(r["rm"] for r in rows), "gold": mean(gold(rows))}
+        read = {
+            "kl": mean(r["kl"] for r in rows),
+            "proxy": mean(r["rm"] for r in rows),
+            "gold": mean(gold(rows)),
+        }
         curve.append({"step": step} | read | looks(rows))
     about = json.loads((out / "rm/config.json").read_text())["results"]
     return {"pairs": len(pairs.read_text().splitlines()), "rm": about["test"], "curve": curve}
@@ -99,7 +127,9 @@ def run(args: argparse.Namespace, seed: int, gold: Judge, save: Callable[[dict],
         out, last = home / f"round-{k}", home / f"round-{k - 1}"
         chosen = ("--reward-model", last / "rm", "--keep", args.pairs, "--per-prompt", 3)
         samples = [(last / "ppo", draw, *chosen)] if k else [(args.init, draw)]
-        pairs = judged(args, out, home / "rounds.db", samples, gold, seed)  # one store: a round learns from all before it
+        pairs = judged(
+            args, out, home / "rounds.db", samples, gold, seed
+        )  # one store: a round learns from all before it
         found[f"round {k}"] = policy(args, out, pairs, seed, gold)
         save(found)
     out = home / "control"
@@ -116,22 +146,32 @@ def table(seeds: dict[str, dict], nats: list[float]) -> str:
     for name in whole[0]:
         cells = []
         for n in nats:
-            values, base = ([at_kl(found[policy]["curve"], n) for found in whole] for policy in (name, "round 0"))
+            values, base = (
+                [at_kl(found[policy]["curve"], n) for found in whole] for policy in (name, "round 0")
+            )
             if None in values + base:
                 cells.append("-")
                 continue
             gains = [v - b for v, b in zip(values, base, strict=True)]
             error = f" ({stdev(gains) / math.sqrt(len(gains)):.2f})" if len(gains) > 1 else ""
-            cells.append(f"{mean(values):+.2f}" + (f", {mean(gains):+.2f}{error}" if name != "round 0" else ""))
+            cells.append(
+                f"{mean(values):+.2f}" + (f", {mean(gains):+.2f}{error}" if name != "round 0" else "")
+            )
         rows.append([name, str(whole[0][name]["pairs"]), *cells])
     return demo.table(["pairs", *heads], rows)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--init", type=Path, default=Path("runs/demo/sft"), help="the SFT model")
-    parser.add_argument("--gold", type=Path, default=Path("runs/minilm-1/rm"), help="reward model that simulates the raters")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/rounds", help="folder of stores and checkpoints")
+    parser.add_argument(
+        "--gold", type=Path, default=Path("runs/minilm-1/rm"), help="reward model that simulates the raters"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs/rounds", help="folder of stores and checkpoints"
+    )
     parser.add_argument("--preset", default="demo", help="of the stages")
     parser.add_argument("--prompts", default="vader", help="as of feedback sample")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -139,8 +179,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=600, help="new pairs a round")
     parser.add_argument("--epochs", type=int, default=4, help="of the reward models, over all pairs so far")
     parser.add_argument("--iterations", type=int, default=48, help="of PPO")
-    parser.add_argument("--nats", type=float, nargs="+", default=[3.0, 4.0, 5.0], help="KLs at which policies are compared")
-    parser.add_argument("--tables", action="store_true", help="only print the table of the results that are there")
+    parser.add_argument(
+        "--nats", type=float, nargs="+", default=[3.0, 4.0, 5.0], help="KLs at which policies are compared"
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="only print the table of the results that are there"
+    )
     return parser.parse_args(argv)
 
 

@@ -26,7 +26,12 @@ AXES = {
     "n_embd": (96, 192, 384, 768),
     "vocab": (1024, 4096, 16384, 50257),
 }
-NAMES = {"batch": "responses a batch", "response": "tokens a response", "n_embd": "width", "vocab": "vocabulary"}
+NAMES = {
+    "batch": "responses a batch",
+    "response": "tokens a response",
+    "n_embd": "width",
+    "vocab": "vocabulary",
+}
 
 
 def run(args: argparse.Namespace, axis: str) -> dict[str, dict]:
@@ -47,7 +52,15 @@ def rows_of(axis: str, found: dict[str, dict]) -> str:
     rows, measured = [], {value: summary([one]) for value, one in found.items()}
     for value, row in measured.items():
         parts = [f"{row[part]:.2f}" for part in ("seconds", "rollout", "score", "update")]
-        rows.append([value, *parts, f"{row['tokens'] / row['seconds']:.0f}", f"{row['gemm']:.0%}", f"{row['peak_mb']:.0f}"])
+        rows.append(
+            [
+                value,
+                *parts,
+                f"{row['tokens'] / row['seconds']:.0f}",
+                f"{row['gemm']:.0%}",
+                f"{row['peak_mb']:.0f}",
+            ]
+        )
     head = f"{NAMES[axis]}, s an iteration, rollout, scoring, update, tokens/s, update of GEMM rate, peak MB"
     return table(head.split(", "), rows)
 

@@ -39,7 +39,12 @@ from benchmarks.demo import table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sft.json"
 COMMIT = "3adf61e154c3fe3fca428ad6bc3818b27a3b8291"
-CHARACTERS, WIDTH, BATCH, WINDOWS = 1_100_000, 63, 12, 500  # the text's; a row's and a window's; rows a step; held out
+CHARACTERS, WIDTH, BATCH, WINDOWS = (
+    1_100_000,
+    63,
+    12,
+    500,
+)  # the text's; a row's and a window's; rows a step; held out
 OURS = ("fp32", "bf16")
 SPEED, LOSS = 1.0, 0.01  # goals: at least nanoGPT's speed; at most its loss and this much, which is noise
 
@@ -51,7 +56,10 @@ def prepare(folder: Path, nanogpt: Path | None, steps: int) -> None:
 
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     text = "".join(
-        c for file in files for c in file.read_text(encoding="utf-8") if c == "\n" or c.isascii() and c.isprintable()
+        c
+        for file in files
+        for c in file.read_text(encoding="utf-8")
+        if c == "\n" or c.isascii() and c.isprintable()
     )
     text = text[:CHARACTERS]
     assert len(text) == CHARACTERS
@@ -74,8 +82,12 @@ def prepare(folder: Path, nanogpt: Path | None, steps: int) -> None:
     (folder / "windows.json").write_text(json.dumps(held_out))
     Tokenizer({c.encode(): i for i, c in enumerate(sorted(set(text)))}).save(folder / "tokenizer")
     if nanogpt:
-        shutil.copytree(nanogpt, folder / "nanogpt", ignore=shutil.ignore_patterns(".git", "assets", "*.bin", "*.pkl"))
-        (folder / "nanogpt/data/shakespeare_char/input.txt").write_text(text)  # it downloads Shakespeare if there is none
+        shutil.copytree(
+            nanogpt, folder / "nanogpt", ignore=shutil.ignore_patterns(".git", "assets", "*.bin", "*.pkl")
+        )
+        (folder / "nanogpt/data/shakespeare_char/input.txt").write_text(
+            text
+        )  # it downloads Shakespeare if there is none
 
 
 def ours(job: dict) -> None:
@@ -109,12 +121,16 @@ def ours(job: dict) -> None:
     assert len(stamps) == job["steps"] and tokens == {BATCH * (WIDTH + 1)}, (len(stamps), tokens)
 
     model, tokenizer = checkpoint.load_gpt(out).eval(), Tokenizer.load(out)
-    x = torch.tensor([[tokenizer.bos, *tokenizer.encode(w)] for w in json.loads((folder / "windows.json").read_text())])
+    x = torch.tensor(
+        [[tokenizer.bos, *tokenizer.encode(w)] for w in json.loads((folder / "windows.json").read_text())]
+    )
     assert x.shape == (WINDOWS, 1 + WIDTH)
     with torch.no_grad():
         logits = model.logits(model(x[:, :-1]))[:, 1:]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), x[:, 2:].flatten()).item()
-    seconds = [end - start for start, end in zip(stamps, stamps[1:-1], strict=False)]  # the last step validates
+    seconds = [
+        end - start for start, end in zip(stamps, stamps[1:-1], strict=False)
+    ]  # the last step validates
     print(json.dumps({"seconds": seconds, "steps": len(stamps), "tokens": int(tokens.pop()), "loss": loss,
                       "parameters": sum(p.numel() for p in model.parameters()), "versions": hardware.versions()}))  # fmt: skip
 
@@ -127,10 +143,17 @@ def run(args: argparse.Namespace) -> dict[str, list[dict]]:
         job = {"threads": args.threads, "folder": folder, "steps": args.steps}
         for k in range(args.rounds):
             jobs = {
-                f"ours, {p}": (sys.executable, "benchmarks/sft.py", {"precision": p, "out": f"{folder}/{p}-{k}"}) for p in OURS
+                f"ours, {p}": (
+                    sys.executable,
+                    "benchmarks/sft.py",
+                    {"precision": p, "out": f"{folder}/{p}-{k}"},
+                )
+                for p in OURS
             }
             if args.nanogpt:
-                jobs = {"nanoGPT, fp32": (args.peer_python, "benchmarks/peers/nanogpt.py", {"batch": BATCH})} | jobs
+                jobs = {
+                    "nanoGPT, fp32": (args.peer_python, "benchmarks/peers/nanogpt.py", {"batch": BATCH})
+                } | jobs
             for name, (python, script, more) in jobs.items():
                 one = beside.child(python, script, job | {"seed": k} | more)
                 assert one["steps"] == args.steps and one["tokens"] == BATCH * (WIDTH + 1), one
@@ -153,16 +176,25 @@ def report(found: dict[str, list[dict]]) -> tuple[str, list[str]]:
             difference = median(losses[name]) - median(losses[base])
             times, more = f"{ratio:.2f} (>= {SPEED:g})", f"{difference:+.3f} (<= {LOSS:g})"
             missed += [f"{name}: {ratio:.2f} x nanoGPT's speed, goal {SPEED:g} x"] * (ratio < SPEED)
-            missed += [f"{name}: loss {difference:+.3f} against nanoGPT's, goal {LOSS:+g}"] * (difference > LOSS)
+            missed += [f"{name}: loss {difference:+.3f} against nanoGPT's, goal {LOSS:+g}"] * (
+                difference > LOSS
+            )
         rows.append([name, f"{median(speeds[name]):.0f} ({min(speeds[name]):.0f} to {max(speeds[name]):.0f})", times,
                      f"{median(losses[name]):.3f} ({min(losses[name]):.3f} to {max(losses[name]):.3f})", more])  # fmt: skip
-    head = ["tokens/s (range over runs)", "times nanoGPT (goal)", "held-out nats/character (range)", "against nanoGPT (goal)"]
+    head = [
+        "tokens/s (range over runs)",
+        "times nanoGPT (goal)",
+        "held-out nats/character (range)",
+        "against nanoGPT (goal)",
+    ]
     return table(head, rows), missed
 
 
 def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3)
-    parser.add_argument("--nanogpt", type=Path, help=f"a clone of nanoGPT at {COMMIT[:8]}; left out: ours alone")
+    parser.add_argument(
+        "--nanogpt", type=Path, help=f"a clone of nanoGPT at {COMMIT[:8]}; left out: ours alone"
+    )
     parser.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
     if args.job:
@@ -172,10 +204,17 @@ def main() -> None:
         parser.error("--nanogpt and --peer-python go together")
     if args.nanogpt:
         commit = subprocess.check_output(["git", "-C", args.nanogpt, "rev-parse", "HEAD"], text=True).strip()
-        if commit != COMMIT or subprocess.check_output(["git", "-C", args.nanogpt, "status", "--porcelain", "-uno"]):
+        if commit != COMMIT or subprocess.check_output(
+            ["git", "-C", args.nanogpt, "status", "--porcelain", "-uno"]
+        ):
             parser.error(f"{args.nanogpt}: not an unchanged checkout of {COMMIT}")
     if not args.tables:
-        known = {"runs": run(args), "steps": args.steps, "nanogpt": COMMIT, "machine": beside.machine(args.threads)}
+        known = {
+            "runs": run(args),
+            "steps": args.steps,
+            "nanogpt": COMMIT,
+            "machine": beside.machine(args.threads),
+        }
         args.out.write_text(json.dumps(known, indent=1))
     elif not args.out.exists():
         parser.error(f"{args.out}: no results yet: run without --tables first")

@@ -54,13 +54,20 @@ def rows_of(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--iterations", type=int, default=40)
-    parser.add_argument("--tables", action="store_true", help="only print the table of the results that are there")
+    parser.add_argument(
+        "--tables", action="store_true", help="only print the table of the results that are there"
+    )
     args = parser.parse_args()
     if not args.tables:
-        found = {variant: {str(seed): learn(variant, seed, args.iterations) for seed in args.seeds} for variant in VARIANTS}
+        found = {
+            variant: {str(seed): learn(variant, seed, args.iterations) for seed in args.seeds}
+            for variant in VARIANTS
+        }
         RESULTS.write_text(json.dumps(found, indent=1))
     elif not RESULTS.exists():
         parser.error(f"{RESULTS}: no results yet: run without --tables first")

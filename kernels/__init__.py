@@ -10,7 +10,12 @@ Nothing is imported until it is used: another package that merely probes for one
 
 __all__ = ["gae", "linear_token_logprobs", "token_kl", "token_logprobs"]
 
-_MODULES = {"gae": "advantages", "linear_token_logprobs": "linear_logprobs", "token_kl": "kl", "token_logprobs": "logprobs"}
+_MODULES = {
+    "gae": "advantages",
+    "linear_token_logprobs": "linear_logprobs",
+    "token_kl": "kl",
+    "token_logprobs": "logprobs",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -114,7 +114,13 @@ def _unless(cut: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _gae_plain(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, dones: Tensor | None, last: Tensor | None, gamma: float, decay: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    last: Tensor | None,
+    gamma: float,
+    decay: float,
 ) -> tuple[Tensor, Tensor]:
     """The same in blocks of STRIDE steps, all blocks of all rows at once: float64, [B, T rounded up]."""
     B, T = rewards.shape
@@ -153,7 +159,13 @@ _INPUTS = "Tensor rewards, Tensor values, Tensor? mask, Tensor? dones, Tensor? l
 
 @torch.library.custom_op("minirlhf::gae", mutates_args=(), schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _gae(
-    rewards: Tensor, values: Tensor, mask: Tensor | None, dones: Tensor | None, last: Tensor | None, gamma: float, lam: float
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    last: Tensor | None,
+    gamma: float,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     B, T = rewards.shape
     if mask is not None and mask.device.type == "cpu" and bool((mask[:, 1:] & ~mask[:, :-1]).any()):

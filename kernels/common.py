@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 triton = tl = None
-if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:  # else it would take 70 MB and a second for nothing
+if (
+    torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ
+):  # else it would take 70 MB and a second for nothing
     with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl
@@ -41,8 +43,14 @@ def use_triton(*inputs: Tensor) -> bool:
 
 def check_rows(x: Tensor, tokens: Tensor, temperature: float, mask: Tensor | None) -> None:
     """Refuse arguments that do not fit the rows of x [..., V or C]; what they hold is not looked at."""
-    if x.ndim == 0 or x.shape[-1] == 0 or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise ValueError(f"rows of float16, bfloat16, float32 or float64 are needed, not {x.dtype} {tuple(x.shape)}")
+    if (
+        x.ndim == 0
+        or x.shape[-1] == 0
+        or x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    ):
+        raise ValueError(
+            f"rows of float16, bfloat16, float32 or float64 are needed, not {x.dtype} {tuple(x.shape)}"
+        )
     for name, y, dtype in (("tokens", tokens, torch.int64), ("mask", mask, torch.bool)):
         if y is None:
             continue
@@ -62,7 +70,11 @@ def real_rows(tokens: Tensor, mask: Tensor | None, V: int, size: int) -> tuple[T
 
     Raises ValueError where one of their tokens is outside the vocabulary. What stands in a masked row is nobody's business.
     """
-    real = torch.arange(tokens.numel(), device=tokens.device) if mask is None else mask.flatten().nonzero().squeeze(1)
+    real = (
+        torch.arange(tokens.numel(), device=tokens.device)
+        if mask is None
+        else mask.flatten().nonzero().squeeze(1)
+    )
     used = tokens.flatten()[real]
     if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < V:
         raise ValueError(f"tokens must lie in 0..{V - 1}, found {int(used.min())}..{int(used.max())}")

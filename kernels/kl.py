@@ -21,7 +21,20 @@ import torch
 from torch import Tensor
 
 from . import common
-from .common import FLOOR, LN2, LOWEST, NEG_INF, constexpr, cut, jit, load, row_offset, store_zeros, tl, vectors
+from .common import (
+    FLOOR,
+    LN2,
+    LOWEST,
+    NEG_INF,
+    constexpr,
+    cut,
+    jit,
+    load,
+    row_offset,
+    store_zeros,
+    tl,
+    vectors,
+)
 from .logprobs import ZERO, token_logprobs_reference
 from .rows import row_op
 
@@ -38,7 +51,9 @@ def token_kl_reference(
     logprobs, entropy = token_logprobs_reference(logits, tokens, temperature, mask)
     ref_logprobs, _ = token_logprobs_reference(ref_logits, tokens, temperature, mask)
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    real_logits = (torch.where(real[..., None], x.to(common.result_dtype(x)), 0.0) for x in (logits, ref_logits))
+    real_logits = (
+        torch.where(real[..., None], x.to(common.result_dtype(x)), 0.0) for x in (logits, ref_logits)
+    )
     z, y = ((x / temperature).log_softmax(-1) for x in real_logits)
     possible, ruled_out = z != -math.inf, y == -math.inf
     kl = (z.exp() * torch.where(possible & ~ruled_out, z - y, 0.0)).sum(-1)
@@ -65,10 +80,19 @@ def _absorb(x, y, m, s, t, n, r, u, c):
     m_new, n_new = tl.maximum(m, tl.max(x, 1)), tl.maximum(n, tl.max(y, 1))
     s, t, r, u = _rescale(m, s, t, n, r, u, m_new, n_new, c)
     d, w = x - m_new[:, None], y - n_new[:, None]
-    gap = tl.where(x > NEG_INF, d - w, 0.0)  # what the policy rules out adds nothing, whatever the reference says
+    gap = tl.where(
+        x > NEG_INF, d - w, 0.0
+    )  # what the policy rules out adds nothing, whatever the reference says
     d = tl.maximum(d, TINY / c, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(d * c)
-    return m_new, s + tl.sum(e, 1), t + tl.sum(e * d, 1), n_new, r + tl.sum(tl.exp2(w * c), 1), u + tl.sum(e * gap, 1)
+    return (
+        m_new,
+        s + tl.sum(e, 1),
+        t + tl.sum(e * d, 1),
+        n_new,
+        r + tl.sum(tl.exp2(w * c), 1),
+        u + tl.sum(e * gap, 1),
+    )
 
 
 @jit
@@ -80,7 +104,10 @@ def token_kl_forward(
     n_rows = tl.num_programs(0)
     if mask_ptr is not None:
         n_cols *= tl.load(mask_ptr + row).to(tl.int32)  # a masked row has no columns: nothing of it is read
-    offset, ref_offset = row_offset(row, n_inner, outer, inner), row_offset(row, n_inner, ref_outer, ref_inner)
+    offset, ref_offset = (
+        row_offset(row, n_inner, outer, inner),
+        row_offset(row, n_inner, ref_outer, ref_inner),
+    )
     start, ref_start = x_ptr + offset, y_ptr + ref_offset
     head, n_vec, lane, tile, edge = cut(start, n_cols, VEC, LANES)
     body, ref_body = vectors(x_ptr, offset, head, VEC), vectors(y_ptr, ref_offset, head, VEC)  # see in_phase
@@ -95,7 +122,9 @@ def token_kl_forward(
     peak, ref_peak = tl.max(m, 0), tl.max(n, 0)
     s, t, r, u = _rescale(m, s, t, n, r, u, peak, ref_peak, c)
     s, t, r, u = tl.sum(s, 0), tl.sum(t, 0), tl.sum(r, 0), tl.sum(u, 0)
-    s = tl.where((s < 1.0) & (n_cols > 0), float("nan"), s)  # the likeliest token alone adds 1: no token is possible
+    s = tl.where(
+        (s < 1.0) & (n_cols > 0), float("nan"), s
+    )  # the likeliest token alone adds 1: no token is possible
 
     token = tl.load(token_ptr + row)
     known = (token >= 0) & (token < n_cols)
@@ -141,7 +170,10 @@ def token_kl_backward(
         if dy_ptr is not None:
             store_zeros(dy_ptr, row * n_cols, n_cols, VEC, LANES)
         return
-    offset, ref_offset = row_offset(row, n_inner, outer, inner), row_offset(row, n_inner, ref_outer, ref_inner)
+    offset, ref_offset = (
+        row_offset(row, n_inner, outer, inner),
+        row_offset(row, n_inner, ref_outer, ref_inner),
+    )
     start, ref_start = x_ptr + offset, y_ptr + ref_offset
     token = tl.load(token_ptr + row)
     known = (token >= 0) & (token < n_cols)
@@ -152,8 +184,14 @@ def token_kl_backward(
     g_ref = tl.where(known, tl.load(upstream_ptr + n_rows + row), float("nan"))
     g_entropy, g_kl = tl.load(upstream_ptr + 2 * n_rows + row), tl.load(upstream_ptr + 3 * n_rows + row)
     g_kl = tl.where(kl == float("inf"), 0.0, g_kl)
-    share, ref_share, ratio = tl.div_rn(scale, total), tl.div_rn(scale, ref_total), tl.div_rn(ref_total, total)
-    mean_gap = tl.where(kl == float("inf"), 0.0, tl.div_rn(kl - tl.log2(ratio) * LN2, scale))  # sum_j p_j (d_j - w_j)
+    share, ref_share, ratio = (
+        tl.div_rn(scale, total),
+        tl.div_rn(scale, ref_total),
+        tl.div_rn(ref_total, total),
+    )
+    mean_gap = tl.where(
+        kl == float("inf"), 0.0, tl.div_rn(kl - tl.log2(ratio) * LN2, scale)
+    )  # sum_j p_j (d_j - w_j)
     a, b = -(g + g_entropy * (entropy - tl.log2(total) * LN2)) * share, -g_entropy * share * scale
     k, ref_a, ref_k = g_kl * share * scale, g_ref * ref_share, g_kl * ref_share
     head, n_vec, lane, tile, edge = cut(start, n_cols, VEC, LANES)
@@ -188,7 +226,9 @@ def token_kl_backward(
     ok = (col >= 0) & (col < n_cols)
     x, y = load(start + col, ok), load(ref_start + col, ok)
     e, dx, dy = _gradients(x, y, peak, ref_peak, a, b, k, mean_gap, ratio, ref_a, ref_k, c)
-    tl.store(grad + col, (dx - e / total * excess + tl.where(col == token, g * scale, 0.0)).to(dtype), mask=ok)
+    tl.store(
+        grad + col, (dx - e / total * excess + tl.where(col == token, g * scale, 0.0)).to(dtype), mask=ok
+    )
     if dy_ptr is not None:
         tl.store(ref_grad + col, (dy + tl.where(col == token, g_ref * scale, 0.0)).to(dtype), mask=ok)
 
@@ -211,7 +251,9 @@ def _pair_stats(x: Tensor, y: Tensor, tokens: Tensor, temperature: float) -> tup
     return own, ref, entropy, kl, peak.squeeze(-1), total, ref_peak.squeeze(-1), ref_total
 
 
-def _pair_grads(x: Tensor, y: Tensor, tokens: Tensor, stats: Tensor, up: Tensor, temperature: float) -> Iterator[Tensor]:
+def _pair_grads(
+    x: Tensor, y: Tensor, tokens: Tensor, stats: Tensor, up: Tensor, temperature: float
+) -> Iterator[Tensor]:
     """x, y [n, V], overwritten; stats [6, n], up [4, n] -> yields the gradients; the second is only computed if asked for."""
     entropy, kl, peak, total, ref_peak, ref_total = stats[..., None]
     g, g_ref, g_entropy, g_kl = up[..., None]

@@ -48,7 +48,12 @@ def _flat(hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 
 @_define("minirlhf::linear_token_logprobs", schema=f"({_INPUTS}) -> (Tensor, Tensor)")
 def _linear(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, mask: Tensor | None, product: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    mask: Tensor | None,
+    product: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """-> logprobs, entropy [2, ...]; what backward needs: entropy, max, S [3, ...]."""
     h, token, real = _flat(hidden, tokens, mask)
@@ -75,7 +80,11 @@ def _linear_backward(
     factors = row_factors(token, stats.view(3, -1), upstream.reshape(2, -1), len(weight), temperature)
     backward = triton_backward if use_triton(hidden, weight) else plain_backward
     device = hidden.device.type
-    autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    autocast = (
+        torch.autocast(device, enabled=False)
+        if torch.amp.is_autocast_available(device)
+        else contextlib.nullcontext()
+    )
     with autocast:  # its dtype is applied already
         grad_hidden, grad_weight = backward(h, weight, token, real, factors, temperature, product, want)
     return grad_hidden.view(hidden.shape) if want[0] else hidden.new_empty(0), grad_weight
@@ -95,7 +104,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
     hidden, weight, tokens, mask, stats = ctx.saved_tensors
     want = [*ctx.needs_input_grad[:2]]
-    grads = _linear_backward(hidden, weight, tokens, ctx.temperature, mask, ctx.product, stats, upstream, want)
+    grads = _linear_backward(
+        hidden, weight, tokens, ctx.temperature, mask, ctx.product, stats, upstream, want
+    )
     return *(x if w else None for x, w in zip(grads, want, strict=True)), None, None, None, None
 
 
@@ -114,11 +125,19 @@ def linear_token_logprobs(
     """
     check_rows(hidden, tokens, temperature, mask)
     if weight.ndim != 2 or len(weight) == 0 or hidden.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"hidden [..., C] and weight [V, C] do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}")
+        raise ValueError(
+            f"hidden [..., C] and weight [V, C] do not fit: {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
     if not weight.is_floating_point() or weight.device != hidden.device:
-        raise ValueError(f"weight must be of floats on {hidden.device}, not {weight.dtype} on {weight.device}")
+        raise ValueError(
+            f"weight must be of floats on {hidden.device}, not {weight.dtype} on {weight.device}"
+        )
     product, device = result_dtype(hidden, weight), hidden.device.type
-    if product == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if (
+        product == torch.float32
+        and torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    ):
         product = torch.get_autocast_dtype(device)
     results, _ = _linear(hidden, weight, tokens, temperature, mask, product)
     return results[0], results[1]

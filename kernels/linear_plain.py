@@ -27,7 +27,9 @@ def merge(picked: Tensor, parts: Tensor, temperature: float) -> Tensor:
     total = (s * shrink).sum(0)
     t = fall.mul_(s).add_(t).mul_(shrink).sum(0)
     log_total = total.log()
-    return torch.stack([(picked - peak) / temperature - log_total, log_total - t / total / temperature, peak, total])
+    return torch.stack(
+        [(picked - peak) / temperature - log_total, log_total - t / total / temperature, peak, total]
+    )
 
 
 def row_factors(tokens: Tensor, stats: Tensor, upstream: Tensor, V: int, temperature: float) -> Tensor:
@@ -41,7 +43,9 @@ def row_factors(tokens: Tensor, stats: Tensor, upstream: Tensor, V: int, tempera
     return torch.stack([peak, a / temperature, -g_entropy / total / temperature**2, g / temperature])
 
 
-def _tiles(h: Tensor, w: Tensor, tokens: Tensor, product: torch.dtype, dtype: torch.dtype) -> Iterator[tuple[Any, ...]]:
+def _tiles(
+    h: Tensor, w: Tensor, tokens: Tensor, product: torch.dtype, dtype: torch.dtype
+) -> Iterator[tuple[Any, ...]]:
     """-> rows, first column, operands, the tile of logits, and where in it tokens lie (rows, columns)."""
     h = h.to(product)
     for j in range(0, len(w), TILE_N):
@@ -58,7 +62,10 @@ def plain_forward(
     """h [N, C], w [V, C] -> logprob, entropy, max, S [4, N], 0 in rows that do not count."""
     dtype, V = result_dtype(h, w), len(w)
     (real,) = real_rows(tokens, mask, V, V * max(1, len(h)))
-    picked, parts = h.new_empty(len(real), dtype=dtype), h.new_empty(3, -(-V // TILE_N), len(real), dtype=dtype)
+    picked, parts = (
+        h.new_empty(len(real), dtype=dtype),
+        h.new_empty(3, -(-V // TILE_N), len(real), dtype=dtype),
+    )
     for rows, j, _, _, x, here in _tiles(h[real], w, tokens[real], product, dtype):
         picked[rows][here[0]] = x[here]
         peak = x.amax(1).clamp_(min=torch.finfo(dtype).min)  # -inf - -inf must not arise

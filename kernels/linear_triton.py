@@ -19,8 +19,14 @@ from torch import Tensor
 from .common import FLOOR, LOG2E, LOWEST, NEG_INF, absorb, jit, launch, tl
 from .linear_plain import merge
 
-BLOCK_M, BLOCK_N, BLOCK_K = 128, 128, 64  # a tile of logits, and the channels that it takes at a time in 16 bits
-BLOCK_SPLIT = 4096  # columns that one program reduces: fixed, so that no row depends on how many others there are
+BLOCK_M, BLOCK_N, BLOCK_K = (
+    128,
+    128,
+    64,
+)  # a tile of logits, and the channels that it takes at a time in 16 bits
+BLOCK_SPLIT = (
+    4096  # columns that one program reduces: fixed, so that no row depends on how many others there are
+)
 GROUP = 16  # tiles of rows that take turns at the same columns: their hidden states stay in a GPU's L2 cache
 BUDGET = 60 << 20
 
@@ -66,14 +72,22 @@ def linear_token_logprobs_forward(
     first = tl.program_id(1) * BLOCK_SPLIT
     last = tl.minimum(first + BLOCK_SPLIT, V)
     token = tl.load(tokens + row, mask=live, other=-1)
-    mine = (token >= first) & (token < last)  # at most one split picks a row's logit: where none does, `picked` stays NaN
+    mine = (token >= first) & (
+        token < last
+    )  # at most one split picks a row's logit: where none does, `picked` stays NaN
     token = tl.where(mine, token, -1).to(tl.int32)
-    m, s, x_token = tl.full((BLOCK_M,), LOWEST, tl.float32), tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    m, s, x_token = (
+        tl.full((BLOCK_M,), LOWEST, tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+        tl.zeros((BLOCK_M,), tl.float32),
+    )
     t = s
     for start in range(first, last, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)
         x = _logits(hidden, weight, at, tl.minimum(col, V - 1), C, BLOCK_M, BLOCK_N, BLOCK_K, ROUND)
-        x = tl.where((col < V)[None, :], x, NEG_INF)  # a phantom column is the last one once more: it must carry nothing
+        x = tl.where(
+            (col < V)[None, :], x, NEG_INF
+        )  # a phantom column is the last one once more: it must carry nothing
         x_token += tl.sum(tl.where(col[None, :] == token[:, None], x, 0.0), 1)
         m, s, t = absorb(x, m, s, t, c)
     tl.store(picked + row, x_token, mask=mine)
@@ -128,13 +142,21 @@ def _operands(hidden: Tensor, weight: Tensor, product: torch.dtype) -> tuple[Ten
 
 
 def triton_forward(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, mask: Tensor | None, temperature: float, product: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    product: torch.dtype,
 ) -> Tensor:
     """-> logprob, entropy, max, S [4, N], 0 in rows that do not count."""
     h, w, narrow = _operands(hidden, weight, product)
     (N, C), V = h.shape, len(w)
     splits = -(-V // BLOCK_SPLIT)
-    picked, parts = h.new_full((N,), torch.nan, dtype=torch.float32), h.new_empty(3, splits, N, dtype=torch.float32)
+    picked, parts = (
+        h.new_full((N,), torch.nan, dtype=torch.float32),
+        h.new_empty(3, splits, N, dtype=torch.float32),
+    )
     args = (h, w, tokens, mask, picked, parts, N, V, C, LOG2E / temperature)
     _launch(linear_token_logprobs_forward, N, splits, *args, BLOCK_SPLIT=BLOCK_SPLIT, ROUND=narrow)
     found = merge(picked, parts, temperature)
@@ -155,7 +177,9 @@ def triton_backward(
     def strip(i: int, j: int, n: int, v: int) -> Tensor:
         """The gradient of the logits of n rows from i on at v columns from j on."""
         a, b = h[i : i + n], w[j : j + v]
-        out = h.new_empty(len(a), -(-len(b) // 16) * 16)[:, : len(b)]  # every row starts at a multiple of 16 bytes
+        out = h.new_empty(len(a), -(-len(b) // 16) * 16)[
+            :, : len(b)
+        ]  # every row starts at a multiple of 16 bytes
         tensors = (a, b, tokens[i : i + n], factors[:, i : i + n], out)
         numbers = (*out.shape, C, j, factors.stride(0), out.stride(0), LOG2E / temperature)
         _launch(linear_token_logprobs_backward, len(a), -(-len(b) // width), *tensors, *numbers, ROUND=narrow)

@@ -30,7 +30,9 @@ def token_logprobs_reference(
 ) -> tuple[Tensor, Tensor]:
     """The oracle: the same by plain differentiable operations, in the logits' dtype (at least fp32)."""
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-    logp = torch.where(real[..., None], logits.to(common.result_dtype(logits)) / temperature, 0.0).log_softmax(-1)
+    logp = torch.where(
+        real[..., None], logits.to(common.result_dtype(logits)) / temperature, 0.0
+    ).log_softmax(-1)
     picked = logp.gather(-1, torch.where(real, tokens, 0)[..., None]).squeeze(-1)
     entropy = -(logp.exp() * logp.clamp(min=ZERO)).sum(-1)
     return torch.where(real, picked, 0.0), torch.where(real, entropy, 0.0)
@@ -112,7 +114,9 @@ def token_logprobs_backward(
     # The token's own entry again, with its one-hot term: once a row, not a comparison at every column. The barrier
     # keeps this store behind the one of whichever thread has just written the same address.
     tl.debug_barrier()
-    tl.store(grad + token, (_gradient(load(start + token, known), peak, a, b, c) + g * scale).to(dtype), mask=known)
+    tl.store(
+        grad + token, (_gradient(load(start + token, known), peak, a, b, c) + g * scale).to(dtype), mask=known
+    )
 
 
 # Plain PyTorch, for CPU and float64: tiles of a few rows [n, V]
@@ -143,7 +147,9 @@ def _row_grads(x: Tensor, tokens: Tensor, stats: Tensor, up: Tensor, temperature
 
 
 # Results: logprobs, entropy. For backward: entropy, max, S.
-_op = row_op("token_logprobs", 2, 3, (token_logprobs_forward, token_logprobs_backward), (_row_stats, _row_grads))
+_op = row_op(
+    "token_logprobs", 2, 3, (token_logprobs_forward, token_logprobs_backward), (_row_stats, _row_grads)
+)
 
 
 def token_logprobs(

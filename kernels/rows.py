@@ -36,17 +36,37 @@ def in_phase(rows: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     first, size = every[0], every[0].element_size()
     apart = [x.data_ptr() - first.data_ptr() for x in every]
     for x in every:
-        apart += [(b - a) * size for n, a, b in zip(x.shape, x.stride(), first.stride(), strict=True) if n > 1]
-    return rows if all(d % 16 == 0 for d in apart) else [x.clone(memory_format=torch.contiguous_format) for x in rows]
+        apart += [
+            (b - a) * size for n, a, b in zip(x.shape, x.stride(), first.stride(), strict=True) if n > 1
+        ]
+    return (
+        rows
+        if all(d % 16 == 0 for d in apart)
+        else [x.clone(memory_format=torch.contiguous_format) for x in rows]
+    )
 
 
-def _launch(kernel: Any, rows: list[Tensor], tokens: Tensor, mask: Tensor | None, *others: Any, **scalars: float) -> None:
+def _launch(
+    kernel: Any, rows: list[Tensor], tokens: Tensor, mask: Tensor | None, *others: Any, **scalars: float
+) -> None:
     """One program a row."""
     n_outer, n_inner, V = rows[0].shape
     strides = [step for x in rows for step in x.stride()[:2]]
     mask = None if mask is None else mask.contiguous()
     sizes = {"VEC": 16 // rows[0].element_size(), "LANES": LANES, "num_warps": 4}
-    launch(kernel, (n_outer * n_inner,), *rows, tokens.contiguous(), mask, *others, n_inner, V, *strides, **scalars, **sizes)
+    launch(
+        kernel,
+        (n_outer * n_inner,),
+        *rows,
+        tokens.contiguous(),
+        mask,
+        *others,
+        n_inner,
+        V,
+        *strides,
+        **scalars,
+        **sizes,
+    )
 
 
 def _tiles(rows: list[Tensor], i: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -54,7 +74,9 @@ def _tiles(rows: list[Tensor], i: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [x[i // x.shape[1], i % x.shape[1]].to(dtype) for x in rows]
 
 
-def row_op(name: str, n_results: int, n_stats: int, kernels: tuple[Any, Any], plain: tuple[Callable, Callable]) -> Callable:
+def row_op(
+    name: str, n_results: int, n_stats: int, kernels: tuple[Any, Any], plain: tuple[Callable, Callable]
+) -> Callable:
     """Register `minirlhf::name` and its backward; return f(logits, tokens, temperature, mask), logits one or more [..., V].
 
     Results are numbers a row, [n_results, ...] (differentiable), and what backward needs of them [n_stats, ...]: the
@@ -67,9 +89,13 @@ def row_op(name: str, n_results: int, n_stats: int, kernels: tuple[Any, Any], pl
 
     def numbers(logits: list[Tensor], tokens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         dtype, device = result_dtype(*logits), tokens.device
-        return tuple(torch.empty((n, *tokens.shape), dtype=dtype, device=device) for n in (n_results, n_stats))
+        return tuple(
+            torch.empty((n, *tokens.shape), dtype=dtype, device=device) for n in (n_results, n_stats)
+        )
 
-    def forward(logits: list[Tensor], tokens: Tensor, temperature: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        logits: list[Tensor], tokens: Tensor, temperature: float, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         out, rows = numbers(logits, tokens), [as_rows(x) for x in logits]
         if use_triton(*logits):
             _launch(kernels[0], in_phase(rows, []), tokens, mask, *out, c=LOG2E / temperature)
@@ -82,7 +108,10 @@ def row_op(name: str, n_results: int, n_stats: int, kernels: tuple[Any, Any], pl
 
     def gradients(logits: list[Tensor], *rest: Any) -> list[Tensor]:
         want = rest[-1]
-        return [torch.empty(x.shape if w else 0, dtype=x.dtype, device=x.device) for x, w in zip(logits, want, strict=True)]
+        return [
+            torch.empty(x.shape if w else 0, dtype=x.dtype, device=x.device)
+            for x, w in zip(logits, want, strict=True)
+        ]
 
     def backward(
         logits: list[Tensor], tokens: Tensor, temperature: float, mask: Tensor | None,
@@ -107,9 +136,14 @@ def row_op(name: str, n_results: int, n_stats: int, kernels: tuple[Any, Any], pl
         return grads
 
     call = "Tensor[] logits, Tensor tokens, float temperature, Tensor? mask"
-    schemas = f"({call}) -> (Tensor, Tensor)", f"({call}, Tensor stats, Tensor upstream, bool[] want) -> Tensor[]"
+    schemas = (
+        f"({call}) -> (Tensor, Tensor)",
+        f"({call}, Tensor stats, Tensor upstream, bool[] want) -> Tensor[]",
+    )
     op = torch.library.custom_op(f"minirlhf::{name}", forward, mutates_args=(), schema=schemas[0])
-    op_backward = torch.library.custom_op(f"minirlhf::{name}_backward", backward, mutates_args=(), schema=schemas[1])
+    op_backward = torch.library.custom_op(
+        f"minirlhf::{name}_backward", backward, mutates_args=(), schema=schemas[1]
+    )
     op.register_fake(numbers)
     op_backward.register_fake(gradients)
 

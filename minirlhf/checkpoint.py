@@ -34,9 +34,13 @@ def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer
     final, new = out / name, out / f".{name}.{uuid.uuid4().hex[:8]}"
     new.mkdir(parents=True)
     parts = [("model.safetensors", state, "config.json", config)]
-    parts += [("trainer.safetensors", trainer["tensors"], "trainer.json", trainer["state"])] if trainer else []
+    parts += (
+        [("trainer.safetensors", trainer["tensors"], "trainer.json", trainer["state"])] if trainer else []
+    )
     for tensor_file, tensors, json_file, document in parts:
-        save_file(_apart(tensors), new / tensor_file, {"format": "pt"})  # the tag is what transformers looks for
+        save_file(
+            _apart(tensors), new / tensor_file, {"format": "pt"}
+        )  # the tag is what transformers looks for
         (new / json_file).write_text(json.dumps(document, indent=1))
     tokenizer.save(new)
     if (out / "metrics.jsonl").is_file():
@@ -56,9 +60,15 @@ def save(out: Path, step: int, state: dict[str, Tensor], config: dict, tokenizer
     for link in [*followers, "latest"]:
         point(out, link, name)
     older = sorted((path.name for path in out.glob("step-*") if path.name < name), reverse=True)
-    kept = {name, (out / "best").resolve().name, *older[: keep - 1]}  # not the later steps of an abandoned run
+    kept = {
+        name,
+        (out / "best").resolve().name,
+        *older[: keep - 1],
+    }  # not the later steps of an abandoned run
     for path in [path for path in out.glob("*step-*") if path.name not in kept]:
-        shutil.rmtree(path.rename(f"{new}.{path.name}"))  # renamed first: whatever bears a step's name is whole
+        shutil.rmtree(
+            path.rename(f"{new}.{path.name}")
+        )  # renamed first: whatever bears a step's name is whole
     return final
 
 
@@ -69,7 +79,9 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in tensors.items():
         value = value.detach().cpu().contiguous()
         storage = value.untyped_storage()
-        found[name] = value.clone() if storage.data_ptr() in seen or storage.nbytes() != value.nbytes else value
+        found[name] = (
+            value.clone() if storage.data_ptr() in seen or storage.nbytes() != value.nbytes else value
+        )
         seen.add(storage.data_ptr())
     return found
 
@@ -89,7 +101,9 @@ def resolve(path: str | Path, remedy: str = "train that stage first or fix the p
         if (folder / "config.json").is_file():
             folder = folder.resolve()
             if "model_type" in _read(folder / "config.json"):
-                raise UserError(f"{path}: a Hugging Face folder: python -m minirlhf.checkpoint import {path} OUT")
+                raise UserError(
+                    f"{path}: a Hugging Face folder: python -m minirlhf.checkpoint import {path} OUT"
+                )
             return folder
     raise UserError(f"{path}: no checkpoint here (no config.json, no latest): {remedy}")
 
@@ -139,7 +153,9 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
     folder = resolve(path)
     config = load_config(folder)
     if "head" in config or not GPTConfig(**config["model"]).reads_prefixes:
-        raise UserError(f"{path}: a {config['stage']} checkpoint writes no text: name one of train_sft.py or train_ppo.py")
+        raise UserError(
+            f"{path}: a {config['stage']} checkpoint writes no text: name one of train_sft.py or train_ppo.py"
+        )
     tokenizer = Tokenizer.load(folder)
     check_tokenizer(config, tokenizer)
     return folder, config, tokenizer
@@ -149,7 +165,9 @@ def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
     """The reward model of a checkpoint, on the CPU, and the tokenizer that it reads with."""
     config = load_config(path)
     if "head" not in config:
-        raise UserError(f"{path}: a {config.get('stage')} checkpoint, not a reward model: name one made by train_rm.py")
+        raise UserError(
+            f"{path}: a {config.get('stage')} checkpoint, not a reward model: name one made by train_rm.py"
+        )
     tokenizer = Tokenizer.load(resolve(path))
     check_tokenizer(config, tokenizer)
     return _fill(RewardEnsemble(GPTConfig(**config["model"]), **config["head"]), path), tokenizer
@@ -159,7 +177,9 @@ def _fill(model: Module, path: str | Path) -> Module:
     try:
         model.load_state_dict(load_state(path))
     except RuntimeError as error:
-        raise UserError(f"{path}: weights do not fit config.json: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"{path}: weights do not fit config.json: {str(error).splitlines()[1].strip()}"
+        ) from None
     return model
 
 
@@ -167,20 +187,28 @@ def _read(file: Path) -> dict:
     try:
         return json.loads(file.read_bytes()) if file.suffix == ".json" else load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if file.exists() else "missing (a pickle, .bin or .pt, is never read)"
+        reason = (
+            str(error).splitlines()[0] if file.exists() else "missing (a pickle, .bin or .pt, is never read)"
+        )
         raise UserError(f"{file}: {reason}: take another step folder or train again") from error
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m minirlhf.checkpoint", description="Real models in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
-    importing = commands.add_parser("import", help="a Hugging Face folder or a .gguf file becomes a checkpoint")
-    importing.add_argument("source", help="folder, .gguf file, smollm2 or minilm (inside the packages of those extras)")
+    importing = commands.add_parser(
+        "import", help="a Hugging Face folder or a .gguf file becomes a checkpoint"
+    )
+    importing.add_argument(
+        "source", help="folder, .gguf file, smollm2 or minilm (inside the packages of those extras)"
+    )
     importing.add_argument("out", type=Path)
     exporting = commands.add_parser("export", help="a checkpoint becomes a folder that transformers loads")
     exporting.add_argument("source", type=Path, metavar="checkpoint")
     exporting.add_argument("out", type=Path)
-    exporting.add_argument("--backbone", action="store_true", help="of a reward model: the model under its head")
+    exporting.add_argument(
+        "--backbone", action="store_true", help="of a reward model: the model under its head"
+    )
     args = parser.parse_args()
     from minirlhf.interop import convert
 

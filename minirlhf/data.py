@@ -72,7 +72,9 @@ class Preference:
     chosen: str
     rejected: str
     share: float = 1.0  # of the votes, went to `chosen`: .5 to 1, a tie counts a half
-    votes: tuple[float, ...] = ()  # each rater's, 1 for `chosen`, 0 for `rejected`, .5 a tie; left out: only counts are known
+    votes: tuple[
+        float, ...
+    ] = ()  # each rater's, 1 for `chosen`, 0 for `rejected`, .5 a tie; left out: only counts are known
     raters: tuple[str, ...] = ()  # who gave `votes`; left out: their places in it are people
 
 
@@ -89,7 +91,9 @@ def _key(prompt: str, text: str) -> str:
 
 def split_of(prompt: str, text: str = "") -> str:
     """'train' | 'val' | 'test' (80/10/10), by a hash."""
-    return (["train"] * 8 + ["val", "test"])[int(hashlib.sha256(_key(prompt, text).encode()).hexdigest(), 16) % 10]
+    return (["train"] * 8 + ["val", "test"])[
+        int(hashlib.sha256(_key(prompt, text).encode()).hexdigest(), 16) % 10
+    ]
 
 
 def part_of(record: Response | Preference) -> str:
@@ -123,7 +127,10 @@ class Dataset:
         """The records of one split and of some genres. Raises UserError where none is left."""
         kept = [r for r in self.records if genres is None or getattr(r, "genre", "") in genres]
         kept = [r for r in kept if split in (None, split_of(*as_example(r)))]
-        _check(kept, f"{self.name}: none of {len(self.records)} rows has split {split} and one of the genres {genres}")
+        _check(
+            kept,
+            f"{self.name}: none of {len(self.records)} rows has split {split} and one of the genres {genres}",
+        )
         return replace(self, records=kept)
 
 
@@ -144,7 +151,10 @@ def _text(row: dict, field: str) -> str:
     value = row[field]
     if isinstance(value, list):
         good = lambda m: isinstance(m, dict) and type(m.get("content")) is str and str(m.get("role")) in ROLES
-        _check(value and all(map(good, value)), f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}")
+        _check(
+            value and all(map(good, value)),
+            f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}",
+        )
         value = transcript(value, answer=field == "prompt")
     _check(isinstance(value, str), f"{field}: expected text, got {value!r:.40}")
     _check(not re.search("[\ud800-\udfff]", value), f"{field}: half a surrogate pair")  # JSON can spell it
@@ -181,7 +191,10 @@ def _rated(row: dict, scale: tuple[float, float] | None) -> Response:
     raters, values = _by_rater(row[field]) if field == "ratings" else ((), [row[field]])
     _check(numbers(values) and values, f"{field}: expected finite numbers, got {row[field]!r:.40}")
     if ends is not None:
-        _check(numbers(ends) and len(ends) == 2 and ends[0] < ends[1], f"scale: expected [low, high], got {ends!r:.40}")
+        _check(
+            numbers(ends) and len(ends) == 2 and ends[0] < ends[1],
+            f"scale: expected [low, high], got {ends!r:.40}",
+        )
         scale = tuple(ends)
     inside = not scale or scale[0] <= min(values) and max(values) <= scale[1]
     _check(inside, f"{field}: {row[field]!r:.40} is outside the scale {scale}")
@@ -218,14 +231,18 @@ def _parse(line: bytes, plain: bool, scale: tuple[float, float] | None) -> tuple
     if "completion" in row or "label" in row:
         label = row.get("label")
         _check(label in (None, False, True), f"label: expected true or false, got {label!r:.40}")
-        return "completion" if label is None else "labelled", Response(text("prompt"), text("completion"), label=label)
+        return "completion" if label is None else "labelled", Response(
+            text("prompt"), text("completion"), label=label
+        )
     if "text" in row:
         return "text", Response("", text("text"), genre=text("genre") if "genre" in row else "")
     _check("prompt" in row, f"keys: {sorted(row)} match no format: see python -m minirlhf.data --help")
     return "prompt", Response(text("prompt"), "")
 
 
-def load(source: str | Path, skip_bad=False, scale: tuple[float, float] | None = None, data_dir=None) -> Dataset:
+def load(
+    source: str | Path, skip_bad=False, scale: tuple[float, float] | None = None, data_dir=None
+) -> Dataset:
     """Read 'vader', 'toy', a file or a folder. `skip_bad` counts bad rows and goes on; `scale` is that of ratings
     that record none; `data_dir` keeps 'vader'. Raises UserError('file:line: field: reason')."""
     if source in ("toy", "vader"):
@@ -233,7 +250,10 @@ def load(source: str | Path, skip_bad=False, scale: tuple[float, float] | None =
     path, suffixes = Path(source), (".jsonl", ".jsonl.gz", ".txt")
     _check(path.exists(), f"{path}: no such file or folder (built in: vader, toy)")
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith(suffixes))
-    _check(files and files[0].name.endswith(suffixes), f"{path}: expected {', '.join(suffixes)}, or a folder of them")
+    _check(
+        files and files[0].name.endswith(suffixes),
+        f"{path}: expected {', '.join(suffixes)}, or a folder of them",
+    )
     seen, records, skipped, dropped, sha256 = None, [], [], Counter(), hashlib.sha256()
     for file in files:
         try:
@@ -246,7 +266,10 @@ def load(source: str | Path, skip_bad=False, scale: tuple[float, float] | None =
             try:
                 found, record = _parse(line.rstrip(b"\r"), file.suffix == ".txt", scale)
                 here = found, getattr(record, "scale", None)
-                _check(here == (seen or here), f"keys: (kind, scale) {here} after {seen}: keep one kind to a source")
+                _check(
+                    here == (seen or here),
+                    f"keys: (kind, scale) {here} after {seen}: keep one kind to a source",
+                )
             except UserError as e:
                 _check(skip_bad, f"{file}:{number}: {e}")
                 skipped.append(f"{file}:{number}: {e}")
@@ -266,7 +289,9 @@ def load(source: str | Path, skip_bad=False, scale: tuple[float, float] | None =
         scale = next((s for s in ((1, 5), (0, 4), (-4, 4)) if s[0] <= low and high <= s[1]), None)
         _check(scale, f"{path}: rating: {low:g} to {high:g} is no usual scale: record `scale` on the rows")
         records, note = [replace(r, scale=scale) for r in records], f" on the scale {scale} (inferred)"
-    return Dataset(str(path), kind, records, [*map(str, files)], sha256.hexdigest(), dict(dropped), skipped, note)
+    return Dataset(
+        str(path), kind, records, [*map(str, files)], sha256.hexdigest(), dict(dropped), skipped, note
+    )
 
 
 def _toy() -> Dataset:
@@ -274,7 +299,10 @@ def _toy() -> Dataset:
     rng, records = random.Random(0), []
     nouns = ("plot", "cast", "script", "music", "ending", "acting", "story", "camera", "pace", "dialogue")
     valences = {"great": 2.5, "funny": 1.6, "odd": -0.2, "flat": -1.2, "awful": -2.6}
-    adverbs, tails = {"": 1, "very ": 1.4, "rather ": 0.7, "not ": -0.7}, {", I smiled.": 0.8, ", I fell asleep.": -0.8}
+    adverbs, tails = (
+        {"": 1, "very ": 1.4, "rather ": 0.7, "not ": -0.7},
+        {", I smiled.": 0.8, ", I fell asleep.": -0.8},
+    )
     for noun, adverb, word, tail in product(nouns, adverbs, valences, tails):
         scores = [rng.gauss(adverbs[adverb] * valences[word] + tails[tail], 0.8) for _ in range(5)]
         ratings = tuple(min(4, max(-4, round(score))) for score in scores)
@@ -311,7 +339,9 @@ def _vader(data_dir: str | Path | None) -> Dataset:
             raise UserError(f"{cache}: cannot be written: {e.strerror}: see --data-dir") from None
     rows = map(json.loads, body.splitlines())
     records = [Response("", text, sum(r) / len(r), tuple(r), (-4, 4), genre) for text, r, genre in rows]
-    return Dataset("vader", "rated", records, [str(cache)], head["body"], head["dropped"], note=" by human raters")
+    return Dataset(
+        "vader", "rated", records, [str(cache)], head["body"], head["dropped"], note=" by human raters"
+    )
 
 
 def _sdist(folder: Path) -> bytes:
@@ -323,13 +353,23 @@ def _sdist(folder: Path) -> bytes:
             pins.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{VADER_SHA256}\n")
             command = [sys.executable, *PIP.split(), "-r", str(pins), "-d", temporary]
             try:
-                errors = subprocess.run(command, capture_output=True, text=True, timeout=300).stderr.splitlines()
-                reason = ([e for e in errors if "ERROR" in e or "No module" in e] or ["pip"])[-1].strip()[:200]
+                errors = subprocess.run(
+                    command, capture_output=True, text=True, timeout=300
+                ).stderr.splitlines()
+                reason = ([e for e in errors if "ERROR" in e or "No module" in e] or ["pip"])[-1].strip()[
+                    :200
+                ]
             except (OSError, subprocess.TimeoutExpired) as e:
                 reason = f"pip: {type(e).__name__}"
-        _check(path.exists(), f"vader: cannot be fetched ({reason}): use --data toy, or put {SDIST} into --data-dir")
+        _check(
+            path.exists(),
+            f"vader: cannot be fetched ({reason}): use --data toy, or put {SDIST} into --data-dir",
+        )
         content = path.read_bytes()
-    _check(hashlib.sha256(content).hexdigest() == VADER_SHA256, f"{path}: sha256 is not {VADER_SHA256}: delete it")
+    _check(
+        hashlib.sha256(content).hexdigest() == VADER_SHA256,
+        f"{path}: sha256 is not {VADER_SHA256}: delete it",
+    )
     return content
 
 
@@ -337,28 +377,38 @@ def _tables(sdist: bytes) -> dict[str, list[list[str]]]:
     """The tables we need, name -> rows of cells. They are read in memory, by full name, and nothing is unpacked: no
     path, link or device in an archive can do harm."""
     outer = ["additional_resources/hutto_ICWSM_2014.tar.gz", "vaderSentiment/vader_lexicon.txt"]
-    inner = [f"{stem}_{table}.txt" for stem, table in product(GENRES.values(), ("GroundTruth", "anonDataRatings"))]
+    inner = [
+        f"{stem}_{table}.txt" for stem, table in product(GENRES.values(), ("GroundTruth", "anonDataRatings"))
+    ]
     found = {}
     for root, names in ("vaderSentiment-3.3.2", outer), ("hutto_ICWSM_2014", inner):
         try:
             with tarfile.open(fileobj=io.BytesIO(found.pop(outer[0], sdist))) as tar:
                 for name in names:
                     member = tar.getmember(f"{root}/{name}")
-                    _check(member.isreg() and member.size <= MAX_MEMBER, f"{SDIST}: {name}: a link or too large")
+                    _check(
+                        member.isreg() and member.size <= MAX_MEMBER, f"{SDIST}: {name}: a link or too large"
+                    )
                     found[name] = tar.extractfile(member).read()
         except (tarfile.TarError, OSError, EOFError, zlib.error, KeyError) as e:
             raise UserError(f"{SDIST}: damaged: {e}") from None
-    lines = {name: blob.decode("utf-8-sig").splitlines() for name, blob in found.items()}  # one begins with a BOM
+    lines = {
+        name: blob.decode("utf-8-sig").splitlines() for name, blob in found.items()
+    }  # one begins with a BOM
     return {Path(name).stem: [line.split("\t") for line in rows] for name, rows in lines.items()}
 
 
-def _vader_rows(tables: dict[str, list[list[str]]]) -> tuple[list[tuple[str, list[int], str]], dict[str, int]]:
+def _vader_rows(
+    tables: dict[str, list[list[str]]],
+) -> tuple[list[tuple[str, list[int], str]], dict[str, int]]:
     """-> rows (text, scores, genre), and how many were dropped why."""
     found, dropped = [], {"mismatched": 0}
     for genre, stem in GENRES.items():
         scores = {row[0]: row for row in tables[f"{stem}_anonDataRatings"]}  # by id: one is in another order
         for key, mean, text in tables[f"{stem}_GroundTruth"]:
-            same = abs(float(mean) - float(scores[key][1])) < 0.01  # in 196 tweets, one id names two different items
+            same = (
+                abs(float(mean) - float(scores[key][1])) < 0.01
+            )  # in 196 tweets, one id names two different items
             found += [(clean(text), json.loads(scores[key][3]), genre)] * same
             dropped["mismatched"] += not same
     # A word has a space before it, as inside a sentence: to a BPE, "good" and " good" are two tokens.
@@ -372,14 +422,23 @@ def encode_example(tok, prompt: str, completion: str, context: int, eos: bool = 
     apart, so that the prompt's ids are a prefix; they are masked, the last <eot> is trained [D19]. What exceeds the
     `context` is cut on the right, the end with it. Raises UserError for a prompt that leaves no room."""
     head, body = [tok.bos, *tok.encode(prompt)], tok.encode(completion)
-    _check(len(head) < context, f"prompt: {len(head)} tokens, context {context}: raise --context: {prompt[:30]!r}")
+    _check(
+        len(head) < context,
+        f"prompt: {len(head)} tokens, context {context}: raise --context: {prompt[:30]!r}",
+    )
     ids = (head + body + [tok.eot] * eos)[:context]
     return ids, [i >= len(head) for i in range(len(ids))]
 
 
-def encode_all(tok, records: Sequence[Response | Preference], context: int) -> list[tuple[list[int], list[bool]]]:
+def encode_all(
+    tok, records: Sequence[Response | Preference], context: int
+) -> list[tuple[list[int], list[bool]]]:
     """`encode_example` of every record that has something to train: bare prompts and empty answers drop out [D19]."""
-    return [encode_example(tok, prompt, text, context) for prompt, text in map(as_example, records) if text.strip()]
+    return [
+        encode_example(tok, prompt, text, context)
+        for prompt, text in map(as_example, records)
+        if text.strip()
+    ]
 
 
 def prompts_of(records: Sequence[Response | Preference], tok, prompt_tokens: int) -> list[list[int]]:
@@ -414,7 +473,9 @@ def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", width:
     return tokens, mask
 
 
-def batches(n: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None) -> list[list[int]]:
+def batches(
+    n: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
     """The indices below n, each once, the last batch perhaps short. The order depends on (seed, epoch) alone: to
     resume takes a cursor [D21]. With `lengths`, the rows of a batch are of like length."""
     rng = np.random.default_rng([seed, epoch])
@@ -429,7 +490,10 @@ def cursor(n: int, batch_size: int, seed: int, iteration: int) -> list[int]:
     """Indices of batch number `iteration` in an endless walk through reshuffled epochs: a function of its arguments
     alone, so a resumed run meets the same prompts [D21]."""
     places = range(iteration * batch_size, (iteration + 1) * batch_size)
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in {place // n for place in places}}
+    orders = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(n)
+        for epoch in {place // n for place in places}
+    }
     return [int(orders[place // n][place % n]) for place in places]
 
 
@@ -454,7 +518,9 @@ def main() -> None:
         records = data.select(genres=[genre]).records
         alpha = krippendorff_alpha([list(r.ratings) for r in records], level="interval")
         raters = f"{sum(len(r.ratings) for r in records) / len(records):.1f} raters each"
-        print(f"\n{genre or 'ratings'}: {len(records):,} items, {raters}, agreement (Krippendorff's alpha) {alpha:.3f}")
+        print(
+            f"\n{genre or 'ratings'}: {len(records):,} items, {raters}, agreement (Krippendorff's alpha) {alpha:.3f}"
+        )
         bars = Counter(round(r.rating) for r in records)
         for value in range(round(records[0].scale[0]), round(records[0].scale[1]) + 1):
             print(f"{value:4d} {bars[value]:7,} {'#' * -(-50 * bars[value] // max(bars.values()))}")
@@ -465,7 +531,11 @@ def main() -> None:
             ids, mask = encode_example(tok, prompt, completion, sys.maxsize)
             shown = [{tok.bos: "<bos>", tok.eot: "<eot>"}.get(i) or tok.decode([i]) for i in ids]
             shown.insert(mask.index(True), "[[")
-        print(f"{split_of(prompt, completion):6s}" + ("|" if tok else "").join(shown).replace("\n", "\\n") + "]]")
+        print(
+            f"{split_of(prompt, completion):6s}"
+            + ("|" if tok else "").join(shown).replace("\n", "\\n")
+            + "]]"
+        )
 
 
 if __name__ == "__main__":

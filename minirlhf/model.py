@@ -43,22 +43,32 @@ class GPTConfig:
     norm_eps: float = 1e-5
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
-    rope_scaling: dict | None = None  # Llama 3.1's: factor, low_ and high_freq_factor, original_max_position_embeddings
+    rope_scaling: dict | None = (
+        None  # Llama 3.1's: factor, low_ and high_freq_factor, original_max_position_embeddings
+    )
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
     bias: bool = True  # in the blocks' linear layers
     qkv_bias: bool | None = None  # None: as `bias`
     tied: bool = True  # the head is the token embedding
     causal: bool = True  # False: an encoder
-    n_bidirectional: int = 0  # of a causal model's last blocks, how many read in both directions (Dukic and Snajder 2024)
-    pre_norm: bool = True  # False: norms after the residual sums, and the last one after the embeddings instead
+    n_bidirectional: int = (
+        0  # of a causal model's last blocks, how many read in both directions (Dukic and Snajder 2024)
+    )
+    pre_norm: bool = (
+        True  # False: norms after the residual sums, and the last one after the embeddings instead
+    )
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise UserError(f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change --n-embd or --n-head")
+            raise UserError(
+                f"n_embd {self.n_embd} does not divide by n_head {self.n_head}: change --n-embd or --n-head"
+            )
         if self.n_head % self.kv_heads:
             raise UserError(f"n_head {self.n_head} does not divide by n_kv_head {self.n_kv_head}")
         if not 0 <= self.n_bidirectional <= self.n_layer:
-            raise UserError(f"n_bidirectional {self.n_bidirectional}, but {self.n_layer} layers: change --bidirectional")
+            raise UserError(
+                f"n_bidirectional {self.n_bidirectional}, but {self.n_layer} layers: change --bidirectional"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -98,9 +108,13 @@ def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """positions [..., T] -> cosines, sines [..., T, D / 2] of the angles by which pairs of channels turn (Su et al. 2021)."""
     steps = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (steps / config.head_dim)
-    if config.rope_scaling:  # Llama 3.1: slow channels turn slower still, so that a longer context reaches the same angles
+    if (
+        config.rope_scaling
+    ):  # Llama 3.1: slow channels turn slower still, so that a longer context reaches the same angles
         s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the context of pre-training
+        turns = (
+            s["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        )  # in the context of pre-training
         low, high = s["low_freq_factor"], s["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / s["factor"])
@@ -146,9 +160,13 @@ class Layout:
     real: Tensor | None  # [N] row * T + column of each real token in the batch as it came; None: all are
     filled: Tensor | None  # [N or a little more] row * width + place of each, filled up
     turn: tuple[Tensor, Tensor] | None  # cosines and sines [B, width, D / 2] of rotary positions
-    allowed: dict[bool, Tensor | None]  # what a query may look at in a block that is causal (True) or not, [B or 1, width or 1,
+    allowed: dict[
+        bool, Tensor | None
+    ]  # what a query may look at in a block that is causal (True) or not, [B or 1, width or 1,
     # keys]: bool, or, where texts are brief, 0 and -inf; None: as much as causality lets it, or everything
-    places: Tensor | None  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
+    places: (
+        Tensor | None
+    )  # [B, width] of new tokens in the cache's rows; None: all rows go on at the same place
 
     def rows(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, width, ...], 0 where there is no token."""
@@ -175,7 +193,9 @@ class KVCache:
     def __init__(self, model: GPT, batch: int, length: int):
         c, device = model.config, model.wte.weight.device
         if not c.reads_prefixes:
-            raise UserError("a model that reads in both directions has no past to keep: every new token changes it")
+            raise UserError(
+                "a model that reads in both directions has no past to keep: every new token changes it"
+            )
         half = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # as attention gets them
         dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
         shape = (c.n_layer, c.kv_heads, batch, length, c.head_dim)
@@ -214,8 +234,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool
     G, K = len(k), k.shape[2]
     if not brief(q.device, T, K):
         k, v = (y.repeat_interleave(H // G, 0) if G < H else y for y in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None and T > 1)
-    q = q.view(G, H // G, B, T, D).transpose(1, 2).reshape(G * B, H // G * T, D)  # queries that share keys: one product's rows
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=causal and allowed is None and T > 1
+        )
+    q = (
+        q.view(G, H // G, B, T, D).transpose(1, 2).reshape(G * B, H // G * T, D)
+    )  # queries that share keys: one product's rows
     k, v = (y.reshape(G * B, K, D) for y in (k, v))
     scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D))
     if allowed is not None:
@@ -237,12 +261,20 @@ class Block(nn.Module):
         if config.mlp == "swiglu":
             self.gate = nn.Linear(C, inner, bias=config.bias)
 
-    def attention(self, x: Tensor, layout: Layout, cache: KVCache | None, layer: int, keep: Tensor | None) -> Tensor:
+    def attention(
+        self, x: Tensor, layout: Layout, cache: KVCache | None, layer: int, keep: Tensor | None
+    ) -> Tensor:
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
-        heads = layout.rows(self.qkv(x)).unflatten(2, (H + 2 * G, D)).permute(2, 0, 1, 3)  # [H + 2 G, B, width, D]
+        heads = (
+            layout.rows(self.qkv(x)).unflatten(2, (H + 2 * G, D)).permute(2, 0, 1, 3)
+        )  # [H + 2 G, B, width, D]
         with torch.autocast(x.device.type, enabled=False):
-            if x.device.type == "cpu":  # whose backward of half-precision attention is many times slower than fp32's
-                heads = heads.to(torch.float32, memory_format=torch.contiguous_format).contiguous()  # one copy for both
+            if (
+                x.device.type == "cpu"
+            ):  # whose backward of half-precision attention is many times slower than fp32's
+                heads = heads.to(
+                    torch.float32, memory_format=torch.contiguous_format
+                ).contiguous()  # one copy for both
             q, k, v = heads.split([H, G, G])
             if layout.turn is not None:
                 q, k = rotate(heads[: H + G], *layout.turn).to(heads.dtype).split([H, G])
@@ -255,10 +287,17 @@ class Block(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         if self.config.mlp == "swiglu":
             return self.mlp_out(F.silu(self.gate(x)) * self.fc(x))
-        return self.mlp_out(F.gelu(self.fc(x), approximate="tanh" if self.config.mlp == "gelu_tanh" else "none"))
+        return self.mlp_out(
+            F.gelu(self.fc(x), approximate="tanh" if self.config.mlp == "gelu_tanh" else "none")
+        )
 
     def forward(
-        self, x: Tensor, layout: Layout, cache: KVCache | None = None, layer: int = 0, keep: Tensor | None = None
+        self,
+        x: Tensor,
+        layout: Layout,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """[N, C] -> [N, C], or of the tokens `keep` [K] alone, which have read all: [K, C]."""
         drop = lambda y: dropout(y, self.dropout, self.training)
@@ -279,11 +318,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.dropout = config, config.dropout
-        self.recompute = False  # make each block's activations again in backward: one more forward's time, little memory
+        self.recompute = (
+            False  # make each block's activations again in backward: one more forward's time, little memory
+        )
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
             self.wpe = nn.Embedding(config.context, config.n_embd)
-        looking_back = config.n_layer - config.n_bidirectional if config.causal else 0  # blocks that do no more
+        looking_back = (
+            config.n_layer - config.n_bidirectional if config.causal else 0
+        )  # blocks that do no more
         self.blocks = nn.ModuleList(Block(config, layer < looking_back) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         if not config.tied:
@@ -335,16 +378,26 @@ class GPT(nn.Module):
                 look = (place <= place[:, None])[None] if short and width > 1 else None
             else:  # (a row without tokens may look at its own padding: nobody reads it)
                 look = None if counts is None else (place < counts.clamp(min=1)[:, None])[:, None]
-            return torch.zeros(look.shape).masked_fill_(~look, -math.inf) if short and look is not None else look
+            return (
+                torch.zeros(look.shape).masked_fill_(~look, -math.inf) if short and look is not None else look
+            )
 
         if config.positions == "rotary":
-            at = positions if filled is None else positions.new_zeros(batch * width).index_copy(0, filled, positions)
+            at = (
+                positions
+                if filled is None
+                else positions.new_zeros(batch * width).index_copy(0, filled, positions)
+            )
             turn = rotary(config, at.view(batch, width))
         bounds = {causal: allowed(causal) for causal in {block.causal for block in self.blocks}}
         return Layout(batch, width, real, filled, turn, bounds, places), positions, counts
 
     def forward(
-        self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, wanted: Tensor | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, T] -> hidden states [B, T, C], 0 at padding, on which (almost) no work is done.
 
@@ -385,7 +438,9 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V]."""
-        plain = hidden.device.type == "cpu" and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        plain = hidden.device.type == "cpu" and not (
+            torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+        )
         if plain and hidden.dim() == 2 and len(hidden) <= FEW:
             return (self.head_weight @ hidden.T).T
         return F.linear(hidden, self.head_weight)
@@ -400,7 +455,10 @@ def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None
         if not 0 <= layers <= len(gpt.blocks):
             raise UserError(f"--train-layers {layers}: the model has {len(gpt.blocks)} layers")
         frozen = gpt.blocks[: len(gpt.blocks) - layers]
-        for module in (gpt, *frozen):  # noise that nothing below can learn to bear ruins what a trained model has read
+        for module in (
+            gpt,
+            *frozen,
+        ):  # noise that nothing below can learn to bear ruins what a trained model has read
             module.dropout = 0.0
         embeddings = [gpt.wte] + ([gpt.wpe] if gpt.config.positions == "learned" else [])
         for module in (*embeddings, *frozen):
@@ -497,7 +555,11 @@ class RewardModel(ValueModel):
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens, mask [B, T] -> scores [B] fp32.  Every row needs a real token."""
         last = last_real(mask)[:, None]
-        return self.values(tokens, mask, torch.zeros_like(mask).scatter(1, last, True)).gather(1, last).squeeze(1)
+        return (
+            self.values(tokens, mask, torch.zeros_like(mask).scatter(1, last, True))
+            .gather(1, last)
+            .squeeze(1)
+        )
 
 
 class RewardEnsemble(nn.Module):
@@ -520,7 +582,9 @@ class RewardEnsemble(nn.Module):
 def critic_from(reward_model: RewardModel) -> ValueModel:
     """A value model that starts as the reward model: V of a whole text is its score, scale included [D13] [D14]."""
     if not reward_model.backbone.config.reads_prefixes:
-        raise UserError("the reward model reads in both directions, and cannot value a prefix: use --value-init sft or auto")
+        raise UserError(
+            "the reward model reads in both directions, and cannot value a prefix: use --value-init sft or auto"
+        )
     critic = ValueModel(reward_model.backbone.config, reward_model.pooling, reward_model.fc is not None)
     critic.load_state_dict({k: v for k, v in reward_model.state_dict().items() if k not in ("gain", "bias")})
     with torch.no_grad():

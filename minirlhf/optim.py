@@ -51,13 +51,18 @@ def adamw(
     `embedding_scale` multiplies the learning rate of token embeddings, each of which few batches touch.
     """
     named = [(name, p) for m in models for name, p in m.named_parameters() if p.requires_grad]
-    kind = lambda name, p: "embedding" if name.endswith("wte.weight") else "matrix" if p.dim() >= 2 else "vector"
+    kind = lambda name, p: (
+        "embedding" if name.endswith("wte.weight") else "matrix" if p.dim() >= 2 else "vector"
+    )
     settings = {
         "matrix": {"weight_decay": weight_decay, "scale": 1.0},
         "embedding": {"weight_decay": weight_decay, "scale": embedding_scale},
         "vector": {"weight_decay": 0.0, "scale": 1.0},
     }
-    groups = [{"params": [p for name, p in named if kind(name, p) == k]} | setting for k, setting in settings.items()]
+    groups = [
+        {"params": [p for name, p in named if kind(name, p) == k]} | setting
+        for k, setting in settings.items()
+    ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 

@@ -33,7 +33,9 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def shape_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float) -> Tensor:
+def shape_rewards(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, response_mask: Tensor, kl_coef: float
+) -> Tensor:
     """rewards_t = -kl_coef * k1_t, plus the score at the last real token; [B, R], 0 off the mask [D7].
 
     So each row sums to score - kl_coef * sum(k1), and the score counts exactly once: on EOS, or on the last

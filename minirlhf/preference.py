@@ -22,7 +22,10 @@ from minirlhf.measure.stats import GAP_SLACK, finite, pair_accuracy, pearson
 Ratings = Sequence[Sequence[float]]  # each item's individual scores, in any order, missing ones left out
 MAX_LEVELS = 256  # different scores on one scale; a slider of 0..100 has 101
 # What is believed of a rater unseen, in imagined votes and ratings: a handful, which thirty real ones outweigh.
-RIGHT, WRONG = 4.0, 1.0  # votes: four in five name the better text; researchers agree about as often (Stiennon et al.)
+RIGHT, WRONG = (
+    4.0,
+    1.0,
+)  # votes: four in five name the better text; researchers agree about as often (Stiennon et al.)
 ORDINARY, NOISE = 4.0, 0.5  # ratings without bias, of slope 1, half of whose variance is noise
 TOLERANCE, MAX_STEPS = 1e-7, 5000  # EM ends when a step gains less, in nats an item
 
@@ -34,7 +37,9 @@ def _mean(loss: Tensor, weight: Tensor | None) -> Tensor:
     return (loss * weight).sum() / weight.float().sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def pairwise_loss(scores_a: Tensor, scores_b: Tensor, share: Tensor | float = 1.0, weight: Tensor | None = None) -> Tensor:
+def pairwise_loss(
+    scores_a: Tensor, scores_b: Tensor, share: Tensor | float = 1.0, weight: Tensor | None = None
+) -> Tensor:
     """Bradley-Terry cross-entropy in nats, a mean over pairs; all (B,) -> scalar.
 
     The model says P(a preferred) = sigmoid(d), d = score_a - score_b. `share` is the share of votes for a: 1
@@ -45,7 +50,9 @@ def pairwise_loss(scores_a: Tensor, scores_b: Tensor, share: Tensor | float = 1.
     return _mean(-share * F.logsigmoid(d) - (1 - share) * F.logsigmoid(-d), weight)
 
 
-def regression_loss(scores: Tensor, ratings: Tensor, kind: str = "mse", weight: Tensor | None = None) -> Tensor:
+def regression_loss(
+    scores: Tensor, ratings: Tensor, kind: str = "mse", weight: Tensor | None = None
+) -> Tensor:
     """Mean over (B,) of d^2 ('mse') or of Huber's d^2/2 up to 1 point and |d| - 1/2 beyond ('huber')."""
     losses = {"mse": F.mse_loss, "huber": F.huber_loss}
     if kind not in losses:
@@ -181,7 +188,9 @@ class Choices:
 class Scores:
     """What `fit_scores` found: rating = bias + slope * truth + noise, on the raters' own scale."""
 
-    truth: np.ndarray  # (B,) posterior mean: the fewer and the noisier an item's raters, the nearer to the average
+    truth: (
+        np.ndarray
+    )  # (B,) posterior mean: the fewer and the noisier an item's raters, the nearer to the average
     sd: np.ndarray  # (B,) of the truth, were the raters known exactly
     bias: np.ndarray  # (J,)
     slope: np.ndarray  # (J,) 1 like the others, 0 without regard to the text, below 0 upside down
@@ -238,7 +247,9 @@ def fit_choices(votes: np.ndarray) -> Choices:
         log_first, log_second = first @ right + second @ wrong, first @ wrong + second @ right  # (B,)
         evidence = np.logaddexp(log_first, log_second)
         share = np.exp(log_first - evidence)
-        trace.append(float(evidence.sum() - len(votes) * math.log(2) + RIGHT * right.sum() + WRONG * wrong.sum()))
+        trace.append(
+            float(evidence.sum() - len(votes) * math.log(2) + RIGHT * right.sum() + WRONG * wrong.sum())
+        )
         if _converged(trace, len(votes)):
             return Choices(share, p, trace)
         p = (share @ first + (1 - share) @ second + RIGHT) / (known.sum(axis=0) + RIGHT + WRONG)
@@ -275,7 +286,9 @@ def fit_scores(ratings: np.ndarray) -> Scores:
     shift, gain = weight @ np.stack([bias, slope], axis=1) / weight.sum()
     slope = slope / gain
     bias = centre + unit * bias - slope * (centre + unit * shift)
-    return Scores(centre + unit * (shift + gain * m), unit * gain * np.sqrt(v), bias, slope, unit * np.sqrt(var), trace)
+    return Scores(
+        centre + unit * (shift + gain * m), unit * gain * np.sqrt(v), bias, slope, unit * np.sqrt(var), trace
+    )
 
 
 def settle(

@@ -79,16 +79,24 @@ def response_logprobs(
     return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropy)
 
 
-def response_values(model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, hidden: Tensor | None = None) -> Tensor:
+def response_values(
+    model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, hidden: Tensor | None = None
+) -> Tensor:
     """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8].  `hidden`: as above."""
-    values = read_before(model, tokens, mask, prompt_len) if hidden is None else model.head(hidden, mask[:, :-1])
+    values = (
+        read_before(model, tokens, mask, prompt_len) if hidden is None else model.head(hidden, mask[:, :-1])
+    )
     return values[:, prompt_len - 1 :]
 
 
-def read(model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor, writer: Tokenizer) -> tuple[Tensor, Tensor]:
+def read(
+    model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor, writer: Tokenizer
+) -> tuple[Tensor, Tensor]:
     """Scores and disagreement [B] of texts [B, T], by a model that may read them with another tokenizer than wrote them."""
     if reader.hash != writer.hash:
-        rows = [data.translate(row[real].tolist(), writer, reader) for row, real in zip(tokens, mask, strict=True)]
+        rows = [
+            data.translate(row[real].tolist(), writer, reader) for row, real in zip(tokens, mask, strict=True)
+        ]
         tokens, mask = (x.to(tokens.device) for x in data.collate(rows, reader.pad))
     return model(tokens, mask)
 
@@ -120,7 +128,10 @@ def generate(
     cache = KVCache(model, B, P + max_new)
     responses = torch.full((B, max_new), pad, dtype=torch.long, device=device)
     lengths = torch.full((B,), max_new, dtype=torch.long, device=device)
-    rows, running = torch.arange(B, device=device), torch.ones(B, dtype=torch.bool, device=device)  # those in the cache
+    rows, running = (
+        torch.arange(B, device=device),
+        torch.ones(B, dtype=torch.bool, device=device),
+    )  # those in the cache
     look = 1 if device.type == "cpu" else 16  # asking a GPU how many still run stops it
     last = torch.zeros_like(prompt_mask)
     last[:, -1] = True

@@ -46,7 +46,9 @@ class MetricLogger:
             for link in ("latest", "best"):
                 (out / link).unlink(missing_ok=True)
         for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-            old = path.read_text().split("\n") if path.exists() else []  # splitlines also splits inside a text
+            old = (
+                path.read_text().split("\n") if path.exists() else []
+            )  # splitlines also splits inside a text
             kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= keep_until]
             path.write_text("".join(line + "\n" for line in kept)) if kept else path.unlink(missing_ok=True)
         if tensorboard:
@@ -60,7 +62,9 @@ class MetricLogger:
         """Append rows to OUT/NAME.jsonl, all with this step."""
         if self.out is not None:
             with open(self.out / f"{name}.jsonl", "a") as file:
-                file.write("".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows))
+                file.write(
+                    "".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+                )
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
@@ -80,14 +84,22 @@ def claim(out: Path, config: Any, resume: bool, overwrite: bool) -> str:
         return "start"
     saved = checkpoint.load_config(out)
     ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir", "save_samples", "dry_run", "profile"}
-    wanted = {k: v for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items() if k not in ignored}
+    wanted = {
+        k: v
+        for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items()
+        if k not in ignored
+    }
     other = sorted(k for k, v in wanted.items() if saved["training"].get(k, v) != v)
     if other:
-        raise UserError(f"{out} holds a run with another {', '.join(other)}: choose a new --out, or --overwrite")
+        raise UserError(
+            f"{out} holds a run with another {', '.join(other)}: choose a new --out, or --overwrite"
+        )
     if saved["complete"]:
         return "skip"
     if not resume:
-        raise UserError(f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again")
+        raise UserError(
+            f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again"
+        )
     return "resume"
 
 

@@ -57,7 +57,9 @@ class Tokenizer:
         # A vocabulary may lack bytes that its corpus never had. tiktoken wants all 256: these get ids beyond the model's.
         absent = [byte for byte in BYTES if byte not in ranks]
         whole = ranks | {byte: self.vocab_size + i for i, byte in enumerate(absent)}
-        self.encoding = tiktoken.Encoding(self.hash[:8], pat_str=pattern, mergeable_ranks=whole, special_tokens=self.specials)
+        self.encoding = tiktoken.Encoding(
+            self.hash[:8], pat_str=pattern, mergeable_ranks=whole, special_tokens=self.specials
+        )
         self.absent, self._silent = bool(absent), {self.pad, self.eot, self.bos}
         self._tokens = tokens
 
@@ -72,7 +74,11 @@ class Tokenizer:
         """`encode` of each text, in parallel threads."""
         texts = [unicodedata.normalize(self.normalize, text) for text in texts] if self.normalize else texts
         found = self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1)
-        return [self._drop_absent(text, ids) for text, ids in zip(texts, found, strict=True)] if self.absent else found
+        return (
+            [self._drop_absent(text, ids) for text, ids in zip(texts, found, strict=True)]
+            if self.absent
+            else found
+        )
 
     def _drop_absent(self, text: str, ids: list[int]) -> list[int]:
         """As Hugging Face does: what has no token leaves its word before anything is merged."""
@@ -170,7 +176,11 @@ class Tokenizer:
             saved = json.loads(meta.read_text(encoding="utf-8"))
             if saved["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
-            more = {key: saved[key] for key in ("eot", "bos", "pad", "vocab_size", "normalize", "hf") if key in saved}
+            more = {
+                key: saved[key]
+                for key in ("eot", "bos", "pad", "vocab_size", "normalize", "hf")
+                if key in saved
+            }
             tokenizer = cls(ranks, saved["pattern"], saved["specials"], **more)
             if saved["hash"] != tokenizer.hash:
                 raise ValueError(f"its hash is not that of {file.name}")
@@ -192,15 +202,24 @@ class WordPiece:
             self.json = file.read_text(encoding="utf-8")
             self.encoding = Reader.from_str(self.json)
         except Exception as error:  # the package raises bare Exceptions
-            raise UserError(f"{file}: {str(error).partition(chr(10))[0]}: restore tokenizer.tiktoken or this file") from error
+            raise UserError(
+                f"{file}: {str(error).partition(chr(10))[0]}: restore tokenizer.tiktoken or this file"
+            ) from error
         if missing := [t for t in ("[CLS]", "[SEP]", "[PAD]") if self.encoding.token_to_id(t) is None]:
-            raise UserError(f"{file}: no token {missing[0]}: only BERT's WordPiece is read so; restore the file")
+            raise UserError(
+                f"{file}: no token {missing[0]}: only BERT's WordPiece is read so; restore the file"
+            )
         self.encoding.no_truncation()
         self.encoding.no_padding()
         self.encoding.encode_special_tokens = True  # a '[SEP]' in a text is plain characters
         self.bos, self.eot, self.pad = map(self.encoding.token_to_id, ("[CLS]", "[SEP]", "[PAD]"))
-        self.specials = {t.content: i for i, t in self.encoding.get_added_tokens_decoder().items() if t.special}
-        self.vocab_size, self.hash = self.encoding.get_vocab_size(), hashlib.sha256(self.json.encode()).hexdigest()
+        self.specials = {
+            t.content: i for i, t in self.encoding.get_added_tokens_decoder().items() if t.special
+        }
+        self.vocab_size, self.hash = (
+            self.encoding.get_vocab_size(),
+            hashlib.sha256(self.json.encode()).hexdigest(),
+        )
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -16,7 +16,15 @@ from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ppo.SMALL | {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab": 600, "batch": 8, "minibatch": 4, "response": 12}
+TINY = ppo.SMALL | {
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "vocab": 600,
+    "batch": 8,
+    "minibatch": 4,
+    "response": 12,
+}
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.038, 0.5])
@@ -42,12 +50,23 @@ def test_the_work_of_ppo(tmp_path, metrics):
     source = data.load(str(tmp_path / "texts.jsonl"), False)
     prompts = data.prompts_of(source.select("val").records, tokenizer, 15)
     assert len(prompts) > 100 and {len(p) for p in prompts} == {16}
-    job = {"work": TINY, "threads": 1, "iterations": 3, "folder": str(tmp_path), "out": str(tmp_path / "out"), "options": []}
+    job = {
+        "work": TINY,
+        "threads": 1,
+        "iterations": 3,
+        "folder": str(tmp_path),
+        "out": str(tmp_path / "out"),
+        "options": [],
+    }
     found = ppo.measure(sys.executable, "benchmarks/ppo.py", job)
     assert len(found["iterations"]) == 1 and found["optimizer_steps"] == 3 * 4 * 2 and found["peak_mb"] > 50
     assert checkpoint.load_config(tmp_path / "out")["training"]["lr"] == 1e-5
     with pytest.raises(AssertionError):
-        ppo.measure(sys.executable, "benchmarks/ppo.py", job | {"work": TINY | {"end": 0.5}, "out": str(tmp_path / "other")})
+        ppo.measure(
+            sys.executable,
+            "benchmarks/ppo.py",
+            job | {"work": TINY | {"end": 0.5}, "out": str(tmp_path / "other")},
+        )
 
 
 def row(seconds: float, peak: float, gemm: float = 0.7) -> list[dict]:
@@ -57,11 +76,22 @@ def row(seconds: float, peak: float, gemm: float = 0.7) -> list[dict]:
 
 def test_ppo_says_what_it_missed():
     """Ratios to the peer of the same run, never seconds."""
-    slow = {"TRL": row(60.0, 1000), "fp32": row(40.0, 500), "bf16": row(25.0, 900), "shared trunk, bf16": row(15.0, 400)}
+    slow = {
+        "TRL": row(60.0, 1000),
+        "fp32": row(40.0, 500),
+        "bf16": row(25.0, 900),
+        "shared trunk, bf16": row(15.0, 400),
+    }
     for factor in (1, 10):
-        scaled = {"small": {k: row(v[0]["iterations"][0]["seconds"] * factor, v[0]["peak_mb"]) for k, v in slow.items()}}
+        scaled = {
+            "small": {
+                k: row(v[0]["iterations"][0]["seconds"] * factor, v[0]["peak_mb"]) for k, v in slow.items()
+            }
+        }
         assert ppo.report(scaled)[1] == []
-    assert ppo.report({"small": slow | {"fp32, compiled": row(90.0, 2000)}})[1] == []  # what was tried has no goal
+    assert (
+        ppo.report({"small": slow | {"fp32, compiled": row(90.0, 2000)}})[1] == []
+    )  # what was tried has no goal
     text, missed = ppo.report({"small": slow | {"fp32": row(41.0, 600, 0.5)}})
     assert "1.46 (>= 1.5)" in text
     assert [m.split(": ", 1)[1] for m in missed] == ["seconds 1.46 x, goal 1.5 x", "peak_mb 1.67 x, goal 1.7 x",
@@ -70,10 +100,14 @@ def test_ppo_says_what_it_missed():
 
 def test_rollout_and_sft_say_what_they_missed():
     of = lambda seconds: [{"seconds": [seconds], "tokens": 90}]
-    _, missed = rollout.report({"small": {rollout.BASE: of(2.0), "ours, fp32": of(1.0), "ours, bf16": of(0.9)}})
+    _, missed = rollout.report(
+        {"small": {rollout.BASE: of(2.0), "ours, fp32": of(1.0), "ours, bf16": of(0.9)}}
+    )
     assert missed == ["small, ours, bf16: 2.22 x, goal 2.3 x"]
     of = lambda median, loss: [{"median": median, "tokens": 90, "loss": loss}]
-    _, missed = sft.report({"nanoGPT, fp32": of(1.0, 1.5), "ours, fp32": of(1.1, 1.5), "ours, bf16": of(0.5, 1.6)})
+    _, missed = sft.report(
+        {"nanoGPT, fp32": of(1.0, 1.5), "ours, fp32": of(1.1, 1.5), "ours, bf16": of(0.5, 1.6)}
+    )
     assert [m.split(":")[0] for m in missed] == ["ours, fp32", "ours, bf16"]
 
 
@@ -86,12 +120,15 @@ def test_scaling_changes_one_number_at_a_time():
 def test_estimates_of_larger_models():
     block = estimate.block_bytes(GPTConfig(50, 64, 12, 4, 64), False) / 64
     assert 25 < block < 50  # bf16: 16 numbers a channel, and attention's
-    assert 2 * 64 < estimate.block_bytes(GPTConfig(50, 64, 12, 4, 64), True) < 5 * 64  # its input, and the last norm's
+    assert (
+        2 * 64 < estimate.block_bytes(GPTConfig(50, 64, 12, 4, 64), True) < 5 * 64
+    )  # its input, and the last norm's
     parser = {"batch": 64, "minibatch": 16, "microbatch": 4, "prompt": 16, "response": 16, "epochs": 1, "share": 0.4,
               "gpu_tflop_s": 989, "gpu_tb_s": 3.35, "link_gb_s": 100}  # fmt: skip
     args = type("Args", (), parser)
     (held, seconds), (shared, faster) = (
-        estimate.needs(estimate.SHAPES["124M (GPT-2)"], estimate.VARIANTS[how], args, 1) for how in list(estimate.VARIANTS)[:2]
+        estimate.needs(estimate.SHAPES["124M (GPT-2)"], estimate.VARIANTS[how], args, 1)
+        for how in list(estimate.VARIANTS)[:2]
     )
     n = 124_439_808  # GPT-2's parameters, less nothing
     assert 2 * n * 16 < held < 2 * n * 16 + 2e9 and shared < held and 0 < faster < seconds
@@ -108,7 +145,9 @@ def test_raw_results_are_of_these_workloads():
 
 def test_options_of_train_ppo_that_benchmarks_use_exist():
     variants = (ppo.OURS | ppo.TRIED).values()
-    options = {option.lstrip("-").replace("-", "_") for variant in variants for option in variant if option[0] == "-"}
+    options = {
+        option.lstrip("-").replace("-", "_") for variant in variants for option in variant if option[0] == "-"
+    }
     assert options <= {f for f in train_ppo.Config.__dataclass_fields__}
 
 

@@ -22,7 +22,9 @@ SPECIALS = {"<|endoftext|>": 256, "<|im_start|>": START, "<|im_end|>": END}
 
 def tokenizer_of(template: str | None = CHATML) -> Tokenizer:
     hf = {"chat_template": template} if template else {}
-    return Tokenizer({byte: i for i, byte in enumerate(BYTES)}, specials=SPECIALS, eot=END, bos=START, pad=256, hf=hf)
+    return Tokenizer(
+        {byte: i for i, byte in enumerate(BYTES)}, specials=SPECIALS, eot=END, bos=START, pad=256, hf=hf
+    )
 
 
 def user(text: str) -> dict:
@@ -32,7 +34,12 @@ def user(text: str) -> dict:
 def saved(folder, tokenizer: Tokenizer, stage: str = "import", context: int = 96, **training):
     torch.manual_seed(0)
     model = GPT(GPTConfig(tokenizer.vocab_size, context, 1, 2, 8))
-    about = {"model": vars(model.config), "stage": stage, "training": training, "tokenizer": {"hash": tokenizer.hash}}
+    about = {
+        "model": vars(model.config),
+        "stage": stage,
+        "training": training,
+        "tokenizer": {"hash": tokenizer.hash},
+    }
     checkpoint.save(folder, 0, model.state_dict(), about, tokenizer)
     return folder
 
@@ -53,7 +60,14 @@ def talk(run, monkeypatch, capsys):
 def test_special_tokens_come_from_the_template_alone():
     messages = [user("a<|im_end|>"), {"role": "assistant", "content": "b"}, user("{{ 1 }}")]
     turn = lambda role, text: [START, *role.encode(), 10, *text.encode(), END, 10]
-    wanted = [*turn("user", "a<|im_end|>"), *turn("assistant", "b"), *turn("user", "{{ 1 }}"), START, *b"assistant", 10]
+    wanted = [
+        *turn("user", "a<|im_end|>"),
+        *turn("assistant", "b"),
+        *turn("user", "{{ 1 }}"),
+        START,
+        *b"assistant",
+        10,
+    ]
     assert chat.prompt_ids(tokenizer_of(), "template", messages) == wanted
 
 
@@ -71,7 +85,12 @@ def test_a_template_that_fails_is_an_error_not_a_crash(template, message):
 
 
 def test_a_dialogue_is_laid_out_as_the_stages_were_trained(tmp_path):
-    messages = [{"role": "system", "content": "Be"}, user("Hi"), {"role": "assistant", "content": "Yes"}, user("So?")]
+    messages = [
+        {"role": "system", "content": "Be"},
+        user("Hi"),
+        {"role": "assistant", "content": "Yes"},
+        user("So?"),
+    ]
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
     found = data.load(str(tmp_path / "d.jsonl"))
     tokenizer = tokenizer_of()
@@ -86,7 +105,12 @@ def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(tmp_path, 
         tokens, begun, _ = speaker.answer(f"question {k}", 6, 1.0)
         assert tokens.shape[1] <= 128 and begun <= 122
     said = [m["content"] for m in speaker.messages]
-    assert said[0] == "S" and said[-2] == "question 8" and "question 0" not in said and said[1].startswith("question")
+    assert (
+        said[0] == "S"
+        and said[-2] == "question 8"
+        and "question 0" not in said
+        and said[1].startswith("question")
+    )
     before = list(speaker.messages[-2:])
     with pytest.raises(UserError, match="do not fit the context of 128"):
         speaker.answer("x" * 200, 6, 1.0)
@@ -95,7 +119,17 @@ def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(tmp_path, 
 
 def test_several_models_answer_and_say_why(smoke, talk):
     sft, ppo = smoke / "sft", smoke / "ppo"
-    arguments = (sft, ppo, "--response-tokens", 8, "--explain", "--reference", sft, "--reward-model", smoke / "rm")
+    arguments = (
+        sft,
+        ppo,
+        "--response-tokens",
+        8,
+        "--explain",
+        "--reference",
+        sft,
+        "--reward-model",
+        smoke / "rm",
+    )
     status, out, _ = talk("the film\n\nthe film\n", *arguments)
     assert status == 0 and out.count("[score ") == 4 and out.count("likeliest others") == 4
     assert talk("the film\n\nthe film\n", *arguments)[1] == out, "the same seed, the same words"
@@ -109,7 +143,9 @@ def test_what_is_explained_adds_up(smoke):
     columns, chances = chat.explain(speaker, tokens, begun, 0.7, reference, judge.eval())
     mask, written = torch.ones_like(tokens, dtype=torch.bool), tokens[0, begun:].tolist()
     with torch.no_grad():
-        ours, theirs = (response_logprobs(m, tokens, mask, begun, 0.7)[0].sum() for m in (speaker.model, reference))
+        ours, theirs = (
+            response_logprobs(m, tokens, mask, begun, 0.7)[0].sum() for m in (speaker.model, reference)
+        )
         start, end = (judge(tokens[:, :n], mask[:, :n])[0][0] for n in (begun, tokens.shape[1]))
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
     close(columns["probability"].log().sum(), ours)
@@ -136,13 +172,21 @@ def test_a_line_that_is_not_utf8_is_read_all_the_same(tmp_path, talk):
 
 def test_a_text_too_long_for_the_reward_model_is_said_and_the_next_is_read(tmp_path, smoke, talk):
     reader = checkpoint.load_config(smoke / "rm")["model"]["context"]
-    arguments = (saved(tmp_path, tokenizer_of(), context=4 * reader), "--response-tokens", 2, "--reward-model", smoke / "rm")
+    arguments = (
+        saved(tmp_path, tokenizer_of(), context=4 * reader),
+        "--response-tokens",
+        2,
+        "--reward-model",
+        smoke / "rm",
+    )
     status, out, _ = talk("~" * 2 * reader + "\nx\n", "--layout", "text", *arguments)
     assert status == 0 and out.count("do not fit the model's context") == 1 and out.count("[score") == 1
 
 
 def test_a_line_that_does_not_fit_loses_nothing_else(tmp_path, talk):
-    status, out, _ = talk(f"{'x' * 100}\nyes\n", saved(tmp_path, tokenizer_of()), "--response-tokens", 4, "--layout", "text")
+    status, out, _ = talk(
+        f"{'x' * 100}\nyes\n", saved(tmp_path, tokenizer_of()), "--response-tokens", 4, "--layout", "text"
+    )
     assert status == 0 and "do not fit the context of 96: write less" in out and "> yes\nyes" in out
 
 

@@ -34,7 +34,9 @@ def write(out, step, tokenizer, **more):
     trainer = {"tensors": {"mark": torch.tensor(mark)}, "state": {"mark": mark}}
     out.mkdir(exist_ok=True)
     (out / "metrics.jsonl").write_text(f"{mark}\n")
-    return checkpoint.save(out, step, {"w": torch.full((3, 2), float(mark))}, config, tokenizer, trainer, **more)
+    return checkpoint.save(
+        out, step, {"w": torch.full((3, 2), float(mark))}, config, tokenizer, trainer, **more
+    )
 
 
 def read(path):
@@ -53,7 +55,15 @@ def listing(out):
     return sorted(p.name for p in out.iterdir())
 
 
-RUN = ["best", "config.json", "latest", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
+RUN = [
+    "best",
+    "config.json",
+    "latest",
+    "metrics.jsonl",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer.tiktoken",
+]
 
 
 def test_save_and_load(tmp_path):
@@ -61,11 +71,15 @@ def test_save_and_load(tmp_path):
     (tmp_path / "runs").mkdir()
     assert write(out, 120, OLD) == out / "step-000120"
     assert listing(out) == sorted([*RUN[1:], "step-000120"])
-    assert listing(out / "step-000120") == sorted(["trainer.json", "trainer.safetensors", *RUN[1:2], *RUN[3:]])
+    assert listing(out / "step-000120") == sorted(
+        ["trainer.json", "trainer.safetensors", *RUN[1:2], *RUN[3:]]
+    )
     for path in (out, str(out), out / "latest", out / "step-000120"):
         assert read(path) == OLD.vocab_size
         assert checkpoint.resolve(path) == (out / "step-000120").resolve()
-    assert json.loads((out / "config.json").read_text()) == checkpoint.load_config(out)  # OUT reads as a checkpoint
+    assert json.loads((out / "config.json").read_text()) == checkpoint.load_config(
+        out
+    )  # OUT reads as a checkpoint
 
 
 def test_without_a_trainer_there_is_nothing_to_resume(tmp_path):
@@ -115,7 +129,9 @@ def crash_at(monkeypatch, n):
     for name in ("replace", "rename", "fsync", "symlink", "link", "mkdir"):
         monkeypatch.setattr(os, name, breaking(getattr(os, name)))
     monkeypatch.setattr(shutil, "rmtree", breaking(shutil.rmtree, remove_half))
-    monkeypatch.setattr(Path, "write_text", breaking(Path.write_text, lambda path, text: path.open("w").write(text[:5])))
+    monkeypatch.setattr(
+        Path, "write_text", breaking(Path.write_text, lambda path, text: path.open("w").write(text[:5]))
+    )
     monkeypatch.setattr(Path, "write_bytes", breaking(Path.write_bytes, lambda path, data: path.touch()))
     half = lambda tensors, path, metadata: Path(path).write_bytes(b"\x08\x00")  # noqa: E731
     monkeypatch.setattr(checkpoint, "save_file", breaking(checkpoint.save_file, half))
@@ -221,7 +237,9 @@ def test_older_steps_go_but_the_linked_stay(tmp_path):
     checkpoint.point(tmp_path, "best", 4)
     for step in (5, 6, 7):
         write(tmp_path, step, NEW, keep=2)
-    assert [name for name in listing(tmp_path) if name.startswith("step")] == [f"step-00000{i}" for i in (4, 6, 7)]
+    assert [name for name in listing(tmp_path) if name.startswith("step")] == [
+        f"step-00000{i}" for i in (4, 6, 7)
+    ]
     write(tmp_path, 5, OLD, keep=2)  # a run taken up again from an earlier step: its abandoned future goes
     assert [name for name in listing(tmp_path) if name.startswith("step")] == ["step-000004", "step-000005"]
     assert read(tmp_path) == OLD.vocab_size
@@ -270,7 +288,9 @@ def test_pickles_are_never_read(tmp_path, monkeypatch):
     torch.save({"w": torch.ones(1)}, folder / "pytorch_model.bin")
     monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("torch.load was called"))
     monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("pickle.load was called"))
-    with pytest.raises(UserError, match=r"model.safetensors: missing \(a pickle, .bin or .pt, is never read\)"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors: missing \(a pickle, .bin or .pt, is never read\)"
+    ):
         checkpoint.load_state(tmp_path)
 
 
@@ -350,7 +370,9 @@ def test_D21_two_optimizers_do_not_mix():
     for prefix, each in (("policy", opt), ("policy_value", opt_other)):
         fresh = build()[1]
         checkpoint.unpack_optimizer(fresh, packed, json.loads(json.dumps(states[prefix])), prefix)
-        for own, loaded in zip(each.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True):
+        for own, loaded in zip(
+            each.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True
+        ):
             assert all(torch.equal(own[key], loaded[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
 
 

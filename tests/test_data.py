@@ -35,7 +35,9 @@ TOK = ByteTokenizer()
 
 def write(path: Path, *rows) -> Path:
     """Rows as JSON lines; bytes and str go in as they are."""
-    lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows]
+    lines = [
+        r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows
+    ]
     path.write_bytes(b"\n".join(lines) + b"\n")
     return path
 
@@ -106,7 +108,10 @@ def test_every_format_is_told_by_its_keys(tmp_path, row, kind, record, suffix):
 
 def test_hh_transcripts_split_at_the_last_shared_assistant_turn(tmp_path):
     shared = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    row = {"chosen": shared + " same start, then x\n\nHuman: d\n\nAssistant: e", "rejected": shared + " same start, y"}
+    row = {
+        "chosen": shared + " same start, then x\n\nHuman: d\n\nAssistant: e",
+        "rejected": shared + " same start, y",
+    }
     [record] = load(write(tmp_path / "x.jsonl", row)).records
     assert record.prompt == shared and record.chosen.startswith(" same start, then x\n\nHuman: d")
 
@@ -167,11 +172,20 @@ BAD_ROWS = [
     ({"messages": [bot("a"), user("b")]}, "messages: the last turn must be the assistant's"),
     ({"prompt": "p", "response_a": "a", "response_b": "b"}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"a": 0}}, "votes: expected counts"),
-    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"a": 2, "b": -1}}, "votes: expected counts"),
+    (
+        {"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"a": 2, "b": -1}},
+        "votes: expected counts",
+    ),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"a": "2"}}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"c": 1}}, "votes: expected counts"),
-    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "bob": "c"}}, "votes: expected counts"),
-    ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "b": 1}}, "votes: expected counts"),
+    (
+        {"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "bob": "c"}},
+        "votes: expected counts",
+    ),
+    (
+        {"prompt": "p", "response_a": "a", "response_b": "b", "votes": {"ann": "a", "b": 1}},
+        "votes: expected counts",
+    ),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": ["a", ["b"]]}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "response_b": "b", "votes": []}, "votes: expected counts"),
     ({"prompt": "p", "response_a": "a", "votes": {"a": 1}}, "response_b: missing"),
@@ -185,7 +199,10 @@ BAD_ROWS = [
     ({"text": "t", "ratings": 4}, "ratings: expected finite numbers, got 4"),
     ({"text": "t", "ratings": {}}, "ratings: expected finite numbers, got {}"),
     ({"text": "t", "ratings": {"ann": None}}, "ratings: expected finite numbers, got {'ann': None}"),
-    ({"text": "t", "ratings": {"ann": 6}, "scale": [1, 5]}, "ratings: {'ann': 6} is outside the scale (1, 5)"),
+    (
+        {"text": "t", "ratings": {"ann": 6}, "scale": [1, 5]},
+        "ratings: {'ann': 6} is outside the scale (1, 5)",
+    ),
     ({"rating": 4}, "text: missing"),
     ({"text": "t", "rating": 6, "scale": [1, 5]}, "rating: 6 is outside the scale (1, 5)"),
     ({"text": "t", "rating": 3, "scale": [5, 1]}, "scale: expected [low, high], got [5, 1]"),
@@ -193,7 +210,9 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("row, message", BAD_ROWS, ids=[f"{i}-{m.split(':')[0]}" for i, (_, m) in enumerate(BAD_ROWS)])
+@pytest.mark.parametrize(
+    "row, message", BAD_ROWS, ids=[f"{i}-{m.split(':')[0]}" for i, (_, m) in enumerate(BAD_ROWS)]
+)
 def test_a_bad_row_names_file_line_field_and_reason(tmp_path, row, message):
     path = write(tmp_path / "x.jsonl", "", row)
     with pytest.raises(UserError) as e:
@@ -203,7 +222,9 @@ def test_a_bad_row_names_file_line_field_and_reason(tmp_path, row, message):
 
 
 def test_skip_bad_counts_and_goes_on(tmp_path):
-    path = write(tmp_path / "x.jsonl", {"text": "a"}, "{", {"text": 1}, {"prompt": "another kind"}, {"text": "b"})
+    path = write(
+        tmp_path / "x.jsonl", {"text": "a"}, "{", {"text": 1}, {"prompt": "another kind"}, {"text": "b"}
+    )
     found = load(path, skip_bad=True)
     assert [r.response for r in found.records] == ["a", "b"] and len(found.skipped) == 3
     assert f"skipped 3 bad rows, first {path}:2: row: not JSON" in found.describe()
@@ -214,7 +235,9 @@ def test_one_kind_and_one_scale_to_a_source(tmp_path):
     b = write(tmp_path / "b.jsonl", {"prompt": "p", "completion": "c"})
     with pytest.raises(UserError) as e:
         load(tmp_path)
-    assert str(e.value).startswith(f"{b}:1: keys: (kind, scale) ('completion', None) after ('text', None): keep one")
+    assert str(e.value).startswith(
+        f"{b}:1: keys: (kind, scale) ('completion', None) after ('text', None): keep one"
+    )
     rows = [{"text": "t", "rating": 3, "scale": [1, 5]}, {"text": "u", "rating": 3, "scale": [0, 4]}]
     with pytest.raises(UserError, match=r"c.jsonl:2: keys: .*\(0, 4\)\) after \('rated', \(1, 5\)\)"):
         load(write(tmp_path / "c.jsonl", *rows))
@@ -232,7 +255,11 @@ def test_a_source_that_cannot_be_read(tmp_path):
     refuses(write(tmp_path / "empty.jsonl", ""), "empty: no usable row (0 bad, 0 dropped)")
     refuses(write(tmp_path / "blank.jsonl", {"text": " "}), "empty: no usable row (0 bad, 1 dropped)")
     whole = gzip.compress(json.dumps({"text": "long enough " * 99}).encode())
-    for name, content in {"cut": whole[:-9], "not": b"plain", "bent": whole[:20] + b"\0\0\0\0" + whole[24:]}.items():
+    for name, content in {
+        "cut": whole[:-9],
+        "not": b"plain",
+        "bent": whole[:20] + b"\0\0\0\0" + whole[24:],
+    }.items():
         path = tmp_path / f"{name}.jsonl.gz"
         path.write_bytes(content)
         refuses(path, "cannot be read: ")
@@ -242,7 +269,10 @@ def test_a_source_that_cannot_be_read(tmp_path):
 
 
 def test_D15_identical_pairs_are_dropped_and_counted(tmp_path):
-    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in [("a", "b"), ("a", "a"), ("a ", "a"), ("", "b")]]
+    rows = [
+        {"prompt": "p", "chosen": c, "rejected": r}
+        for c, r in [("a", "b"), ("a", "a"), ("a ", "a"), ("", "b")]
+    ]
     found = load(write(tmp_path / "x.jsonl", *rows))
     assert [r.chosen for r in found.records] == ["a", ""]
     assert found.dropped == {"identical pairs": 2} and "dropped 2 identical pairs" in found.describe()
@@ -254,7 +284,9 @@ def test_empty_texts_are_dropped_and_counted(tmp_path):
 
 
 def test_D15_all_records_of_one_prompt_fall_into_one_split(tmp_path):
-    rows = [{"prompt": f"Question {i % 50}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(500)]
+    rows = [
+        {"prompt": f"Question {i % 50}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(500)
+    ]
     found = load(write(tmp_path / "x.jsonl", *rows))
     parts = {split: {r.prompt for r in found.select(split).records} for split in ("train", "val", "test")}
     assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 50  # disjoint and complete
@@ -279,12 +311,16 @@ def test_D15_case_and_punctuation_do_not_move_a_text(text):
     assert split_of(f"wow {text}") == split_of(f"Wow,  {text}!") == split_of(f"WOW {text}...")
 
 
-@pytest.mark.parametrize("ratings, scale", [((1, 5), (1, 5)), ((0, 3), (0, 4)), ((-1, 4), (-4, 4)), ((2, 3), (1, 5))])
+@pytest.mark.parametrize(
+    "ratings, scale", [((1, 5), (1, 5)), ((0, 3), (0, 4)), ((-1, 4), (-4, 4)), ((2, 3), (1, 5))]
+)
 def test_a_scale_not_recorded_is_inferred_and_said(tmp_path, ratings, scale):
     rows = [{"text": f"t{v}", "rating": v} for v in ratings]
     path = write(tmp_path / "x.jsonl", *rows)
     found = load(path)
-    assert {r.scale for r in found.records} == {scale} and f"on the scale {scale} (inferred)" in found.describe()
+    assert {r.scale for r in found.records} == {
+        scale
+    } and f"on the scale {scale} (inferred)" in found.describe()
     given = load(path, scale=(-10, 10))
     assert {r.scale for r in given.records} == {(-10, 10)} and "inferred" not in given.describe()
 
@@ -301,7 +337,9 @@ def test_select_by_split_and_genre():
     toy = load("toy")
     sizes = [len(toy.select(split, ["movies"]).records) for split in ("train", "val", "test")]
     assert sum(sizes) == len(toy.records) == 400 and min(sizes) >= 20
-    with pytest.raises(UserError, match=r"toy: none of 400 rows has split val and one of the genres \['tweets'\]"):
+    with pytest.raises(
+        UserError, match=r"toy: none of 400 rows has split val and one of the genres \['tweets'\]"
+    ):
         toy.select("val", ["tweets"])
 
 
@@ -372,7 +410,11 @@ def inner_members() -> dict[str, bytes]:
 
 def sdist(inner: dict | None = None, **changes) -> bytes:
     lexicon = b"good\t1.9\t0.9\t[2, 1]\n:)\t2.0\t1.1\t[2, 2]\ngood\t0\t0\t[0, 0]\n"
-    members = {LEXICON: lexicon, INNER: tarball(inner or inner_members()), "setup.py": b"raise SystemExit('executed')"}
+    members = {
+        LEXICON: lexicon,
+        INNER: tarball(inner or inner_members()),
+        "setup.py": b"raise SystemExit('executed')",
+    }
     return tarball({f"vaderSentiment-3.3.2/{n}": c for n, c in (members | changes).items()})
 
 
@@ -399,8 +441,13 @@ def test_vader_is_cleaned_joined_and_deduplicated(place):
     assert set(rows) == {
         'A "fine" film & more', "Dull.", "it works", "it broke", "He said: \"Read 'A.'\"", "x <3", " good", " :)",
     }  # fmt: skip
-    assert rows["it works"].ratings == (1, 1) and rows["it broke"].ratings == (-3, -3)  # joined by id, not by line
-    assert rows["Dull."] == Response("", "Dull.", -1.5, (-1, -2), (-4, 4), "movies")  # the first of equal texts
+    assert rows["it works"].ratings == (1, 1) and rows["it broke"].ratings == (
+        -3,
+        -3,
+    )  # joined by id, not by line
+    assert rows["Dull."] == Response(
+        "", "Dull.", -1.5, (-1, -2), (-4, 4), "movies"
+    )  # the first of equal texts
     assert rows[" good"].ratings == (2, 1) and rows[" good"].genre == "words"
     assert found.dropped == {"mismatched": 1, "duplicate": 2}
     assert Counter(r.genre for r in found.records) == {
@@ -450,7 +497,9 @@ def test_a_crash_while_caching_leaves_nothing(place, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(data.os, "replace", full)
-    with pytest.raises(UserError, match="vader.jsonl: cannot be written: No space left on device: see --data-dir"):
+    with pytest.raises(
+        UserError, match="vader.jsonl: cannot be written: No space left on device: see --data-dir"
+    ):
         load("vader", data_dir=folder)
     assert os.listdir(folder) == [data.SDIST]
 
@@ -554,7 +603,9 @@ def test_D19_the_prompts_ids_are_a_prefix_masked_and_the_end_is_trained(prompt, 
     prompt, completion = (t.encode(errors="replace").decode() for t in (prompt, completion))
     head, body = [TOK.bos, *TOK.encode(prompt)], TOK.encode(completion)
     if len(head) >= context:
-        with pytest.raises(UserError, match=rf"prompt: {len(head)} tokens, context {context}: raise --context"):
+        with pytest.raises(
+            UserError, match=rf"prompt: {len(head)} tokens, context {context}: raise --context"
+        ):
             encode_example(TOK, prompt, completion, context, eos)
         return
     ids, mask = encode_example(TOK, prompt, completion, context, eos)
@@ -611,7 +662,9 @@ def test_D21_batches_depend_on_seed_and_epoch_alone(n, batch_size, seed, epoch, 
     torch.rand(3)
     assert first == list(batches(n, batch_size, seed, epoch, lengths))
     assert sorted(i for batch in first for i in batch) == list(range(n))
-    assert sorted(map(len, first), reverse=True) == [len(range(i, min(n, i + batch_size))) for i in range(0, n, batch_size)]
+    assert sorted(map(len, first), reverse=True) == [
+        len(range(i, min(n, i + batch_size))) for i in range(0, n, batch_size)
+    ]
 
 
 def test_D21_epochs_and_seeds_differ():
@@ -642,7 +695,9 @@ def test_batches_by_length_waste_little_padding_and_stay_random():
     sorted_batches = batches(640, 8, 0, 0, lengths)
     assert waste(sorted_batches) < 0.2 * waste(batches(640, 8, 0, 0))
     longest = [max(lengths[i] for i in b) for b in sorted_batches]
-    assert longest != sorted(longest) and {tuple(b) for b in batches(640, 8, 0, 1, lengths)} != set(map(tuple, sorted_batches))
+    assert longest != sorted(longest) and {tuple(b) for b in batches(640, 8, 0, 1, lengths)} != set(
+        map(tuple, sorted_batches)
+    )
 
 
 # ---------------------------------------------------------------- inspect
@@ -667,7 +722,9 @@ def test_inspect_shows_tokens_and_what_is_trained(monkeypatch, capsys, tmp_path)
     from minirlhf.tokenizer import Tokenizer
 
     monkeypatch.setattr(Tokenizer, "load", classmethod(lambda cls, source: TOK))
-    path = write(tmp_path / "x.jsonl", {"prompt": "a\n", "completion": "bc"}, "{", {"prompt": "d", "completion": "e"})
+    path = write(
+        tmp_path / "x.jsonl", {"prompt": "a\n", "completion": "bc"}, "{", {"prompt": "d", "completion": "e"}
+    )
     out = inspect(monkeypatch, capsys, path, "--skip-bad", "--tokenizer", "any")
     assert "<bos>|a|\\n|[[|b|c|<eot>]]" in out and "2 completion rows; skipped 1 bad rows" in out
 

@@ -16,7 +16,9 @@ from minirlhf.support import hardware
 from minirlhf.tools import estimate
 
 GPT2 = GPTConfig(vocab_size=50, context=64, n_layer=3, n_head=4, n_embd=32)
-LLAMA = GPTConfig(50, 64, 3, 4, 32, n_kv_head=2, n_inner=40, norm="rms", positions="rotary", mlp="swiglu", bias=False)
+LLAMA = GPTConfig(
+    50, 64, 3, 4, 32, n_kv_head=2, n_inner=40, norm="rms", positions="rotary", mlp="swiglu", bias=False
+)
 SHAPES = {"gpt2": GPT2, "llama": LLAMA}
 
 
@@ -40,8 +42,13 @@ def test_activations_grow_by_the_row(shape, half, fused):
         )
 
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        said, kept = estimate.activation_bytes(forward, 9, known), estimate.saved_bytes(lambda: forward(9), known)
-    assert kept > 9 * 19 * 32 * 3 * 4 * (5 if half else 10)  # at least ten numbers a channel and block, or as many halves
+        said, kept = (
+            estimate.activation_bytes(forward, 9, known),
+            estimate.saved_bytes(lambda: forward(9), known),
+        )
+    assert kept > 9 * 19 * 32 * 3 * 4 * (
+        5 if half else 10
+    )  # at least ten numbers a channel and block, or as many halves
     assert said == pytest.approx(kept, rel=0.01)
 
 
@@ -83,7 +90,9 @@ def test_operations_are_those_that_torch_counts(shape, layers):
 
 def test_a_causal_token_looks_back_and_an_encoders_everywhere():
     lengths = torch.tensor([3, 1])
-    of = lambda causal: estimate.forward_operations(GPT(dataclasses.replace(GPT2, causal=causal)), lengths, 4, False)
+    of = lambda causal: estimate.forward_operations(
+        GPT(dataclasses.replace(GPT2, causal=causal)), lengths, 4, False
+    )
     assert of(False)[0] - of(True)[0] == 4 * 32 * ((9 + 1) - (6 + 1))
     assert of(True)[0] == of(True)[1] and of(True)[2] == 0
 
@@ -108,7 +117,9 @@ def test_sizes_are_readable(n, said):
     assert estimate.size(n, "B") == said
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.none() | st.integers(1, 60))
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.none() | st.integers(1, 60)
+)
 def test_rows_are_split_by_number_and_by_tokens(lengths, rows, tokens):
     lengths = torch.tensor(lengths)
     picks = torch.randperm(len(lengths))
@@ -125,15 +136,35 @@ def test_dry_run_says_what_and_leaves_nothing(run, smoke, tmp_path, capsys):
     inputs = ["--init", smoke / "sft", "--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
     assert run("train_ppo", "--preset", "smoke", *inputs, "--out", tmp_path / "ppo", "--dry-run") == 0
     said = capsys.readouterr().out
-    for name in ("policy", "critic", "reference", "reward model", "judge", "weights", "a microbatch", "peak, about"):
+    for name in (
+        "policy",
+        "critic",
+        "reference",
+        "reward model",
+        "judge",
+        "weights",
+        "a microbatch",
+        "peak, about",
+    ):
         assert name in said
     assert "4 optimiser steps an iteration" in said and not (tmp_path / "ppo").exists()
 
 
 def test_profile_traces_the_second_iteration(run, smoke, tmp_path):
-    inputs = ["--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", "3", "--out", tmp_path / "ppo"]
+    inputs = [
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        smoke / "rm",
+        "--iterations",
+        "3",
+        "--out",
+        tmp_path / "ppo",
+    ]
     assert run("train_ppo", "--preset", "smoke", *inputs, "--profile") == 0
-    names = {event.get("name") for event in json.loads((tmp_path / "ppo/trace.json").read_text())["traceEvents"]}
+    names = {
+        event.get("name") for event in json.loads((tmp_path / "ppo/trace.json").read_text())["traceEvents"]
+    }
     assert "aten::baddbmm" in names
     lines = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["time/gemm_share"] < 2 and line["time/tokens_per_second"] > 0 for line in lines)

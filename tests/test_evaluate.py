@@ -75,7 +75,9 @@ def test_rows_have_the_same_columns_and_finite_numbers(results):
     for row in rows:
         for name, value in row.items():
             values = value if isinstance(value, list) else [value]
-            assert all(v is None and name in ("entropy", "sft_perplexity") or math.isfinite(v) for v in values), name
+            assert all(
+                v is None and name in ("entropy", "sft_perplexity") or math.isfinite(v) for v in values
+            ), name
         for reader in ("score", "judge", "lexicon"):
             low, high = row[f"{reader}_win_rate_interval"]
             assert 0 <= low <= row[f"{reader}_win_rate"] <= high + 1e-12 <= 1 + 1e-12
@@ -111,7 +113,9 @@ def writer(smoke):
 def test_a_writer_is_a_function_of_its_seed(writer):
     gpt, prompts, setting, tokenizer = writer
     machine = hardware.Machine(torch.device("cpu"))
-    first, again, other = (evaluate.write(gpt, prompts[:10], setting, tokenizer, machine, seed) for seed in (1, 1, 2))
+    first, again, other = (
+        evaluate.write(gpt, prompts[:10], setting, tokenizer, machine, seed) for seed in (1, 1, 2)
+    )
     assert torch.equal(first.tokens, again.tokens) and torch.equal(first.mask, again.mask)
     assert not torch.equal(first.responses, other.responses)
     assert first.responses.shape[1] == setting["response_tokens"]
@@ -124,7 +128,9 @@ def test_D1_kl_of_a_policy_to_itself_is_zero(smoke, writer):
     written = evaluate.write(gpt, prompts[:70], setting, tokenizer, hardware.Machine(torch.device("cpu")), 1)
     kl, entropy, surprise = evaluate.under_both(written, gpt, gpt, setting, tokenizer.eot)
     assert torch.equal(kl, torch.zeros_like(kl)) and kl.shape == entropy.shape == (len(written.responses),)
-    assert (entropy > 0).all() and (entropy <= math.log(tokenizer.vocab_size) * written.response_mask.sum(1)).all()
+    assert (entropy > 0).all() and (
+        entropy <= math.log(tokenizer.vocab_size) * written.response_mask.sum(1)
+    ).all()
     sft = checkpoint.load_gpt(smoke / "sft").eval()
     away, _, surprise_away = evaluate.under_both(written, gpt, sft, setting, tokenizer.eot)
     assert away.mean() > 0  # the policy's own samples are likelier to the policy

@@ -14,7 +14,10 @@ from minirlhf.feedback.store import Policy, Store
 from minirlhf.rollout import response_logprobs
 from tests.feedback.conftest import make_items
 
-ROWS = [{"prompt": "The cast", "response": " is good."}, {"prompt": "A", "response": " film of great, great charm"}]
+ROWS = [
+    {"prompt": "The cast", "response": " is good."},
+    {"prompt": "A", "response": " film of great, great charm"},
+]
 
 
 def test_judge_and_fluency_are_the_models_own_numbers(smoke):
@@ -29,9 +32,13 @@ def test_judge_and_fluency_are_the_models_own_numbers(smoke):
         body = tokenizer.encode(row["response"])
         tokens = torch.tensor([head + body])
         with torch.no_grad():
-            logprobs, _ = response_logprobs(policy, tokens, torch.ones_like(tokens, dtype=torch.bool), len(head), 1.0)
+            logprobs, _ = response_logprobs(
+                policy, tokens, torch.ones_like(tokens, dtype=torch.bool), len(head), 1.0
+            )
         nats, count = nats - logprobs.sum().item(), count + len(body)
-    assert Fluency(smoke / "sft")([*ROWS, {"prompt": "p", "response": " "}]) == pytest.approx(math.exp(nats / count), rel=0.02)
+    assert Fluency(smoke / "sft")([*ROWS, {"prompt": "p", "response": " "}]) == pytest.approx(
+        math.exp(nats / count), rel=0.02
+    )
 
 
 def test_simulated_raters_err_by_their_noise(tmp_path):
@@ -48,7 +55,12 @@ def test_simulated_raters_err_by_their_noise(tmp_path):
 
 
 def test_gold_at_a_kl():
-    curve = [{"kl": 0.5, "gold": 0.0}, {"kl": 2.5, "gold": 1.0}, {"kl": 2.0, "gold": 9.0}, {"kl": 4.0, "gold": 2.0}]
+    curve = [
+        {"kl": 0.5, "gold": 0.0},
+        {"kl": 2.5, "gold": 1.0},
+        {"kl": 2.0, "gold": 9.0},
+        {"kl": 4.0, "gold": 2.0},
+    ]
     assert rounds.at_kl(curve, 1.0) == 0.25 and rounds.at_kl(curve, 2.5) == 1.0
     assert rounds.at_kl(curve, 0.1) is None and rounds.at_kl(curve, 4.1) is None
 
@@ -57,13 +69,18 @@ def test_gain_over_round_0_is_paired_by_seed():
     curve = lambda gold: {"pairs": 3, "curve": [{"kl": 0.0, "gold": 0.0}, {"kl": 2.0, "gold": gold}]}
     seeds = {"1": {"round 0": curve(1), "control": curve(2)}, "2": {"round 0": curve(3), "control": curve(5)}}
     rows = rounds.table(seeds, [1.0, 2.0, 3.0]).splitlines()[2:]
-    assert rows == ["| round 0 | 3 | +1.00 | +2.00 | - |", "| control | 3 | +1.75, +0.75 (0.25) | +3.50, +1.50 (0.50) | - |"]
+    assert rows == [
+        "| round 0 | 3 | +1.00 | +2.00 | - |",
+        "| control | 3 | +1.75, +0.75 (0.25) | +3.50, +1.50 (0.50) | - |",
+    ]
 
 
 @pytest.fixture
 def in_process(monkeypatch, run, tmp_path):
     def command(*words):
-        script, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        script, rest = (
+            (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+        )
         script = {"minirlhf.feedback": "minirlhf.feedback.__main__"}.get(script, script)
         assert run(script, *rest) == 0, words
 
@@ -75,16 +92,35 @@ def in_process(monkeypatch, run, tmp_path):
 
 @pytest.mark.usefixtures("in_process")
 def test_rounds_learn_from_all_judgements_so_far(smoke, tmp_path):
-    sizes = ["--preset", "smoke", "--prompts", "toy", "--pairs", 24, "--rounds", 1, "--iterations", 2, "--epochs", 1]
-    args = rounds.parse(list(map(str, [*sizes, "--init", smoke / "sft", "--gold", smoke / "judge", "--out", tmp_path])))
+    sizes = [
+        "--preset",
+        "smoke",
+        "--prompts",
+        "toy",
+        "--pairs",
+        24,
+        "--rounds",
+        1,
+        "--iterations",
+        2,
+        "--epochs",
+        1,
+    ]
+    args = rounds.parse(
+        list(map(str, [*sizes, "--init", smoke / "sft", "--gold", smoke / "judge", "--out", tmp_path]))
+    )
     found = {}
     rounds.run(args, 1, lambda rows: [random.random() for _ in rows], found.update)
     assert list(found) == ["round 0", "round 1", "control"]
     before, after, control = (found[name]["pairs"] for name in found)
     assert before <= 24 < after <= 48 and control > before
     for policy in found.values():
-        assert [point["step"] for point in policy["curve"]] == [1, 2] and all(math.isfinite(p["kl"]) for p in policy["curve"])
-    sources = [json.loads(r["source"]) for r in Store(tmp_path / "seed-1/rounds.db").rows("SELECT source FROM items")]
+        assert [point["step"] for point in policy["curve"]] == [1, 2] and all(
+            math.isfinite(p["kl"]) for p in policy["curve"]
+        )
+    sources = [
+        json.loads(r["source"]) for r in Store(tmp_path / "seed-1/rounds.db").rows("SELECT source FROM items")
+    ]
     assert sum("chosen" in source for source in sources) == after - before
     pairs = tmp_path / "seed-1/round-0/feedback/preferences.jsonl"
     assert {len(r.votes) for r in data.load(pairs).records} == {3}
@@ -92,7 +128,9 @@ def test_rounds_learn_from_all_judgements_so_far(smoke, tmp_path):
 
 def test_gaming_compares_the_end_with_the_peak_of_the_mean_over_rollouts_and_seeds():
     says = {"kl": 2.0, "proxy": 1.0, "judge": 1.0, "fluency": 90.0, "distinct_2": 0.5}
-    one, other = ([says | {"strong": s} for s in strong] for strong in ([0, 2, 4, 4, 1, 1], [0, 2, 2, 4, 2, 4]))
+    one, other = (
+        [says | {"strong": s} for s in strong] for strong in ([0, 2, 4, 4, 1, 1], [0, 2, 2, 4, 2, 4])
+    )
     strong = lambda *curves: [p["strong"] for p in gaming.points(curves)]
     assert strong(one) == [1, 4, 1] and strong(other) == [1, 3, 3] and strong(one, other) == [1, 3.5, 2]
     row = gaming.table({"arm": {"1": one, "2": other}}).splitlines()[-1]
@@ -110,7 +148,9 @@ def test_gaming_reads_every_arm(smoke, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gaming, "parse", lambda: args)
     gaming.main()
     found = json.loads(gaming.RESULTS.read_text())
-    assert list(found) == ["kl_coef 0", "kl_coef 0, defences"] and gaming.RESULTS.with_suffix(".png").is_file()
+    assert (
+        list(found) == ["kl_coef 0", "kl_coef 0, defences"] and gaming.RESULTS.with_suffix(".png").is_file()
+    )
     for arm in found.values():
         assert [point["step"] for point in arm["1"]] == [1, 2]
         assert all(math.isfinite(value) for point in arm["1"] for value in point.values())

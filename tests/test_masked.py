@@ -58,7 +58,9 @@ def test_D22_only_real_values_count(seed, B, R):
         else:
             assert masked_mean(poisoned, mask, dim=1)[b] == 0 == masked_var(poisoned, mask, dim=1)[b]
     weights = torch.randn(B, R, generator=g, dtype=torch.float64)
-    total = (whiten(poisoned, mask) * weights).sum() + masked_var(poisoned, mask) + masked_mean(poisoned, mask)
+    total = (
+        (whiten(poisoned, mask) * weights).sum() + masked_var(poisoned, mask) + masked_mean(poisoned, mask)
+    )
     total.backward()
     assert poisoned.grad.isfinite().all() and not poisoned.grad[~mask].any()
 

@@ -32,11 +32,21 @@ from minirlhf.model import (
 )
 
 SMALL = GPTConfig(vocab_size=50, context=32, n_layer=2, n_head=2, n_embd=16)
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LLAMA = GPTConfig(50, 32, 2, 4, 16, n_kv_head=2, n_inner=24, norm="rms", positions="rotary", rope_scaling=SCALING, mlp="swiglu",
                   bias=False, qkv_bias=True, tied=False)  # fmt: skip
 ENCODER = GPTConfig(50, 32, 2, 2, 16, mlp="gelu", causal=False, pre_norm=False)
-SHAPES = {"gpt2": SMALL, "llama": LLAMA, "encoder": ENCODER, "upper": dataclasses.replace(LLAMA, n_bidirectional=1)}
+SHAPES = {
+    "gpt2": SMALL,
+    "llama": LLAMA,
+    "encoder": ENCODER,
+    "upper": dataclasses.replace(LLAMA, n_bidirectional=1),
+}
 
 
 def mask_of(rows):
@@ -102,7 +112,9 @@ def test_no_work_on_padding_and_the_same_gradients(shape, lengths, computed):
     for row, left, n in zip(mask, side, lengths, strict=True):
         row[left : left + n] = True
     weight = torch.randn(32, 16)
-    loss = lambda hidden: (hidden * weight[: hidden.shape[1]]).square().sum() / (16 * sum(lengths))  # a mean over the batch
+    loss = lambda hidden: (
+        (hidden * weight[: hidden.shape[1]]).square().sum() / (16 * sum(lengths))
+    )  # a mean over the batch
     gradients = lambda: [p.grad.clone() for p in model.parameters() if p.grad is not None]
     for row, real in zip(tokens, mask, strict=True):
         if real.any():
@@ -126,7 +138,11 @@ def test_no_work_on_padding_and_the_same_gradients(shape, lengths, computed):
 def test_the_last_block_works_where_its_results_are_wanted(shape, full):
     torch.manual_seed(0)
     model = GPT(SHAPES[shape]).eval()
-    tokens, mask, wanted = torch.randint(50, (4, 9)), torch.ones(4, 9, dtype=torch.bool), torch.zeros(4, 9, dtype=torch.bool)
+    tokens, mask, wanted = (
+        torch.randint(50, (4, 9)),
+        torch.ones(4, 9, dtype=torch.bool),
+        torch.zeros(4, 9, dtype=torch.bool),
+    )
     wanted[:2, 5:] = wanted[3, 0] = True
     if not full:
         mask[0, 7:] = mask[1, :2] = mask[2] = False
@@ -147,10 +163,17 @@ def test_attention_of_short_texts_is_attention(lengths, groups, where):
     (T, K), B, H, D = lengths, 3, 4, 8
     if where == "causal" and T != K:
         return
-    q, k, v = (torch.randn(h, B, n, D, dtype=torch.float64, requires_grad=True) for h, n in ((H, T), (groups, K), (groups, K)))
+    q, k, v = (
+        torch.randn(h, B, n, D, dtype=torch.float64, requires_grad=True)
+        for h, n in ((H, T), (groups, K), (groups, K))
+    )
     allowed = torch.rand(B, T, K) < 0.5
     allowed[..., 0] = True
-    look = {"causal": torch.ones(1, T, K).tril() > 0, "everywhere": torch.ones(1, T, K) > 0, "allowed": allowed}[where]
+    look = {
+        "causal": torch.ones(1, T, K).tril() > 0,
+        "everywhere": torch.ones(1, T, K) > 0,
+        "allowed": allowed,
+    }[where]
     keys, values = (x.repeat_interleave(H // groups, 0) for x in (k, v))
     scores = torch.where(look, q @ keys.transpose(2, 3) / D**0.5, -torch.inf)
     wanted = scores.softmax(-1) @ values
@@ -159,9 +182,13 @@ def test_attention_of_short_texts_is_attention(lengths, groups, where):
     q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
     short = brief(q.device, T, K)
     bounds = None if where == "everywhere" or (where == "causal" and not short) else look
-    bounds = torch.zeros(look.shape).masked_fill(~look, -torch.inf) if short and bounds is not None else bounds
+    bounds = (
+        torch.zeros(look.shape).masked_fill(~look, -torch.inf) if short and bounds is not None else bounds
+    )
     found = attend(q, k, v, bounds, where == "causal")
-    for a, b in zip((found, *torch.autograd.grad(found, (q, k, v), upstream.float())), (wanted, *gradients), strict=True):
+    for a, b in zip(
+        (found, *torch.autograd.grad(found, (q, k, v), upstream.float())), (wanted, *gradients), strict=True
+    ):
         torch.testing.assert_close(a, b.float(), atol=2e-6, rtol=1e-4)
 
 
@@ -213,7 +240,9 @@ def test_the_last_blocks_may_read_in_both_directions(shape):
             tokens[:, width - 1] = last
             both(tokens[:, :width])
         assert [torch.equal(states[k], states[3 + k]) for k in range(3)] == [True, False, False]
-    encoder, every = (GPT(dataclasses.replace(both.config, n_bidirectional=n, causal=n > 0)).eval() for n in (0, 3))
+    encoder, every = (
+        GPT(dataclasses.replace(both.config, n_bidirectional=n, causal=n > 0)).eval() for n in (0, 3)
+    )
     every.load_state_dict(encoder.state_dict())
     assert torch.equal(encoder(tokens), every(tokens))
     with pytest.raises(UserError, match="n_bidirectional 4, but 3 layers: change --bidirectional"):
@@ -227,7 +256,9 @@ def test_who_reads_in_both_directions_scores_whole_texts_alone(shape):
     torch.manual_seed(0)
     model = RewardModel(SHAPES[shape], "last+mean").eval()
     tokens, mask = torch.randint(50, (2, 8)), mask_of([[1] * 8, [1] * 5 + [0] * 3])
-    torch.testing.assert_close(model(tokens, mask)[1:], model(tokens[1:, :5], mask[1:, :5]), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        model(tokens, mask)[1:], model(tokens[1:, :5], mask[1:, :5]), atol=2e-6, rtol=1e-5
+    )
     with pytest.raises(UserError, match="--value-init sft"):
         critic_from(model)
 
@@ -236,7 +267,9 @@ def test_rotary_products_depend_on_distance_alone_and_slow_channels_are_scaled()
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, LLAMA.head_dim)
     at = lambda x, position: rotate(x, *rotary(LLAMA, torch.tensor([position])))
-    torch.testing.assert_close((at(q, 9) * at(k, 4)).sum(), (at(q, 25) * at(k, 20)).sum(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        (at(q, 9) * at(k, 4)).sum(), (at(q, 25) * at(k, 20)).sum(), atol=1e-5, rtol=1e-5
+    )
     assert not torch.allclose((at(q, 9) * at(k, 4)).sum(), (at(q, 9) * at(k, 5)).sum())
     plain, scaled = (
         rotary(GPTConfig(9, n_head=1, n_embd=64, positions="rotary", rope_scaling=s), torch.tensor([1]))
@@ -327,7 +360,9 @@ def test_D15_score_is_read_at_the_last_real_token(pooling):
     tokens, mask = torch.randint(50, (3, 8)), mask_of([[1] * 8, [1] * 3 + [0] * 5, [0, 0, 1, 1, 1, 0, 0, 0]])
     assert last_real(mask).tolist() == [7, 2, 4]
     scores = model(tokens, mask)
-    alone = [model(tokens[i : i + 1, m], torch.ones(1, int(m.sum()), dtype=torch.bool)) for i, m in enumerate(mask)]
+    alone = [
+        model(tokens[i : i + 1, m], torch.ones(1, int(m.sum()), dtype=torch.bool)) for i, m in enumerate(mask)
+    ]
     torch.testing.assert_close(scores, torch.cat(alone), atol=2e-6, rtol=1e-5)
 
 
@@ -341,7 +376,9 @@ def test_D13_a_critic_from_the_reward_model_scores_whole_texts_alike(pooling, ml
     critic = critic_from(reward_model)
     tokens, mask = torch.randint(50, (2, 6)), mask_of([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 0]])
     values = critic(tokens, mask)
-    torch.testing.assert_close(values[[0, 1], last_real(mask)], reward_model(tokens, mask), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        values[[0, 1], last_real(mask)], reward_model(tokens, mask), atol=1e-6, rtol=1e-5
+    )
     torch.testing.assert_close(values, reward_model.values(tokens, mask), atol=1e-6, rtol=1e-5)
 
 

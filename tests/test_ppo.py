@@ -171,7 +171,9 @@ def test_D9_unknown_mode_is_refused():
         apply_missing_eos(torch.zeros(1), torch.ones(1, dtype=torch.bool), 1.0, "subtrakt")
 
 
-@pytest.mark.parametrize("kl, want", [(12.0, 0.150192), (6.6, 0.150096), (6.0, 0.15), (3.0, 0.149808), (60.0, 0.150192)])
+@pytest.mark.parametrize(
+    "kl, want", [(12.0, 0.150192), (6.6, 0.150096), (6.0, 0.15), (3.0, 0.149808), (60.0, 0.150192)]
+)
 def test_D11_adaptive_kl_coefficient(kl, want):
     assert adapt_kl_coef(0.15, kl, target=6.0, n=64, horizon=10000) == pytest.approx(want, abs=1e-9)
 
@@ -250,7 +252,9 @@ def test_D17_parts_of_unequal_size_add_up(parts, want):
     for n, m in parts:
         zeros, mask = torch.zeros(1, 9), real(n, R=9)
         policy += policy_loss(zeros, zeros, torch.full((1, 9), -m), mask, 0.2, total)[0]
-        value += value_loss(zeros, zeros, torch.full((1, 9), (2 * m) ** 0.5), mask, 0.2, torch.tensor(total))[0]
+        value += value_loss(zeros, zeros, torch.full((1, 9), (2 * m) ** 0.5), mask, 0.2, torch.tensor(total))[
+            0
+        ]
         means.append(policy_loss(zeros, zeros, torch.full((1, 9), -m), mask, 0.2)[0])
     near(policy, want)
     near(value, want)

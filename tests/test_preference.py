@@ -77,7 +77,9 @@ def test_regression_losses():
 
 def test_weights_count_items():
     a, b = torch.tensor([0.0, 1.0, 5.0]), torch.tensor([1.0, 0.0, 0.0])
-    weight = torch.tensor([1, 3, 0])  # as if the first were there once, the second three times, the third never
+    weight = torch.tensor(
+        [1, 3, 0]
+    )  # as if the first were there once, the second three times, the third never
     index = torch.tensor([0, 1, 1, 1])
     for loss in (preference.pairwise_loss, preference.regression_loss):
         assert loss(a, b, weight=weight).item() == pytest.approx(loss(a[index], b[index]).item())
@@ -111,7 +113,9 @@ def test_pairs_of_means_and_of_ties():
     assert len(share) == 6
     for i, j, s in zip(a, b, share, strict=True):
         assert s == (0.5 if means[i] == means[j] else float(means[i] > means[j]))
-    a, b, share = preference.pairs_from_ratings([1.3, 2.3], rng, n=6, min_gap=1.0)  # apart by .9999999999999998
+    a, b, share = preference.pairs_from_ratings(
+        [1.3, 2.3], rng, n=6, min_gap=1.0
+    )  # apart by .9999999999999998
     assert sorted([*a, *b]) == [0, 1]
 
 
@@ -177,7 +181,9 @@ def test_D14_fitted_scores_have_mean_0_and_population_std_1(seed, scale, shift):
 def test_D14_missing_statistics_are_an_error(mode):
     noise = [0.1 + 1e-9 * i for i in range(9)]  # what padding may leave of a constant
     for values in ([], [2.0], [0.1] * 9, [0.0] * 9, noise):
-        with pytest.raises(UserError, match=f"^scores to normalise: {len(values)} without spread; sample more"):
+        with pytest.raises(
+            UserError, match=f"^scores to normalise: {len(values)} without spread; sample more"
+        ):
             preference.fit_affine(values, mode)
     with pytest.raises(UserError, match="^scores to normalise: 1 of 3 are not finite"):
         preference.fit_affine([1.0, 2.0, math.inf], mode)
@@ -191,7 +197,9 @@ RATERS = [". . . . . 3 4 1 2 1 1 3 3 . 3", "1 . 2 1 3 3 4 3 . . . . . . .", ". .
 UNITS = [[float(s) for s in unit if s != "."] for unit in zip(*(r.split() for r in RATERS), strict=True)]
 
 
-@pytest.mark.parametrize("level, alpha", [("nominal", 0.691358), ("ordinal", 0.806721), ("interval", 0.810845)])
+@pytest.mark.parametrize(
+    "level, alpha", [("nominal", 0.691358), ("ordinal", 0.806721), ("interval", 0.810845)]
+)
 def test_D23_krippendorff_alpha_fixture(level, alpha):
     assert preference.krippendorff_alpha(UNITS, level) == pytest.approx(alpha, abs=1e-6)
     lone = [[7.0], [], [-3.0]]  # units of fewer than two scores do not count
@@ -215,8 +223,12 @@ def test_D23_alpha_equals_its_definition_over_pairs(seed):
 def test_D23_alpha_of_extremes():
     for level in ("nominal", "ordinal", "interval"):
         assert preference.krippendorff_alpha([[1, 1, 1], [4, 4], [2, 2]], level) == 1.0
-        assert preference.krippendorff_alpha([[2, 2], [2, 2, 2]], level) == 0.0  # no variation: undefined, so 0
-        assert preference.krippendorff_alpha([[1], []], level) == preference.krippendorff_alpha([], level) == 0.0
+        assert (
+            preference.krippendorff_alpha([[2, 2], [2, 2, 2]], level) == 0.0
+        )  # no variation: undefined, so 0
+        assert (
+            preference.krippendorff_alpha([[1], []], level) == preference.krippendorff_alpha([], level) == 0.0
+        )
         assert preference.krippendorff_alpha([[1, 2], [2, 1], [1, 2]], level) < 0  # worse than chance
     with pytest.raises(UserError, match="^level of measurement 'ratio': unknown"):
         preference.krippendorff_alpha(UNITS, "ratio")
@@ -305,7 +317,9 @@ def test_three_raters_one_of_them_at_chance_leave_two_reliabilities_undetermined
     """Agreements are all there is: of r and s they give (2 p_r - 1)(2 p_s - 1). With (.95, .8, .5) two of the three are 0
     and any p_1, p_2 with the product .54 fit as well: no method can tell the two apart."""
     chance = lambda p: (
-        lambda w: np.log((w * p + (1 - w) * (1 - p)).prod(axis=1) / 2 + (w * (1 - p) + (1 - w) * p).prod(axis=1) / 2)
+        lambda w: np.log(
+            (w * p + (1 - w) * (1 - p)).prod(axis=1) / 2 + (w * (1 - p) + (1 - w) * p).prod(axis=1) / 2
+        )
     )
     votes = np.array([[i >> j & 1 for j in range(3)] for i in range(8)], dtype=float)
     same = [chance(np.array([(1 + a) / 2, (1 + 0.54 / a) / 2, 0.5]))(votes) for a in (0.9, 0.735, 0.6)]
@@ -329,7 +343,9 @@ def test_fitted_votes_climb_and_do_not_care_which_text_comes_first(drawn):
     assert back.share == pytest.approx(1 - there.share, abs=1e-6)
     assert back.reliability == pytest.approx(there.reliability, abs=1e-6)
     order = rng.permutation(j)
-    assert preference.fit_choices(votes[:, order]).reliability == pytest.approx(there.reliability[order], abs=1e-6)
+    assert preference.fit_choices(votes[:, order]).reliability == pytest.approx(
+        there.reliability[order], abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("reliability", [(0.9, 0.8, 0.1), (0.9, 0.85, 0.8, 0.75, 0.05)])
@@ -341,7 +357,9 @@ def test_one_adversary_is_turned_round(reliability):
         without, _ = preference.settle(votes[:, :-1], [()] * 500, "majority", choices=True)
         assert fit.reliability[-1] < 0.2 < 0.5 < fit.reliability[:-1].min()
         assert np.mean((fit.share > 0.5) == better) > np.mean(majority == better) + 0.02
-        assert np.mean(np.abs(fit.share - better) ** 2) < np.mean(np.abs(without - better) ** 2)  # better than deaf to them
+        assert np.mean(np.abs(fit.share - better) ** 2) < np.mean(
+            np.abs(without - better) ** 2
+        )  # better than deaf to them
 
 
 def test_a_tie_is_half_a_vote_each_way():
@@ -355,7 +373,9 @@ def test_votes_of_one_rater_and_of_raters_who_agree():
     lone = preference.fit_choices(np.array([[1.0], [0.0]] * 50))
     assert lone.share[:2] == pytest.approx([0.8, 0.2])  # nobody to compare with: what is believed of anyone
     for j in (2, 5):
-        fit = preference.fit_choices(np.repeat(draw_votes(np.random.default_rng(0), np.array([1.0]))[0], j, axis=1))
+        fit = preference.fit_choices(
+            np.repeat(draw_votes(np.random.default_rng(0), np.array([1.0]))[0], j, axis=1)
+        )
         assert fit.reliability.min() > 0.97 and np.abs(fit.share - 0.5).min() > 0.49
 
 
@@ -376,8 +396,12 @@ def test_bias_slope_noise_and_truth_are_recovered(missing):
         assert fit.slope == pytest.approx(slope, abs=0.15) and fit.bias == pytest.approx(bias, abs=0.25)
         assert fit.noise == pytest.approx(noise, abs=0.15) and never_falls(fit.trace)
         wrong = (fit.truth - truth)[np.isfinite(ratings).sum(axis=1) > 1]
-        assert wrong.std() == pytest.approx(np.sqrt(np.mean(fit.sd**2)), rel=0.15)  # the sd says how far off the truth is
-        assert np.corrcoef(fit.truth, truth)[0, 1] > np.corrcoef(np.nanmean(ratings, axis=1), truth)[0, 1] + 0.02
+        assert wrong.std() == pytest.approx(
+            np.sqrt(np.mean(fit.sd**2)), rel=0.15
+        )  # the sd says how far off the truth is
+        assert (
+            np.corrcoef(fit.truth, truth)[0, 1] > np.corrcoef(np.nanmean(ratings, axis=1), truth)[0, 1] + 0.02
+        )
 
 
 @few
@@ -420,7 +444,11 @@ def test_fits_of_many_items_are_fast():
 def test_settle_takes_names_and_places():
     units, raters = [[1, 3], [2, 4, 9], [5]], [("ann", "bob"), ("bob", "ann", "cy"), ("cy",)]
     who, table = preference.rater_table(units, raters)
-    assert who == ["ann", "bob", "cy"] and np.nan_to_num(table, nan=-1).tolist() == [[1, 3, -1], [4, 2, 9], [-1, -1, 5]]
+    assert who == ["ann", "bob", "cy"] and np.nan_to_num(table, nan=-1).tolist() == [
+        [1, 3, -1],
+        [4, 2, 9],
+        [-1, -1, 5],
+    ]
     assert preference.rater_table(units, [()] * 3)[0] == [1, 2, 3]
     for how, choices, wanted in [("mean", False, [2, 5, 5]), ("majority", False, [2, 4, 5])]:
         assert preference.settle(units, raters, how, choices)[0].tolist() == wanted
@@ -428,7 +456,11 @@ def test_settle_takes_names_and_places():
     assert preference.settle(votes, [()] * 3, "mean", choices=True)[0].tolist() == [0.625, 0.5, 0.25]
     assert preference.settle(votes, [()] * 3, "majority", choices=True)[0].tolist() == [1, 0.5, 0]
     targets, found = preference.settle(units, raters, "model")
-    assert targets.shape == (3,) and found.keys() == {"ann", "bob", "cy"} and found["cy"].keys() == {"slope", "bias", "noise"}
+    assert (
+        targets.shape == (3,)
+        and found.keys() == {"ann", "bob", "cy"}
+        and found["cy"].keys() == {"slope", "bias", "noise"}
+    )
     assert preference.settle(votes, [()] * 3, "model", choices=True)[1].keys() == {"1", "2", "3", "4"}
 
 

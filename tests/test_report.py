@@ -17,7 +17,13 @@ from minirlhf.support import cli
 from minirlhf.tools import evaluate, report
 
 HOSTILE = "<script src=//x.y>alert(1)</script><img src=x onerror='a'>&\"\u202e</div>"
-PPO_KEYS = {"objective/kl", "objective/rm_scores", "objective/judge", "policy/entropy_avg", "val/response_length"}
+PPO_KEYS = {
+    "objective/kl",
+    "objective/rm_scores",
+    "objective/judge",
+    "policy/entropy_avg",
+    "val/response_length",
+}
 
 
 def measured(rng, texts=60):
@@ -33,7 +39,11 @@ def measured(rng, texts=60):
     raters = [list(t + rng.normal(0, 1, 10)) for t in truth]
     return {
         "test": {"n": texts} | measure(noisy(1)) | {"calibration": stats.calibration(noisy(1), truth)},
-        "baselines": {"longer text": measure(noisy(9)), "VADER lexicon": None, "TF-IDF + ridge": measure(noisy(2))},
+        "baselines": {
+            "longer text": measure(noisy(9)),
+            "VADER lexicon": None,
+            "TF-IDF + ridge": measure(noisy(2)),
+        },
         "humans": preference.human_ceiling(raters, rng),
         "seconds": 119.7,
     }
@@ -125,9 +135,18 @@ def test_a_whole_run(tmp_path, run_report):
     html, out = run_report(run)
     page = Page(html)
     png = (run / "reward_kl.png").read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") == 1500  # 10 inches at 150 dpi
+    assert (
+        png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") == 1500
+    )  # 10 inches at 150 dpi
     assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in html
-    assert sorted(p.name for p in run.iterdir()) == ["ppo", "report.html", "results.json", "reward_kl.png", "rm", "sft"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "ppo",
+        "report.html",
+        "results.json",
+        "reward_kl.png",
+        "rm",
+        "sft",
+    ]
     p, rm = results["ppo"], results["rm"]
     low, high = p["judge_win_rate_interval"]
     for text in (
@@ -138,7 +157,14 @@ def test_a_whole_run(tmp_path, run_report):
         "torch 2.13.0", " a delight, no. 2", "score +1.75, KL 8.2 nats", "SFT 2.346 bits per byte; reward model 0.612",
     ):  # fmt: skip
         assert text in page.text, text
-    for text in ("SFT", "1.893", "judge", f"{p['judge_win_rate']:.1%}", "12 min 00 s", str(run / "reward_kl.png")):
+    for text in (
+        "SFT",
+        "1.893",
+        "judge",
+        f"{p['judge_win_rate']:.1%}",
+        "12 min 00 s",
+        str(run / "reward_kl.png"),
+    ):
         assert text in out, text
     assert len(out.splitlines()) == 7  # five stages, their sum, the paths
     assert 'name="viewport"' in html and "color-scheme: light dark" in html
@@ -178,7 +204,12 @@ def without(name):
         rm["baselines"] = dict.fromkeys(rm["baselines"])
         return results, ppo, ["reward model: wins over SFT (", "TF-IDF + ridge", "–"], ["judge", "lexicon:"]
     if name == "judge in training":
-        return results, [{k: v for k, v in row.items() if k != "objective/judge"} for row in ppo], ["judge: wins"], []
+        return (
+            results,
+            [{k: v for k, v in row.items() if k != "objective/judge"} for row in ppo],
+            ["judge: wins"],
+            [],
+        )
     if name == "ratings":  # choices have neither raters nor a calibration
         choices = {"n": 60, "accuracy": 0.75}
         results["rm"] = {"test": choices, "baselines": {"longer text": {"accuracy": 0.53}}, "seconds": 9.0}
@@ -247,7 +278,9 @@ def test_what_is_missing_is_told(tmp_path, run_report, monkeypatch, capsys):
     with pytest.raises(UserError, match=remedy):
         run_report(tmp_path)
     (tmp_path / "results.json").write_text("{'ppo': {}}")
-    with pytest.raises(UserError, match=r"results.json:1: not JSON \(.*\): run the command that wrote it again$"):
+    with pytest.raises(
+        UserError, match=r"results.json:1: not JSON \(.*\): run the command that wrote it again$"
+    ):
         run_report(tmp_path)
     results, ppo = made_up()
     write_run(tmp_path, results, ppo)
@@ -259,7 +292,9 @@ def test_what_is_missing_is_told(tmp_path, run_report, monkeypatch, capsys):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(UserError, match=r"^the plot needs matplotlib: pip install 'minirlhf\[report\]'$"):
             run_report(tmp_path)
-    assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob("*.png"))  # nothing written by any of them
+    assert not list(tmp_path.glob("*.html")) and not list(
+        tmp_path.glob("*.png")
+    )  # nothing written by any of them
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="2"):
         cli.run_script(report.main)

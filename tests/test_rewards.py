@@ -23,7 +23,9 @@ def test_specs_give_name_function_and_weight():
 
 
 def test_a_rule_of_the_users_own(tmp_path, monkeypatch):
-    (tmp_path / "my_rules.py").write_text("def shout(prompts, responses):\n    return [r.count('!') for r in responses]\n")
+    (tmp_path / "my_rules.py").write_text(
+        "def shout(prompts, responses):\n    return [r.count('!') for r in responses]\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     [(name, fn, weight)] = rewards.load_rewards(["my_rules:shout:2"])
     assert (name, weight, rewards.call(fn, ["a", "b"], ["hey!!", "hm"])) == (
@@ -64,7 +66,9 @@ def test_a_bad_spec_is_one_line(spec, reason):
 def test_a_module_that_breaks_while_loading_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "broken_rules.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="^--reward broken_rules:f: SyntaxError: .*broken_rules.py.*$") as error:
+    with pytest.raises(
+        UserError, match="^--reward broken_rules:f: SyntaxError: .*broken_rules.py.*$"
+    ) as error:
         rewards.load_rewards(["broken_rules:f"])
     assert "\n" not in str(error.value)
 
@@ -99,7 +103,9 @@ def test_shipped_rules():
     assert each(rewards.repetition, "a b c d", "a b c d") == [0.0, 0.0]
     # Of "a b c"'s 2-grams "a b" is in one of the two others and "b c" in none; alone in its batch a text is like nothing.
     assert each(rewards.sameness, "A b c", "a b a b", "x") == pytest.approx([0.25, 0.25, 0.0])
-    assert each(rewards.sameness, *["fun, moving film"] * 3) == [1.0, 1.0, 1.0] and each(rewards.sameness, "a b") == [0.0]
+    assert each(rewards.sameness, *["fun, moving film"] * 3) == [1.0, 1.0, 1.0] and each(
+        rewards.sameness, "a b"
+    ) == [0.0]
     assert each(rewards.length, "", "one two  three", "w " * 100) == [0.0, 0.03, 1.0]
     assert each(rewards.blocked_words, "Damn, that IDIOT!", "idiotic", "damn damn") == [2.0, 0.0, 2.0]
 

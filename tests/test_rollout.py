@@ -62,7 +62,9 @@ def test_sampling_without_a_cache_draws_the_same_tokens(monkeypatch, stay, even)
     prompts, prompt_mask = left_padded(32)
     if even:
         prompts, prompt_mask = torch.randint(2, V, (32, 4)), torch.ones(32, 4, dtype=torch.bool)
-    responses, mask = generate(model, prompts, prompt_mask, 12, 1.0, EOS, PAD, torch.Generator().manual_seed(3))
+    responses, mask = generate(
+        model, prompts, prompt_mask, 12, 1.0, EOS, PAD, torch.Generator().manual_seed(3)
+    )
     again, tokens, real = torch.Generator().manual_seed(3), prompts, prompt_mask
     running, length = torch.ones(32, dtype=torch.bool), torch.full((32,), 12)
     for t in range(int(mask.sum(1).max())):
@@ -70,7 +72,10 @@ def test_sampling_without_a_cache_draws_the_same_tokens(monkeypatch, stay, even)
         assert torch.equal(responses[running, t], drawn[running])
         length[running & (drawn == EOS)] = t + 1
         running &= drawn != EOS
-        tokens, real = torch.cat([tokens, drawn[:, None]], 1), torch.cat([real, torch.ones(32, 1, dtype=torch.bool)], 1)
+        tokens, real = (
+            torch.cat([tokens, drawn[:, None]], 1),
+            torch.cat([real, torch.ones(32, 1, dtype=torch.bool)], 1),
+        )
     assert torch.equal(mask.sum(1), length) and len(set(length.tolist())) > 5
 
 
@@ -109,7 +114,9 @@ def test_D3_log_probabilities_use_the_samplers_temperature():
     for temperature in (0.7, 1.0, 1.5):
         logprobs, entropy = response_logprobs(model, tokens, mask, 4, temperature)
         log_p = (model.logits(model(tokens))[:, 3:-1].double() / temperature).log_softmax(-1)
-        torch.testing.assert_close(logprobs.double(), log_p.gather(-1, tokens[:, 4:, None])[..., 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logprobs.double(), log_p.gather(-1, tokens[:, 4:, None])[..., 0], atol=1e-5, rtol=1e-5
+        )
         torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), atol=1e-5, rtol=1e-5)
 
 
@@ -165,7 +172,10 @@ def test_one_forward_of_a_shared_trunk_equals_two():
     tokens, mask = torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1)
     hidden = read_before(policy, tokens, mask, 4)
     for got, wanted in zip(
-        (*response_logprobs(policy, tokens, mask, 4, 0.7, hidden=hidden), response_values(critic, tokens, mask, 4, hidden)),
+        (
+            *response_logprobs(policy, tokens, mask, 4, 0.7, hidden=hidden),
+            response_values(critic, tokens, mask, 4, hidden),
+        ),
         (*response_logprobs(policy, tokens, mask, 4, 0.7), response_values(critic, tokens, mask, 4)),
         strict=True,
     ):

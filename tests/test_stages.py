@@ -55,7 +55,9 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_smoke_leaves_whole_checkpoints(smoke, stage, metrics):
     for folder in (smoke / stage, smoke / stage / "latest"):
         assert all((folder / name).is_file() for name in CHECKPOINT)
-    assert all((smoke / stage / "latest" / name).is_file() for name in ("trainer.safetensors", "trainer.json"))
+    assert all(
+        (smoke / stage / "latest" / name).is_file() for name in ("trainer.safetensors", "trainer.json")
+    )
     about = json.loads((smoke / stage / "config.json").read_text())
     assert about["complete"] and about["stage"] == ("rm" if stage == "judge" else stage)
     assert about["training"]["preset"] == "smoke" and {"torch", "numpy", "minirlhf"} <= set(about["versions"])
@@ -70,8 +72,15 @@ def test_results_hold_what_they_must(smoke):
     found = json.loads((smoke / "results.json").read_text())
     assert {"val_bits_per_byte", "seconds"} <= set(found["sft"])
     measures = {"pearson", "spearman", "pair_accuracy", "pair_accuracy_1"}
-    assert {"test", "baselines", "humans", "seconds"} <= set(found["rm"]) and measures <= set(found["rm"]["test"])
-    columns = {f"judge_{x}" for x in ("win_rate", "win_rate_interval")} | {"lexicon_win_rate", "kl", "score", "distinct_2"}
+    assert {"test", "baselines", "humans", "seconds"} <= set(found["rm"]) and measures <= set(
+        found["rm"]["test"]
+    )
+    columns = {f"judge_{x}" for x in ("win_rate", "win_rate_interval")} | {
+        "lexicon_win_rate",
+        "kl",
+        "score",
+        "distinct_2",
+    }
     columns |= {"mean_length", "eos_rate"}
     for row in (found["ppo"], found["sft_samples"], *found["best_of_n"].values()):
         assert columns <= set(row)
@@ -112,7 +121,15 @@ def ppo_run(smoke, run, tmp_path_factory):
         watch(checkpoint, "load_gpt", "gpt")
         watch(checkpoint, "load_reward", "reward")
         watch(train_ppo, "critic_from", "value")
-        options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
+        options = [
+            *SMALL,
+            "--init",
+            smoke / "sft",
+            "--reward-model",
+            smoke / "rm",
+            "--monitor",
+            smoke / "judge",
+        ]
         assert run("train_ppo", *options, "--iterations", 2, "--out", out) == 0
     assert {role: len(models) for role, models in held.items()} == {"gpt": 2, "reward": 2, "value": 1}
     return out, held
@@ -142,7 +159,9 @@ def test_D12_actor_and_critic_both_move_and_nothing_else(smoke, ppo_run):
     assert all(not torch.equal(values[k], start[k]) for k in start if k.endswith("weight"))
     (policy, ref), ((reward, _), (judge, _)), (value,) = held["gpt"], held["reward"], held["value"]
     assert equal(policy.state_dict(), after) and equal(ref.state_dict(), before)
-    assert equal(reward.state_dict(), final(smoke / "rm")) and equal(judge.state_dict(), final(smoke / "judge"))
+    assert equal(reward.state_dict(), final(smoke / "rm")) and equal(
+        judge.state_dict(), final(smoke / "judge")
+    )
     frozen = lambda m: not any(p.requires_grad or p.grad is not None for p in m.parameters())
     assert frozen(ref) and frozen(reward) and frozen(judge)
     assert all(p.requires_grad for m in (policy, value) for p in m.parameters())
@@ -153,15 +172,29 @@ def test_what_the_members_disagree_on_costs_score(smoke, run, metrics, tmp_path,
     """And samples.jsonl holds the texts with what was said of them."""
     ensemble = [*SMALL, "--init", smoke / "sft", "--members", 3, "--epochs", 1, "--out", tmp_path / "rm"]
     assert run("train_rm", *ensemble) == 0
-    options = [*SMALL, "--init", smoke / "sft", "--missing-eos", "none", "--iterations", 4, "--save-samples", 2]
+    options = [
+        *SMALL,
+        "--init",
+        smoke / "sft",
+        "--missing-eos",
+        "none",
+        "--iterations",
+        4,
+        "--save-samples",
+        2,
+    ]
     options += ["--disagreement-coef", 2]
     assert run("train_ppo", *options, "--reward-model", smoke / "rm", "--out", tmp_path / "one") == 2
     assert "--members" in capsys.readouterr().err
     assert run("train_ppo", *options, "--reward-model", tmp_path / "rm", "--out", tmp_path / "ppo") == 0
     rows = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").read_text().split("\n")[:-1]]
     assert [row["step"] for row in rows] == [2] * 16 + [4] * 16
-    assert all(row["disagreement"] > 0 and isinstance(row["response"], str) and "judge" not in row for row in rows)
-    assert [row["score"] for row in rows] == pytest.approx([row["rm"] - 2 * row["disagreement"] for row in rows], abs=1e-5)
+    assert all(
+        row["disagreement"] > 0 and isinstance(row["response"], str) and "judge" not in row for row in rows
+    )
+    assert [row["score"] for row in rows] == pytest.approx(
+        [row["rm"] - 2 * row["disagreement"] for row in rows], abs=1e-5
+    )
     last = metrics(tmp_path / "ppo")[-1]
     assert last["objective/kl"] == pytest.approx(sum(row["kl"] for row in rows[16:]) / 16, abs=1e-4)
 
@@ -181,12 +214,27 @@ def test_a_critic_on_the_policys_trunk(straight):
 def test_the_last_layers_alone_through_all_stages(smoke, run, tmp_path, precision):
     """From a trained model on: what is frozen never changes, and the linear head's critic starts as its reward model."""
     options = ["--preset", "smoke", "--precision", precision, "--train-layers", 1]
-    assert run("train_sft", *options, "--init", smoke / "sft", "--batch", 208, "--samples", 2, "--out", tmp_path / "sft") == 0
+    assert (
+        run(
+            "train_sft",
+            *options,
+            "--init",
+            smoke / "sft",
+            "--batch",
+            208,
+            "--samples",
+            2,
+            "--out",
+            tmp_path / "sft",
+        )
+        == 0
+    )
     head = ["--head", "linear", "--pooling", "last", "--epochs", 1]
     assert run("train_rm", *options, *head, "--out", tmp_path / "rm") == 0
     assert run("train_ppo", *options, "--iterations", 1, "--out", tmp_path / "ppo") == 0
     before = {
-        k: v.to(torch.bfloat16 if precision == "bf16" and v.dim() == 2 else v.dtype) for k, v in final(smoke / "sft").items()
+        k: v.to(torch.bfloat16 if precision == "bf16" and v.dim() == 2 else v.dtype)
+        for k, v in final(smoke / "sft").items()
     }
     reward = {k.removeprefix("members.0.backbone."): v for k, v in final(tmp_path / "rm").items()}
     for after in final(tmp_path / "sft"), reward, final(tmp_path / "ppo"):
@@ -205,18 +253,47 @@ def test_a_reward_model_may_read_in_both_directions(smoke, run, metrics, tmp_pat
     assert [block.causal for block in reward.members[0].backbone.blocks][-2:] == [True, False]
     assert run("train_rm", *options, "--bidirectional", 99, "--out", tmp_path / "no") == 2
     assert "--bidirectional" in capsys.readouterr().err and not (tmp_path / "no" / "latest").exists()
-    options = [*SMALL, "--init", smoke / "sft", "--reward-model", tmp_path / "rm", "--iterations", 1, "--out", tmp_path / "ppo"]
-    assert run("train_ppo", *options, "--value-init", "reward") == 2 and "--value-init sft" in capsys.readouterr().err
+    options = [
+        *SMALL,
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        tmp_path / "rm",
+        "--iterations",
+        1,
+        "--out",
+        tmp_path / "ppo",
+    ]
+    assert (
+        run("train_ppo", *options, "--value-init", "reward") == 2
+        and "--value-init sft" in capsys.readouterr().err
+    )
     assert run("train_ppo", *options) == 0  # the critic starts from the SFT model instead
     assert math.isfinite(metrics(tmp_path / "ppo")[-1]["objective/rm_scores"])
 
 
 @pytest.mark.usefixtures("no_baselines")
 def test_a_reward_model_may_read_with_another_tokenizer(smoke, run, metrics, tmp_path, capsys):
-    assert run("train_sft", *SFT, "--vocab", 300, "--epochs", 1, "--final-epochs", 1, "--out", tmp_path / "sft") == 0
+    assert (
+        run("train_sft", *SFT, "--vocab", 300, "--epochs", 1, "--final-epochs", 1, "--out", tmp_path / "sft")
+        == 0
+    )
     assert run("train_rm", *SMALL, "--epochs", 1, "--out", tmp_path / "rm") == 0
-    options = [*SMALL, "--init", smoke / "sft", "--reward-model", tmp_path / "rm", "--iterations", 1, "--out", tmp_path / "ppo"]
-    assert run("train_ppo", *options, "--value-init", "reward") == 2 and "--value-init sft" in capsys.readouterr().err
+    options = [
+        *SMALL,
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        tmp_path / "rm",
+        "--iterations",
+        1,
+        "--out",
+        tmp_path / "ppo",
+    ]
+    assert (
+        run("train_ppo", *options, "--value-init", "reward") == 2
+        and "--value-init sft" in capsys.readouterr().err
+    )
     assert run("train_ppo", *options) == 0
     assert math.isfinite(metrics(tmp_path / "ppo")[-1]["objective/rm_scores"])
 
@@ -232,10 +309,37 @@ def test_a_reward_model_may_read_with_another_tokenizer(smoke, run, metrics, tmp
 
 def test_D4_ratio_is_one_while_nothing_is_learnt(smoke, run, metrics, tmp_path):
     """All epochs and minibatches of a run that cannot move, split unlike the rollout was scored; prompts are padded."""
-    short = [{"prompt": text} for text in ("The plot", "The cast is very", "The music is not very odd", "I smiled at")]
+    short = [
+        {"prompt": text}
+        for text in ("The plot", "The cast is very", "The music is not very odd", "I smiled at")
+    ]
     file = jsonl(tmp_path / "p.jsonl", [{"prompt": f"{r['prompt']} {i}"} for r in short for i in range(25)])
-    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 1, "--epochs", 2]
-    assert run("train_ppo", *options, "--data", file, "--lr", 1e-30, "--value-lr", 1e-30, "--out", tmp_path / "ppo") == 0
+    options = [
+        *SMALL,
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        smoke / "rm",
+        "--iterations",
+        1,
+        "--epochs",
+        2,
+    ]
+    assert (
+        run(
+            "train_ppo",
+            *options,
+            "--data",
+            file,
+            "--lr",
+            1e-30,
+            "--value-lr",
+            1e-30,
+            "--out",
+            tmp_path / "ppo",
+        )
+        == 0
+    )
     (line,) = metrics(tmp_path / "ppo")
     assert line["val/ratio"] == pytest.approx(1, abs=1e-6)
     assert line["policy/clipfrac_avg"] == 0 and line["policy/approxkl_avg"] < 1e-12
@@ -244,7 +348,9 @@ def test_D4_ratio_is_one_while_nothing_is_learnt(smoke, run, metrics, tmp_path):
 
 def test_D16_learning_rate_falls_linearly(smoke, metrics):
     start, n = train_ppo.PRESETS["smoke"].lr, train_ppo.PRESETS["smoke"].iterations
-    assert [line["lr"] for line in metrics(smoke / "ppo")] == pytest.approx([start * (n - i) / n for i in range(n)])
+    assert [line["lr"] for line in metrics(smoke / "ppo")] == pytest.approx(
+        [start * (n - i) / n for i in range(n)]
+    )
 
 
 def test_D22_metrics_do_not_see_what_stands_in_padding(smoke, run, metrics, monkeypatch, tmp_path):
@@ -262,7 +368,16 @@ def test_D22_metrics_do_not_see_what_stands_in_padding(smoke, run, metrics, monk
 
         return generate_and_cut
 
-    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 2, "--whiten-rewards"]
+    options = [
+        *SMALL,
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        smoke / "rm",
+        "--iterations",
+        2,
+        "--whiten-rewards",
+    ]
     for name in ("pad", "junk"):
         monkeypatch.setattr(train_ppo, "generate", cut(name == "junk"))
         assert run("train_ppo", *options, "--out", tmp_path / name) == 0
@@ -275,8 +390,30 @@ def test_D22_metrics_do_not_see_what_stands_in_padding(smoke, run, metrics, monk
 @pytest.mark.parametrize(("mode", "sign"), [("replace", 0), ("subtract", 1)])
 def test_D9_missing_eos_lowers_the_score(smoke, run, metrics, tmp_path, mode, sign):
     """Two tokens of an untrained policy: hardly a response ends."""
-    options = [*SMALL, "--init", smoke / "sft", "--reward-model", smoke / "rm", "--iterations", 1, "--response-tokens", 2]
-    assert run("train_ppo", *options, "--missing-eos", mode, "--missing-eos-penalty", 50, "--out", tmp_path / "ppo") == 0
+    options = [
+        *SMALL,
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        smoke / "rm",
+        "--iterations",
+        1,
+        "--response-tokens",
+        2,
+    ]
+    assert (
+        run(
+            "train_ppo",
+            *options,
+            "--missing-eos",
+            mode,
+            "--missing-eos-penalty",
+            50,
+            "--out",
+            tmp_path / "ppo",
+        )
+        == 0
+    )
     (line,) = metrics(tmp_path / "ppo")
     assert line["val/eos_rate"] < 0.2
     expected = sign * line["objective/rm_scores"] - 50 * (1 - line["val/eos_rate"])
@@ -320,7 +457,21 @@ def test_preferences_train_a_reward_model(smoke, run, tmp_path, metrics, no_base
     texts = [r.response for r in data.load("toy").records]
     rows = [{"prompt": f"{i}:", "chosen": texts[i], "rejected": texts[i + 7]} for i in range(150)]
     file = jsonl(tmp_path / "pairs.jsonl", rows)
-    assert run("train_rm", *SMALL, "--data", file, "--init", smoke / "sft", "--epochs", 1, "--out", tmp_path / "rm") == 0
+    assert (
+        run(
+            "train_rm",
+            *SMALL,
+            "--data",
+            file,
+            "--init",
+            smoke / "sft",
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "rm",
+        )
+        == 0
+    )
     about = checkpoint.load_config(tmp_path / "rm")
     assert about["normalise"]["mode"] == "scale" and 0 <= about["results"]["test"]["accuracy"] <= 1
     assert "val/accuracy" in metrics(tmp_path / "rm")[-1]
@@ -358,18 +509,35 @@ def test_ratings_by_rater_become_targets(smoke, run, tmp_path, no_baselines, mon
     rows = [{"text": r.response, "ratings": dict(zip("abcde", [*r.ratings[:4], -r.ratings[4]], strict=True)), "scale": [-4, 4]}
             for r in data.load("toy").records]  # fmt: skip
     file, seen = jsonl(tmp_path / "rated.jsonl", rows), seen_targets(monkeypatch)
-    options = ["--data", file, "--init", smoke / "sft", "--epochs", 1, "--raters", "model", "--loss", "both", "--batch", 312]
+    options = [
+        "--data",
+        file,
+        "--init",
+        smoke / "sft",
+        "--epochs",
+        1,
+        "--raters",
+        "model",
+        "--loss",
+        "both",
+        "--batch",
+        312,
+    ]
     assert run("train_rm", *SMALL, *options, "--normalise", "none", "--out", tmp_path / "rm") == 0
     records = {split: data.load(file).select(split).records for split in ("train", "val", "test")}
     assert seen[2:] == [[r.rating for r in records[split]] for split in ("val", "test")]
     clean = {r.response: r.rating for r in data.load("toy").records}
     truth = [clean[r.response] for r in records["train"]]
     assert stats.pearson(seen[0], truth) > 0.99 > stats.pearson([r.rating for r in records["train"]], truth)
-    slopes = {who: r["slope"] for who, r in checkpoint.load_config(tmp_path / "rm")["results"]["raters"].items()}
+    slopes = {
+        who: r["slope"] for who, r in checkpoint.load_config(tmp_path / "rm")["results"]["raters"].items()
+    }
     assert slopes.pop("e") < -0.8 and all(0.8 < slope < 1.2 for slope in slopes.values())
 
 
-@pytest.mark.parametrize("options", [["--loss", "pairwise", "--batch", 311], ["--warmup", 0, "--batch", 312]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--loss", "pairwise", "--batch", 311], ["--warmup", 0, "--batch", 312]], ids=str
+)
 def test_reward_model_at_the_edges(smoke, run, tmp_path, metrics, no_baselines, options):
     """A last batch of one text makes no pair; no warm-up is a warm-up."""
     out = tmp_path / "rm"
@@ -387,7 +555,20 @@ def test_patience(run, metrics, tmp_path):
 
 def test_going_on_from_a_checkpoint(smoke, run, tmp_path):
     """--init brings weights, shape and tokenizer; what is no part of the shape is still an option."""
-    options = ["--preset", "smoke", "--init", smoke / "sft", "--epochs", 1, "--lr", 1e-30, "--dropout", 0, "--batch", 312]
+    options = [
+        "--preset",
+        "smoke",
+        "--init",
+        smoke / "sft",
+        "--epochs",
+        1,
+        "--lr",
+        1e-30,
+        "--dropout",
+        0,
+        "--batch",
+        312,
+    ]
     assert run("train_sft", *options, "--weight-decay", 0, "--samples", 0, "--out", tmp_path) == 0
     assert equal(final(tmp_path), final(smoke / "sft"))
     about, before = (checkpoint.load_config(p) for p in (tmp_path, smoke / "sft"))
@@ -400,9 +581,27 @@ def test_validation_counts_the_bytes_it_reads(run, tmp_path):
     bits = []
     for context in (16, 64):
         out = tmp_path / str(context)
-        assert run("train_sft", *SFT, "--epochs", 1, "--lr", 1e-30, "--vocab", 258, "--context", context, "--out", out) == 0
+        assert (
+            run(
+                "train_sft",
+                *SFT,
+                "--epochs",
+                1,
+                "--lr",
+                1e-30,
+                "--vocab",
+                258,
+                "--context",
+                context,
+                "--out",
+                out,
+            )
+            == 0
+        )
         bits.append(checkpoint.load_config(out)["results"]["val_bits_per_byte"])
-    assert bits[0] == pytest.approx(8, rel=0.1) and bits[1] == pytest.approx(8, rel=0.1)  # a fresh model knows nothing
+    assert bits[0] == pytest.approx(8, rel=0.1) and bits[1] == pytest.approx(
+        8, rel=0.1
+    )  # a fresh model knows nothing
 
 
 # ----------------------------------------------------------------------------- command line
@@ -442,9 +641,13 @@ def mistakes(smoke, tmp_path_factory):
     (folder / "empty.jsonl").write_text("")
     for stage in ("sft", "rm"):
         shutil.copytree(smoke / stage, folder / stage, symlinks=True)
-    Tokenizer.train(["abc abd"], 260).save(folder / "sft" / "latest")  # not the one that its weights were trained with
+    Tokenizer.train(["abc abd"], 260).save(
+        folder / "sft" / "latest"
+    )  # not the one that its weights were trained with
     about = checkpoint.load_config(smoke / "rm")
-    (folder / "rm" / "latest" / "config.json").write_text(json.dumps(about | {"tokenizer": {"hash": "of another"}}))
+    (folder / "rm" / "latest" / "config.json").write_text(
+        json.dumps(about | {"tokenizer": {"hash": "of another"}})
+    )
     return folder
 
 
@@ -476,17 +679,33 @@ REFUSED = [
     ("train_rm", "--lowercase nan", r"--lowercase is a share: want 0 to 1, not nan"),
     ("train_rm", "--init {m}/sft", r"tokenizer does not match"),
     ("train_rm", "--init {s}/sft --data {m}/texts.jsonl", r"hold no judgement"),
-    ("train_rm", "--init {s}/sft --data {m}/rated.jsonl", r"rated\.jsonl:2: rating: expected finite numbers, got None$"),
+    (
+        "train_rm",
+        "--init {s}/sft --data {m}/rated.jsonl",
+        r"rated\.jsonl:2: rating: expected finite numbers, got None$",
+    ),
     ("train_rm", "--init {s}/sft --data {m}/pairs.jsonl --loss both", r"--loss both needs ratings"),
-    ("train_rm", "--init {s}/sft --data {m}/pairs.jsonl --raters model", r"needs votes by rater.*--raters mean or majority$"),
+    (
+        "train_rm",
+        "--init {s}/sft --data {m}/pairs.jsonl --raters model",
+        r"needs votes by rater.*--raters mean or majority$",
+    ),
     ("train_rm", "--init {s}/sft --response-tokens 200", r"over the context of 128.*--response-tokens"),
     ("train_ppo", "", r"run train_sft.py first, or name one with --init"),
     ("train_ppo", "--init {s}/sft", r"run train_rm.py first, or name one with --reward-model"),
     ("train_ppo", "--init {m}/sft", r"tokenizer does not match"),
     ("train_ppo", "--init {s}/sft --reward-model {m}/rm", r"tokenizer does not match"),
     ("train_ppo", "--init {s}/sft --reward-model {s}/sft", r"a sft checkpoint, not a reward model"),
-    ("train_ppo", "--init {s}/sft --reward-model {s}/rm --monitor {m}/none", r"none: no checkpoint.*train_rm.py"),
-    ("train_ppo", "--init {s}/sft --reward-model {s}/rm --data {m}/long.jsonl", r"over the policy's context of 128"),
+    (
+        "train_ppo",
+        "--init {s}/sft --reward-model {s}/rm --monitor {m}/none",
+        r"none: no checkpoint.*train_rm.py",
+    ),
+    (
+        "train_ppo",
+        "--init {s}/sft --reward-model {s}/rm --data {m}/long.jsonl",
+        r"over the policy's context of 128",
+    ),
     ("train_ppo", "--init {s}/sft --reward-model {s}/rm --reward nope", r"--reward nope: want rm"),
     ("train_ppo", "--batch 10 --minibatch 4", r"--batch 10 does not divide by --minibatch 4"),
     ("train_ppo", "--minibatch 8 --microbatch 3", r"--minibatch 8 does not divide by --microbatch 3"),
@@ -496,7 +715,11 @@ REFUSED = [
     ("train_ppo", "--save-every 0", r"--save-every must be above 0"),
     ("train_ppo", "--response-tokens 0", r"--response-tokens must be above 0"),
     ("train_ppo", "--temperature 0", r"--temperature must be above 0"),
-    ("train_ppo", "--no-stop --fused-head on", r"--no-stop takes a token out of the logits, .*: drop one of them"),
+    (
+        "train_ppo",
+        "--no-stop --fused-head on",
+        r"--no-stop takes a token out of the logits, .*: drop one of them",
+    ),
     ("train_ppo", "--no-stop --missing-eos replace", r"--no-stop .*: add --missing-eos none"),
     ("minirlhf.evaluate", "--run {m}/none", r"none/ppo: no checkpoint here.*run train_ppo.py first"),
     ("minirlhf.evaluate", "--rum x", r"unknown option --rum: did you mean --run\?"),
@@ -504,7 +727,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("script", "options", "said"), REFUSED, ids=[f"{s} {o}" for s, o, _ in REFUSED])
-def test_a_mistake_is_one_line_and_leaves_nothing(run, capsys, smoke, mistakes, tmp_path, script, options, said):
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    run, capsys, smoke, mistakes, tmp_path, script, options, said
+):
     words = options.format(m=mistakes, s=smoke).split()
     if script in MODULES:
         preset = [] if "--preset" in words else ["--preset", "smoke"]
@@ -536,7 +761,9 @@ def test_a_finished_stage_is_skipped(run, capsys, smoke):
 def test_the_fused_head_trains_the_same_model(run, tmp_path):
     """With the logits and without: all that differs is rounding."""
     for name in ("on", "off"):
-        assert run("train_sft", *SFT, "--out", tmp_path / name, "--fused-head", name, "--precision", "fp32") == 0
+        assert (
+            run("train_sft", *SFT, "--out", tmp_path / name, "--fused-head", name, "--precision", "fp32") == 0
+        )
     a, b = (checkpoint.load_config(tmp_path / name)["results"]["val_bits_per_byte"] for name in ("on", "off"))
     assert abs(a - b) < 1e-3
 
@@ -545,7 +772,10 @@ def test_other_settings_are_refused(run, capsys, smoke):
     before = {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")}
     assert run("train_sft", "--preset", "smoke", "--seed", 2, "--out", smoke / "sft") == 2
     assert "holds a run with another seed: choose a new --out, or --overwrite" in capsys.readouterr().err
-    assert run("train_sft", "--preset", "smoke", "--lr", 1, "--batch", 8, "--out", smoke / "ppo", "--resume") == 2
+    assert (
+        run("train_sft", "--preset", "smoke", "--lr", 1, "--batch", 8, "--out", smoke / "ppo", "--resume")
+        == 2
+    )
     assert "another " in capsys.readouterr().err
     assert {p: p.lstat().st_mtime_ns for p in smoke.rglob("*")} == before
 
@@ -556,7 +786,10 @@ def test_an_unfinished_run_needs_resume_or_overwrite(run, capsys, metrics, tmp_p
     told = capsys.readouterr().err.splitlines()
     assert told[-1].startswith("error: stopped at step 4 of 6; ") and "--resume" in told[-1]
     assert run("train_sft", *options) == 2
-    assert "holds an unfinished run (step 4): --resume goes on, --overwrite starts again" in capsys.readouterr().err
+    assert (
+        "holds an unfinished run (step 4): --resume goes on, --overwrite starts again"
+        in capsys.readouterr().err
+    )
     assert checkpoint.load_config(tmp_path / "sft")["step"] == 4
 
     # Overwriting leaves nothing of it, not even where the new run is stopped before its first validation.
@@ -588,7 +821,11 @@ def test_overwriting_never_passes_the_old_run_off_as_the_new(run, monkeypatch, t
 
 STAGES = {
     "sft": ("train_sft", SFT, [1, 3, 4, 6]),  # in the first epoch, at its end, in the second, at the very end
-    "rm": ("train_rm", [*SMALL, "--batch", 156, "--members", 2, "--normalise-samples", 8], [1, 4, 8]),  # 4 a member
+    "rm": (
+        "train_rm",
+        [*SMALL, "--batch", 156, "--members", 2, "--normalise-samples", 8],
+        [1, 4, 8],
+    ),  # 4 a member
     "ppo": ("train_ppo", [*SMALL, "--kl-target", 0.01, "--kl-horizon", 50], [1, 3]),
     "ppo, one trunk": ("train_ppo", [*SMALL, "--shared-trunk"], [2]),
 }
@@ -603,7 +840,10 @@ def straight(run, smoke, tmp_path_factory):
         if stage not in done:
             script, options, _ = STAGES[stage]
             inputs = {"sft": [], "rm": ["--init", smoke / "sft"]}
-            options = [*options, *inputs.get(stage, ["--init", smoke / "sft", "--reward-model", smoke / "rm"])]
+            options = [
+                *options,
+                *inputs.get(stage, ["--init", smoke / "sft", "--reward-model", smoke / "rm"]),
+            ]
             out = tmp_path_factory.mktemp("straight") / stage
             assert run(script, *options, "--out", out) == 0
             done[stage] = options, out
@@ -612,8 +852,12 @@ def straight(run, smoke, tmp_path_factory):
     return once
 
 
-@pytest.mark.parametrize(("stage", "step"), [(stage, k) for stage, (_, _, steps) in STAGES.items() for k in steps])
-def test_D21_stopped_and_resumed_is_never_stopped(run, straight, metrics, tmp_path, no_baselines, stage, step):
+@pytest.mark.parametrize(
+    ("stage", "step"), [(stage, k) for stage, (_, _, steps) in STAGES.items() for k in steps]
+)
+def test_D21_stopped_and_resumed_is_never_stopped(
+    run, straight, metrics, tmp_path, no_baselines, stage, step
+):
     script, (options, whole), out = STAGES[stage][0], straight(stage), tmp_path / stage
     assert run(script, *options, "--out", out, stop_at=step) == 2
     about = checkpoint.load_config(out)
@@ -660,11 +904,17 @@ def test_signals(smoke, tmp_path, metrics):
     started = {}
     for stage, (script, options, _) in commands.items():
         words = [sys.executable, ROOT / script, *options, "--out", tmp_path / stage]
-        started[stage] = subprocess.Popen([*map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        started[stage] = subprocess.Popen(
+            [*map(str, words)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
     try:
         for stage, process in started.items():
             file, patience = tmp_path / stage / "metrics.jsonl", time.monotonic() + 300
-            while not (file.exists() and file.stat().st_size) and time.monotonic() < patience and process.poll() is None:
+            while (
+                not (file.exists() and file.stat().st_size)
+                and time.monotonic() < patience
+                and process.poll() is None
+            ):
                 time.sleep(0.05)
             process.send_signal(commands[stage][2])
         for stage, process in started.items():

@@ -106,7 +106,9 @@ def slow_pair_accuracy(pred, truth, min_gap):
 @given(truth=numbers, seed=seeds, min_gap=st.sampled_from([0.0, 0.25, 1.0, 3.5]))
 def test_pair_accuracy_equals_the_double_loop(truth, seed, min_gap):
     pred = np.random.default_rng(seed).integers(0, 5, len(truth)).astype(float)
-    assert stats.pair_accuracy(pred, truth, min_gap) == pytest.approx(slow_pair_accuracy(pred, truth, min_gap))
+    assert stats.pair_accuracy(pred, truth, min_gap) == pytest.approx(
+        slow_pair_accuracy(pred, truth, min_gap)
+    )
 
 
 def test_pair_accuracy_counts_a_gap_that_floats_fall_short_of():

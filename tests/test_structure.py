@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train_sft", "train_rm", "train_ppo"]
 LIBRARY = sorted((ROOT / "minirlhf").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
-SOURCE = [*LIBRARY, *KERNELS, *(ROOT / f"{s}.py" for s in SCRIPTS), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+SOURCE = [
+    *LIBRARY,
+    *KERNELS,
+    *(ROOT / f"{s}.py" for s in SCRIPTS),
+    *sorted((ROOT / "benchmarks").rglob("*.py")),
+]
 PURE = ["masked", "ppo", "preference", "measure.stats"]
 WITH_CONFIG = [*SCRIPTS, "minirlhf.tools.evaluate"]
 
@@ -62,7 +67,9 @@ TABLES = {"demo": 8, "rounds": 1, "gaming": 1, "ppo": 1, "variants": 1, "rollout
 
 @pytest.mark.parametrize(("experiment", "tables"), TABLES.items())
 def test_readme_holds_the_tables_that_its_commands_print(experiment, tables):
-    printed = subprocess.check_output([sys.executable, f"benchmarks/{experiment}.py", "--tables"], cwd=ROOT, text=True)
+    printed = subprocess.check_output(
+        [sys.executable, f"benchmarks/{experiment}.py", "--tables"], cwd=ROOT, text=True
+    )
     printed, readme = printed.strip().split("\n\n"), (ROOT / "README.md").read_text()
     assert len(printed) == tables
     for table in printed:
@@ -101,7 +108,9 @@ def test_nothing_is_unpickled(file):
     assert not roots(file) & {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, f"{file.name}:{node.lineno}"
+            assert (node.value.id, node.attr) not in {("torch", "load"), ("torch", "save")}, (
+                f"{file.name}:{node.lineno}"
+            )
         if isinstance(node, ast.keyword):
             assert node.arg != "allow_pickle", f"{file.name}:{node.value.lineno}"
 
@@ -116,7 +125,11 @@ def test_every_field_of_the_config_is_read(name):
     """In main's code, not merely in the checks of __post_init__; `preset` is read by parse_config."""
     module = importlib.import_module(name)
     tree = ast.parse(Path(module.__file__).read_text())
-    read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "config"}
+    read = {
+        n.attr
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "config"
+    }
     fields = {f.name for f in dataclasses.fields(module.Config)} - {"preset"}
     assert not fields - read
 

@@ -133,7 +133,10 @@ def test_decode_drops_pad_and_eot_and_shows_broken_characters(tokenizer):
     assert tokenizer.decode([tokenizer.pad, *ids, tokenizer.eot, tokenizer.pad]) == "the cat"
     assert tokenizer.decode([0xC3]) == "\ufffd"
     assert [tokenizer.token_str(i) for i in (0x41, 0x0A, 0x1B, 0xC3)] == ["A", r"\n", r"\x1b", r"\xc3"]
-    assert (tokenizer.token_str(tokenizer.eot), tokenizer.token_str(tokenizer.pad)) == ("<|endoftext|>", "<|pad|>")
+    assert (tokenizer.token_str(tokenizer.eot), tokenizer.token_str(tokenizer.pad)) == (
+        "<|endoftext|>",
+        "<|pad|>",
+    )
 
 
 def test_batch_equals_one_by_one(tokenizer):
@@ -161,7 +164,9 @@ def test_save_and_load(tokenizer, tmp_path):
         loaded = Tokenizer.load(source)
         assert (loaded.hash, loaded.pattern, loaded.ranks) == (odd.hash, odd.pattern, odd.ranks)
     (folder / "tokenizer.json").unlink()
-    assert Tokenizer.load(folder / "tokenizer.tiktoken").pattern == GPT2_PATTERN  # any .tiktoken: GPT-2's split
+    assert (
+        Tokenizer.load(folder / "tokenizer.tiktoken").pattern == GPT2_PATTERN
+    )  # any .tiktoken: GPT-2's split
 
 
 def test_file_is_the_public_format(tokenizer, tmp_path):
@@ -241,7 +246,11 @@ def test_missing_files_and_no_network_are_one_line_with_a_remedy(tokenizer, tmp_
 def imported(**changes):
     """Specials first, bytes that no UTF-8 text has left out, a model with more rows than tokens: SmolLM2's way."""
     specials = {"<|unk|>": 0, "<|open|>": 1, "<|close|>": 2}
-    words = [bytes([b]) for b in range(256) if b not in (4, 6, 0xC0, 0xC1) and b < 0xF1] + [b"th", b"the", b"!!"]
+    words = [bytes([b]) for b in range(256) if b not in (4, 6, 0xC0, 0xC1) and b < 0xF1] + [
+        b"th",
+        b"the",
+        b"!!",
+    ]
     return Tokenizer({word: 3 + i for i, word in enumerate(words)},
                      **{"specials": specials, "eot": 2, "bos": 1, "vocab_size": 300} | changes)  # fmt: skip
 
@@ -249,12 +258,23 @@ def imported(**changes):
 def test_an_imported_tokenizer_keeps_its_ids_and_its_ends(tmp_path):
     found = imported(hf={"chat_template": "{{ x }}"})
     assert (found.bos, found.eot, found.pad, found.vocab_size) == (1, 2, 0, 300)
-    assert found.decode([1, *found.encode("the end"), 2, 0, 299]) == "the end" and found.token_str(299) == "<unused 299>"
+    assert (
+        found.decode([1, *found.encode("the end"), 2, 0, 299]) == "the end"
+        and found.token_str(299) == "<unused 299>"
+    )
     assert found.encode("the") == [found.ranks[b"the"]]
     found.save(tmp_path)
     again = Tokenizer.load(tmp_path)
     assert (again.hash, again.about, again.hf) == (found.hash, found.about, found.hf)
-    assert len({found.hash, *(imported(**c).hash for c in ({"eot": 1}, {"bos": 2}, {"vocab_size": 301}, {"pad": 2}))}) == 5
+    assert (
+        len(
+            {
+                found.hash,
+                *(imported(**c).hash for c in ({"eot": 1}, {"bos": 2}, {"vocab_size": 301}, {"pad": 2})),
+            }
+        )
+        == 5
+    )
     assert imported(hf={}).hash == found.hash  # what only an export needs does not make another tokenizer
 
 
@@ -275,7 +295,11 @@ def test_bytes_without_a_token_drop_out_of_their_word_before_merging(text):
 
 
 def test_text_is_normalised_where_the_model_was_trained_so():
-    assert imported(normalize="NFC").encode("e\u0301") == imported().encode("\u00e9") != imported().encode("e\u0301")
+    assert (
+        imported(normalize="NFC").encode("e\u0301")
+        == imported().encode("\u00e9")
+        != imported().encode("e\u0301")
+    )
     assert imported(normalize="NFC").encode_batch(["e\u0301"]) == [imported().encode("\u00e9")]
 
 
@@ -283,7 +307,12 @@ def test_hashes_of_older_folders_stand(tmp_path):
     """Computed by the first version, which wrote no more than these four fields."""
     old = Tokenizer(BYTES)
     assert old.hash == "7882b991cb6872d8f42f0a859cf8fdb11ec2a8d89c7892cb50dc59d66764b257"
-    meta = {"format": "minirlhf.tokenizer/1", "pattern": GPT2_PATTERN, "specials": old.specials, "hash": old.hash}
+    meta = {
+        "format": "minirlhf.tokenizer/1",
+        "pattern": GPT2_PATTERN,
+        "specials": old.specials,
+        "hash": old.hash,
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(meta))
     (tmp_path / "tokenizer.tiktoken").write_bytes(lines())
     found = Tokenizer.load(tmp_path)

@@ -76,7 +76,10 @@ def test_D17_sft_gradients_do_not_know_microbatches(run, few, tmp_path, metrics)
         options = {None: [], "again": ["--gradient-checkpointing"]}.get(micro, ["--microbatch", micro])
         with gradients() as found[micro]:
             out = tmp_path / str(micro)
-            assert run("train_sft", *SFT, "--data", few, "--vocab", 300, "--batch", 16, *options, "--out", out) == 0
+            assert (
+                run("train_sft", *SFT, "--data", few, "--vocab", 300, "--batch", 16, *options, "--out", out)
+                == 0
+            )
         logs[micro] = metrics(out)
         agree(found[micro], found[None])
         for a, b in zip(logs[micro], logs[None], strict=True):
@@ -86,7 +89,17 @@ def test_D17_sft_gradients_do_not_know_microbatches(run, few, tmp_path, metrics)
 def test_a_reward_model_learns_the_same_when_blocks_are_made_again(run, smoke, tmp_path, metrics):
     logs = []
     for name, options in {"kept": [], "again": ["--gradient-checkpointing"]}.items():
-        options = ["--preset", "smoke", "--precision", "fp32", "--init", smoke / "sft", "--epochs", 1, *options]
+        options = [
+            "--preset",
+            "smoke",
+            "--precision",
+            "fp32",
+            "--init",
+            smoke / "sft",
+            "--epochs",
+            1,
+            *options,
+        ]
         assert run("train_rm", *options, "--out", tmp_path / name) == 0
         logs.append(metrics(tmp_path / name))
     for a, b in zip(*logs, strict=True):
@@ -138,9 +151,23 @@ def two_ranks(smoke, tmp_path_factory):
     """The stages on two processes, as torchrun would start them: (folder, gradients and messages of each rank, options)."""
     home = tmp_path_factory.mktemp("ranks")
     inputs = ["--init", str(smoke / "sft"), "--reward-model", str(smoke / "rm")]
-    still_rm = [*STILL, "--init", str(smoke / "sft"), "--dropout", "0", "--epochs", "1", "--normalise-samples", "8"]
+    still_rm = [
+        *STILL,
+        "--init",
+        str(smoke / "sft"),
+        "--dropout",
+        "0",
+        "--epochs",
+        "1",
+        "--normalise-samples",
+        "8",
+    ]
     runs = [
-        ("sft", "train_sft", [*SFT, "--batch", "311"]),  # of 312 texts: the other batch holds one, so a rank has none
+        (
+            "sft",
+            "train_sft",
+            [*SFT, "--batch", "311"],
+        ),  # of 312 texts: the other batch holds one, so a rank has none
         ("rm", "train_rm", [*still_rm, "--batch", "311"]),
         ("ppo", "train_ppo", [*PPO, *inputs]),
         ("odd", "train_ppo", [*PPO, *inputs, "--batch", "15", "--minibatch", "15"]),
@@ -219,7 +246,9 @@ def test_D17_sums_add_up(parts, cut):
     """3.7, not 2.5: a mean over parts of unequal size is the sum of their sums over the sum of their sizes."""
     sums = optim.Sums()
     for part in parts:
-        sums.add({"a": torch.tensor(float(part), requires_grad=True), "b": torch.tensor(1, dtype=torch.bfloat16)})
+        sums.add(
+            {"a": torch.tensor(float(part), requires_grad=True), "b": torch.tensor(1, dtype=torch.bfloat16)}
+        )
     assert sums.over_ranks(ALONE) == {"a": float(sum(parts)), "b": float(len(parts))}
 
 
@@ -235,7 +264,12 @@ def test_D16_adam_eps_of_ppo_reaches_the_optimiser(run, smoke, monkeypatch, tmp_
     assert len(made) == 2
     for optimizer, lr in zip(made, (3e-4, 2e-4), strict=True):
         for group in optimizer.param_groups:
-            assert (group["eps"], group["betas"], group["weight_decay"], group["lr"]) == (1e-5, (0.9, 0.999), 0.0, lr)
+            assert (group["eps"], group["betas"], group["weight_decay"], group["lr"]) == (
+                1e-5,
+                (0.9, 0.999),
+                0.0,
+                lr,
+            )
 
 
 def test_D16_where_torch_places_eps():
@@ -290,7 +324,10 @@ def draws() -> tuple:
     return random.random(), float(np.random.rand()), torch.rand(2).tolist()
 
 
-@given(st.lists(st.integers(0, 2**31), min_size=1, max_size=3), st.lists(st.integers(0, 2**31), min_size=1, max_size=3))
+@given(
+    st.lists(st.integers(0, 2**31), min_size=1, max_size=3),
+    st.lists(st.integers(0, 2**31), min_size=1, max_size=3),
+)
 @settings(max_examples=30, deadline=None)
 def test_D21_seeds_are_a_function_of_their_parts(a, b):
     hardware.seed_everything(*a)
@@ -365,7 +402,9 @@ def test_D21_logger_drops_what_is_done_again(tmp_path, keep):
 
 def test_only_the_first_rank_logs(tmp_path):
     out = tmp_path / "sft"
-    stage_run.MetricLogger(out, hardware.Machine(torch.device("cpu"), rank=1, world=2), False, 0).log(1, {"loss": 1.0})
+    stage_run.MetricLogger(out, hardware.Machine(torch.device("cpu"), rank=1, world=2), False, 0).log(
+        1, {"loss": 1.0}
+    )
     assert not out.exists()
 
 
@@ -383,11 +422,15 @@ def test_claim(tmp_path):
     assert claim() == claim(resume=True) == "start"
     leave(complete=False)
     assert claim(resume=True) == "resume" and claim(overwrite=True) == "start"
-    with pytest.raises(UserError, match=r"unfinished run \(step 7\): --resume goes on, --overwrite starts again"):
+    with pytest.raises(
+        UserError, match=r"unfinished run \(step 7\): --resume goes on, --overwrite starts again"
+    ):
         claim()
     leave(complete=True)
     assert claim() == claim(resume=True) == "skip" and claim(overwrite=True) == "start"
-    assert claim(tensorboard=True, data_dir=None, out=Path("elsewhere")) == "skip"  # none of these changes the result
+    assert (
+        claim(tensorboard=True, data_dir=None, out=Path("elsewhere")) == "skip"
+    )  # none of these changes the result
     for resume in (False, True):
         with pytest.raises(UserError, match="another batch, lr, seed: choose a new --out, or --overwrite"):
             claim(resume=resume, lr=1.0, batch=8, seed=3)

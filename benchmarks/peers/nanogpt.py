@@ -32,7 +32,10 @@ with redirect_stdout(printed):
         runpy.run_path("data/shakespeare_char/prepare.py", run_name="__main__")
     sys.argv = ["train.py", "config/train_shakespeare_char.py", *published.split()]
     left = runpy.run_path("train.py", run_name="__main__")
-steps = [(int(n), float(ms)) for n, ms in re.findall(r"^iter (\d+): .* time ([\d.]+)ms", printed.getvalue(), re.MULTILINE)]
+steps = [
+    (int(n), float(ms))
+    for n, ms in re.findall(r"^iter (\d+): .* time ([\d.]+)ms", printed.getvalue(), re.MULTILINE)
+]
 seconds = [ms / 1000 for n, ms in steps if n % left["eval_interval"]]  # the others evaluate first
 
 model, stoi = left["model"].eval(), left["meta"]["stoi"]

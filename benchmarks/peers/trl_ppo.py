@@ -96,7 +96,21 @@ found = []
 for i in range(0, len(marks), 4):
     (_, a), (_, b), (_, c), (name, d) = marks[i : i + 4]
     assert name == "end", marks[i : i + 4]
-    found.append({"rollout": b - a, "score": c - b, "update": d - c, "seconds": d - a, "tokens": lengths[i // 4]})
-peak = int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024  # (ru_maxrss may be the parent's)
+    found.append(
+        {"rollout": b - a, "score": c - b, "update": d - c, "seconds": d - a, "tokens": lengths[i // 4]}
+    )
+peak = (
+    int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+)  # (ru_maxrss may be the parent's)
 versions = {name: __import__(name).__version__ for name in ("trl", "transformers", "torch")}
-print(json.dumps({"iterations": found, "optimizer_steps": steps, "peak_mb": peak, "cpu_seconds": cpu, "versions": versions}))
+print(
+    json.dumps(
+        {
+            "iterations": found,
+            "optimizer_steps": steps,
+            "peak_mb": peak,
+            "cpu_seconds": cpu,
+            "versions": versions,
+        }
+    )
+)

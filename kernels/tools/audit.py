@@ -69,7 +69,9 @@ def trace(cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
 
     np.seterr(all="ignore")  # what the numbers are is no matter here
     rows = {}
-    for call, (asked, touched), minimum, _ in (seen for case in cases for seen in phases(case, "cpu", byte_trace)):
+    for call, (asked, touched), minimum, _ in (
+        seen for case in cases for seen in phases(case, "cpu", byte_trace)
+    ):
         distinct = sum(np.unique(np.concatenate(addresses)).size for addresses in touched.values())
         requested = sum(counted.total() for counted in asked.values())
         rows[call] = {"requested": requested, "distinct": distinct, "minimum": minimum, "by_argument": asked}
@@ -82,7 +84,9 @@ def our_cases() -> list[Case]:
     def logits(count: int, V: int, dtype: torch.dtype, masked: bool, device: str) -> list[Any]:
         """Logits (a KL's second ones, of a frozen reference), tokens; if `masked`: temperature, mask, nothing is frozen."""
         N = 8192 if device == "meta" else 3
-        rows = [torch.randn(N, V, device=device).to(dtype).requires_grad_(i == 0 or masked) for i in range(count)]
+        rows = [
+            torch.randn(N, V, device=device).to(dtype).requires_grad_(i == 0 or masked) for i in range(count)
+        ]
         rows.append(torch.zeros(N, dtype=torch.int64, device=device))
         return [*rows, 0.7, torch.ones(N, dtype=torch.bool, device=device)] if masked else rows
 
@@ -96,7 +100,13 @@ def our_cases() -> list[Case]:
         B, T = (4096, 2048) if device == "meta" else (5, 300)
         flags = torch.full((B, T), masked, device=device)
         rewards, values = torch.randn(2, B, T, device=device)
-        return [rewards, values, flags if masked else None, None if masked else flags, torch.zeros(B, device=device)]
+        return [
+            rewards,
+            values,
+            flags if masked else None,
+            None if masked else flags,
+            torch.zeros(B, device=device),
+        ]
 
     cases = []
     rows = [(V, "bfloat16", "") for V in (50257, 151936, 1031)] + [(50257, "float32", " masked")]
@@ -138,10 +148,17 @@ GOALS = [  # the goal; the calls (and, of kernels, targets) it is about; the mea
 
 def missed(report: dict[str, Any]) -> list[str]:
     """One line for each measurement that misses its goal, does not compile, or was not taken."""
-    rows = {"calls": report["calls"], "kernels": {f"{c} {k['target']}": k for k in report["kernels"] for c in k["calls"]}}
+    rows = {
+        "calls": report["calls"],
+        "kernels": {f"{c} {k['target']}": k for k in report["kernels"] for c in k["calls"]},
+    }
     lines = [f"{name}: {row['error']}" for name, row in rows["kernels"].items() if "error" in row]
     for goal, table, pattern, measure, limit in GOALS:
-        found = {name: measure(r) for name, r in rows[table].items() if re.search(pattern, name) and "error" not in r}
+        found = {
+            name: measure(r)
+            for name, r in rows[table].items()
+            if re.search(pattern, name) and "error" not in r
+        }
         lines += [f"{goal}: {value:.4g} in {name}" for name, value in found.items() if value > limit]
         lines += [] if found else [f"{goal}: not measured"]
     return lines
@@ -167,7 +184,9 @@ def audit(cases: Sequence[Case], spec: list[str], targets: Sequence[str]) -> dic
 
 def show(report: dict[str, Any]) -> None:
     widths = lambda counts: "+".join(f"{n}x{bits}" for bits, n in counts.items()) or "-"
-    print("target       regs  stack spills shared   each inner loop: loads stores (count x bits) instructions/byte")
+    print(
+        "target       regs  stack spills shared   each inner loop: loads stores (count x bits) instructions/byte"
+    )
     print(f"{'':41s}(instructions barriers shuffles)")
     calls = None
     for row in sorted(report["kernels"], key=lambda row: (row["calls"], row["kernel"])):
@@ -184,7 +203,9 @@ def show(report: dict[str, Any]) -> None:
             numbers = "".join(f"{row[n]:7d}" for n in NUMBERS)
             found = "; ".join(loops) or f"no loop: {widths(row['load'])} {widths(row['store'])}"
             print(f"  {row['target']:10s}{numbers}   {found}")
-    print(f"\n{'':42s}{'bytes':>10s} {'distinct':>10s} {'minimum':>10s} {'ratio':>8s} {'extra MiB':>10s} {'results':>10s}")
+    print(
+        f"\n{'':42s}{'bytes':>10s} {'distinct':>10s} {'minimum':>10s} {'ratio':>8s} {'extra MiB':>10s} {'results':>10s}"
+    )
     for call, row in report["calls"].items():
         numbers = "".join(f" {row[n]:10d}" for n in ("requested", "distinct", "minimum"))
         memory = "".join(f" {row[n] / 2**20:10.2f}" for n in ("extra", "results"))
@@ -192,20 +213,31 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ours = ["kernels.audit:our_cases"]
-    parser.add_argument("cases", nargs="*", default=ours, help="module:NAME of a list of Case, or of a function that makes it")
-    parser.add_argument("--targets", default="cuda:80,cuda:90,cuda:100,hip:gfx942", help="default: %(default)s")
+    parser.add_argument(
+        "cases", nargs="*", default=ours, help="module:NAME of a list of Case, or of a function that makes it"
+    )
+    parser.add_argument(
+        "--targets", default="cuda:80,cuda:90,cuda:100,hip:gfx942", help="default: %(default)s"
+    )
     parser.add_argument("--json", type=Path, help="write all measurements to this file")
     parser.add_argument("--check", action="store_true", help="compare our kernels with their goals")
-    parser.add_argument("--trace", action="store_true", help="only the bytes, as JSON: what the child process does")
+    parser.add_argument(
+        "--trace", action="store_true", help="only the bytes, as JSON: what the child process does"
+    )
     args = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         print("kernels.audit needs triton, which is not installed (pip install triton)", file=sys.stderr)
         return 2
     os.environ["TRITON_INTERPRET"] = str(int(args.trace))  # before triton is imported
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default changes in triton 3.10
-    named = [getattr(importlib.import_module(module), name) for module, name in (spec.split(":") for spec in args.cases)]
+    named = [
+        getattr(importlib.import_module(module), name)
+        for module, name in (spec.split(":") for spec in args.cases)
+    ]
     cases = [case for cases in named for case in (cases() if callable(cases) else cases)]
     if args.trace:
         print(json.dumps(trace(cases)))

@@ -47,7 +47,9 @@ class Buffers(TorchDispatchMode):
         self.known.discard(key)
         self.live -= size
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         self._watch((args, kwargs), new=False)  # what a view or an update in place returns is no new buffer
         custom = OPDEFS.get(func.name().split(".")[0])
         if custom is None:
@@ -114,7 +116,10 @@ def count(code: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """How many instructions of each kind; for loads and stores how many of each width in bits."""
     ops = {kind: [op for op, _ in code if re.match(pattern, op)] for kind, pattern in KINDS.items()}
     width = lambda op: next(bits for pattern, bits in WIDTHS if re.search(pattern, op))
-    return {kind: dict(Counter(map(width, ops[kind]))) if kind in ("load", "store") else len(ops[kind]) for kind in ops}
+    return {
+        kind: dict(Counter(map(width, ops[kind]))) if kind in ("load", "store") else len(ops[kind])
+        for kind in ops
+    }
 
 
 def inner_loops(code: Sequence[tuple[str, str]], labels: dict[str, int]) -> list[dict[str, Any]]:
@@ -126,7 +131,9 @@ def inner_loops(code: Sequence[tuple[str, str]], labels: dict[str, int]) -> list
     for i, (op, operands) in enumerate(code):
         jump = re.match(r"BRA|CALL|EXIT|s_c?branch|s_endpgm", op)
         label = re.search(r"\.L\w+", operands)
-        target = labels.get(label[0]) if jump and label else None  # a CALL of a label is a jump, of a function it returns
+        target = (
+            labels.get(label[0]) if jump and label else None
+        )  # a CALL of a label is a jump, of a function it returns
         if target is not None:
             before[target].append(i)
         conditional = op.startswith("s_cbranch") or operands.startswith("@") or "," in operands
@@ -151,7 +158,11 @@ def inner_loops(code: Sequence[tuple[str, str]], labels: dict[str, int]) -> list
         if moved := sum(bits // 8 * n for kind in ("load", "store") for bits, n in loop[kind].items()):
             narrow = sum(n for kind in ("load", "store") for bits, n in loop[kind].items() if bits < 128)
             loops[head] = loop | {"narrow": narrow, "instructions_per_byte": loop["instructions"] / moved}
-    return [loop for head, loop in loops.items() if not any(inner in bodies[head] for inner in loops if inner != head)]
+    return [
+        loop
+        for head, loop in loops.items()
+        if not any(inner in bodies[head] for inner in loops if inner != head)
+    ]
 
 
 NUMBERS = ("registers", "stack", "spills", "shared")
@@ -160,13 +171,17 @@ NUMBERS = ("registers", "stack", "spills", "shared")
 def read(made: Any) -> dict[str, Any]:
     """What stands in a compiled kernel; {"error": ...} where the compiler failed."""
     if isinstance(made, Exception):
-        return {"error": re.sub(r"(/[\w.+-]+)+/", "", f"{type(made).__name__}: {made}"[:400])}  # less this machine's paths
+        return {
+            "error": re.sub(r"(/[\w.+-]+)+/", "", f"{type(made).__name__}: {made}"[:400])
+        }  # less this machine's paths
     if "cubin" in made.asm:  # the very code that would run, not a second run of the assembler
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()
             tools = Path(sys.modules["triton"].__file__).parent / "backends/nvidia/bin"
-            run = lambda tool, flag: subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True).stdout
+            run = lambda tool, flag: (
+                subprocess.run([tools / tool, flag, file.name], capture_output=True, text=True).stdout
+            )
             usage, listing = run("cuobjdump", "-res-usage"), run("nvdisasm", "-c")
         registers, stack = (int(n) for n in re.search(r"REG:(\d+)\s+STACK:(\d+)", usage).groups())
         spilled = 0
@@ -177,7 +192,9 @@ def read(made: Any) -> dict[str, Any]:
         spilled = field("vgpr_spill_count") + field("sgpr_spill_count")
     code, labels = parse(listing)
     total = count(code)
-    numbers = dict(zip(NUMBERS, (registers, stack, total["spill"] + spilled, made.metadata.shared), strict=True))
+    numbers = dict(
+        zip(NUMBERS, (registers, stack, total["spill"] + spilled, made.metadata.shared), strict=True)
+    )
     return numbers | {"load": total["load"], "store": total["store"], "loops": inner_loops(code, labels)}
 
 
@@ -221,7 +238,11 @@ def byte_trace() -> Iterator[tuple[dict[str, Counter[str]], dict[str, list]]]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(GridExecutor, "__call__", launch))
         # what happens, and which arguments of the interpreter's method are the pointers and the mask
-        for name, *how in (("masked_load", "load", 0, 1), ("masked_store", "store", 0, 2), ("atomic_rmw", "atomic", 1, 3)):
+        for name, *how in (
+            ("masked_load", "load", 0, 1),
+            ("masked_store", "store", 0, 2),
+            ("atomic_rmw", "atomic", 1, 3),
+        ):
             method = getattr(InterpreterBuilder, f"create_{name}")
             stack.enter_context(patch.object(InterpreterBuilder, f"create_{name}", traced(method, *how)))
         yield asked, touched

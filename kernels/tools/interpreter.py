@@ -31,7 +31,10 @@ def repair() -> None:
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, d, *rest):
-        wide = (TensorHandle(_from_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        wide = (
+            TensorHandle(_from_bf16(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (a, b)
+        )
         return dot(self, *wide, d, *rest)
 
     def cast_impl(self, source, to):
@@ -48,7 +51,10 @@ def repair() -> None:
             before = [np.roll(a, step, self.axis) for a in now]
             out = self.combine_fn.fn(*tensors(before), *tensors(now))
             out = out if isinstance(out, tuple | list | tl.tuple) else (out,)
-            now = [np.where(index < step, a, o.handle.data).astype(a.dtype) for a, o in zip(now, out, strict=True)]
+            now = [
+                np.where(index < step, a, o.handle.data).astype(a.dtype)
+                for a, o in zip(now, out, strict=True)
+            ]
             step *= 2
         return tensors(now)
 

@@ -53,7 +53,9 @@ def prop(ops: tuple[str, ...], *needs: str, most: int = 10**6, **draws: Any) -> 
 
 # What is drawn. The first of a list is the simplest: failing examples shrink towards it.
 SEED = {"seed": st.integers(0, 2**20)}
-DATA = SEED | {"vocab": st.sampled_from([7, 1, 2, 64, 1031])}  # 1031 is prime, and more than a block of most kernels
+DATA = SEED | {
+    "vocab": st.sampled_from([7, 1, 2, 64, 1031])
+}  # 1031 is prime, and more than a block of most kernels
 SCALE = st.sampled_from([3.0, 0.1, 50.0, 1000.0])
 TEMPERATURE = st.sampled_from([1.0, 0.3, 1.7])
 DTYPE = st.sampled_from([torch.bfloat16, torch.float16])
@@ -71,7 +73,9 @@ def zero(name: str, x: Tensor) -> None:
 
 
 def finite(name: str, x: Tensor) -> None:
-    require(x.isfinite().all(), f"{name}: expected finite numbers, got {x[~x.isfinite()].flatten()[:3].tolist()}")
+    require(
+        x.isfinite().all(), f"{name}: expected finite numbers, got {x[~x.isfinite()].flatten()[:3].tolist()}"
+    )
 
 
 def close(name: str, got: Tensor, want: Tensor, allowed: Tensor | float | None = None) -> None:
@@ -81,41 +85,71 @@ def close(name: str, got: Tensor, want: Tensor, allowed: Tensor | float | None =
     if got.numel() == 0:
         return
     allowed = torch.as_tensor(2e-6 * want.abs().clamp(min=1) if allowed is None else allowed).expand_as(want)
-    error = torch.where((got == want) | (got.isnan() & want.isnan()), 0.0, (got - want).abs()).nan_to_num(INF, INF)
-    excess = torch.where(allowed == INF, error.isinf() * INF, error / allowed.clamp(min=1e-30)).nan_to_num(0.0, INF)
+    error = torch.where((got == want) | (got.isnan() & want.isnan()), 0.0, (got - want).abs()).nan_to_num(
+        INF, INF
+    )
+    excess = torch.where(allowed == INF, error.isinf() * INF, error / allowed.clamp(min=1e-30)).nan_to_num(
+        0.0, INF
+    )
     at = tuple(map(int, torch.unravel_index(excess.argmax(), excess.shape)))
-    numbers = f"expected {want[at]:.9g}, got {got[at]:.9g} (off by {error[at]:.1e}, allowed {allowed[at]:.1e})"
+    numbers = (
+        f"expected {want[at]:.9g}, got {got[at]:.9g} (off by {error[at]:.1e}, allowed {allowed[at]:.1e})"
+    )
     require(excess[at] <= 1, f"{name}{list(at) if at else ''}: {numbers}")
 
 
 def slack(
-    f, inputs: list[Tensor], tokens: Tensor, want: dict, up: dict, temperature: float = 1.0, mask: Tensor | None = None
+    f,
+    inputs: list[Tensor],
+    tokens: Tensor,
+    want: dict,
+    up: dict,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
 ) -> dict:
     """What rounding excuses in a gradient: 1.5 eps of its dtype times its magnitude (the row's largest), and 1e-7 of the
     upstream gradients times their factors in the formula. Through the linear op's products these go by absolute values, where
     an fp32 sum of n products adds sqrt(n) half-eps."""
     largest = want["kl" if "kl" in want else "entropy"].nan_to_num(0.0, 0.0)
-    factor = (1e-7 + 1e-7 * sum(u.abs() for u in up.values()) * (1 + largest) / temperature)[..., None].double()
+    factor = (1e-7 + 1e-7 * sum(u.abs() for u in up.values()) * (1 + largest) / temperature)[
+        ..., None
+    ].double()
     eps = [1.5 * torch.finfo(x.dtype).eps for x in inputs]
     if "weight" not in f.inputs:
-        return {f"d {n}": e * want[f"d {n}"].abs().amax(-1, keepdim=True) + factor for n, e in zip(f.inputs, eps, strict=True)}
+        return {
+            f"d {n}": e * want[f"d {n}"].abs().amax(-1, keepdim=True) + factor
+            for n, e in zip(f.inputs, eps, strict=True)
+        }
     h, w = (x.detach().cpu().double().reshape(-1, x.shape[-1]) for x in inputs)
     logits, flat = (h @ w.T).requires_grad_(), None if mask is None else mask.reshape(-1)
     statistics = token_logprobs_reference(logits, tokens.reshape(-1), temperature, flat)
-    sum((x * up[k].reshape(-1)).sum() for k, x in zip(("logprobs", "entropy"), statistics, strict=True) if k in up).backward()
+    sum(
+        (x * up[k].reshape(-1)).sum()
+        for k, x in zip(("logprobs", "entropy"), statistics, strict=True)
+        if k in up
+    ).backward()
     d, h, w, factor = logits.grad.abs(), h.abs(), w.abs(), factor.reshape(-1, 1)
     hidden = (eps[0] + len(w) ** 0.5 * 2**-24) * (d @ w) + factor * (1 + w.amax())
     weight = (eps[1] + len(h) ** 0.5 * 2**-24) * (d.T @ h) + (factor * (1 + h)).sum(0)
     return {"d hidden": hidden.view(inputs[0].shape), "d weight": weight}
 
 
-def agree(f, arguments: list[Tensor], up: dict | None = None, only: str = "", wide: list | None = None, **options: Any) -> None:
+def agree(
+    f,
+    arguments: list[Tensor],
+    up: dict | None = None,
+    only: str = "",
+    wide: list | None = None,
+    **options: Any,
+) -> None:
     """Results, and gradients for the upstream gradients `up`, are the oracle's for `arguments`; f may get others (`wide`)."""
     options = f.takes(**options)
     want = f.oracle(*arguments, upstream=up, **options)
     allowed = slack(f, arguments[:-1], arguments[-1], want, up, **options) if up else {}
     if f.op == "gae":  # a sum of many terms is as exact as the largest of its row
-        allowed = {name: 2e-6 * x.abs().amax(-1, keepdim=True).clamp(min=1) for name, x in want.items() if x.numel()}
+        allowed = {
+            name: 2e-6 * x.abs().amax(-1, keepdim=True).clamp(min=1) for name, x in want.items() if x.numel()
+        }
     for name, value in f(*(wide or arguments), upstream=up, **options).items():
         if name.startswith(only):
             close(name, value, want[name], allowed.get(name))
@@ -132,8 +166,13 @@ def case(f, seed: int, lead: Any, vocab: int, scale: float = 3.0, dtype: torch.d
     g, lead = torch.Generator().manual_seed(seed), (lead,) if isinstance(lead, int) else lead
     tokens = torch.randint(vocab, lead, generator=g)
     if f.op == "linear_token_logprobs":
-        hidden, weight = (torch.randint(-16, 17, (*n, 1 + seed % 24), generator=g) / 8 for n in (lead, (vocab,)))
-        inputs = [hidden.to(dtype), (weight * (2.0 ** round(math.log2(scale / 4)) if scale else 0.0)).to(dtype)]
+        hidden, weight = (
+            torch.randint(-16, 17, (*n, 1 + seed % 24), generator=g) / 8 for n in (lead, (vocab,))
+        )
+        inputs = [
+            hidden.to(dtype),
+            (weight * (2.0 ** round(math.log2(scale / 4)) if scale else 0.0)).to(dtype),
+        ]
     else:
         logits = torch.randn(2, *lead, vocab, generator=g).clamp(-3, 3) * (scale / 3)
         inputs = list(logits.to(dtype))[: len(f.inputs)]
@@ -156,7 +195,15 @@ def agrees_with_float64(f, seed, rows, vocab, scale, temperature, masked):
     agree(f, [*inputs, tokens], temperature=temperature, mask=some(g, rows, masked))
 
 
-@prop(VOCABULARY, "gradient", **DATA, scale=SCALE, temperature=TEMPERATURE, masked=st.booleans(), used=st.integers(1, 15))
+@prop(
+    VOCABULARY,
+    "gradient",
+    **DATA,
+    scale=SCALE,
+    temperature=TEMPERATURE,
+    masked=st.booleans(),
+    used=st.integers(1, 15),
+)
 def gradients_agree_with_float64(f, seed, vocab, scale, temperature, masked, used):
     """With a random upstream gradient for each token of each result that is used."""
     inputs, tokens, up, g = case(f, seed, 4, vocab, scale)
@@ -172,7 +219,12 @@ def probabilities_are_at_most_1_and_sum_to_1(f, seed, vocab, scale):
     for name, value in f(*by_row(f, inputs, lambda x: x.expand(vocab, -1)), torch.arange(vocab)).items():
         if "logprobs" in name:
             require((value <= 0).all(), f"{name}: expected at most 0, got {float(value.max()):.9g}")
-            close(f"sum exp {name}", value.cpu().double().exp().sum(), torch.ones(()), 2e-6 * (1 + math.log(vocab)))
+            close(
+                f"sum exp {name}",
+                value.cpu().double().exp().sum(),
+                torch.ones(()),
+                2e-6 * (1 + math.log(vocab)),
+            )
 
 
 def shifted(f, inputs: list[Tensor], shift: float) -> list[Tensor]:
@@ -182,7 +234,9 @@ def shifted(f, inputs: list[Tensor], shift: float) -> list[Tensor]:
     return [torch.cat([x, x.new_full((len(x), 1), c)], 1) for x, c in zip(inputs, (1.0, shift), strict=True)]
 
 
-@prop(VOCABULARY, "entropy", **DATA, scale=SCALE | st.just(0.0), shift=st.sampled_from([0.0, 1000.0, -1000.0]))
+@prop(
+    VOCABULARY, "entropy", **DATA, scale=SCALE | st.just(0.0), shift=st.sampled_from([0.0, 1000.0, -1000.0])
+)
 def entropy_lies_between_0_and_log_V(f, seed, vocab, scale, shift):
     inputs, tokens, *_ = case(f, seed, 2, vocab, scale)
     entropy, most = f(*shifted(f, inputs, shift), tokens)["entropy"].cpu(), math.log(vocab)
@@ -239,7 +293,9 @@ def each_row_has_its_own_upstream_gradient(f, seed, vocab, result):
         close(key, scaled[key], want, 1e-5 * (1 + float(want.abs().amax())))
 
 
-@prop(VOCABULARY, **DATA, offset=st.integers(0, 9), gap=st.integers(0, 9), dtype=DTYPE | st.just(torch.float32))
+@prop(
+    VOCABULARY, **DATA, offset=st.integers(0, 9), gap=st.integers(0, 9), dtype=DTYPE | st.just(torch.float32)
+)
 def rows_may_start_at_any_address(f, seed, vocab, offset, gap, dtype):
     """At any element of a 16-byte vector, at any stride, with NaN between the rows for who reads too far."""
     inputs, tokens, up, _ = case(f, seed, 3, vocab, 3.0, dtype if "16 bits" in f.can else torch.float32)
@@ -263,13 +319,23 @@ def no_row_at_all_is_no_error(f, lead):
     inputs, tokens, up, _ = case(f, 0, lead, 7)
     for name, value in f(*inputs, tokens, upstream=up).items():
         zero(name, value)
-        require(name.startswith("d ") or value.shape == lead, f"{name}: expected shape {lead}, got {tuple(value.shape)}")
+        require(
+            name.startswith("d ") or value.shape == lead,
+            f"{name}: expected shape {lead}, got {tuple(value.shape)}",
+        )
 
 
 WHERE = st.sampled_from(["leading", "trailing", "scattered"])
 
 
-@prop(LOGITS, **SEED, kept=st.integers(1, 40), gone=st.sampled_from([1, 300, 5000]), where=WHERE, in_both=st.booleans())
+@prop(
+    LOGITS,
+    **SEED,
+    kept=st.integers(1, 40),
+    gone=st.sampled_from([1, 300, 5000]),
+    where=WHERE,
+    in_both=st.booleans(),
+)
 def impossible_columns_equal_deleted_ones(f, seed, kept, gone, where, in_both):
     """-inf logits, a leading block of them too (flash-attention #1930); in the policy alone, or in the reference as well."""
     inputs, tokens, up, g = case(f, seed, 3, kept)
@@ -303,7 +369,9 @@ def an_infinite_kl_passes_no_gradient(f, seed, vocab):
     """The policy allows what the reference rules out: +inf, and the other results keep their gradients."""
     inputs, tokens, up, _ = case(f, seed, 2, vocab)
     inputs[1][0, (tokens[0] + 1) % vocab] = -INF
-    out, without = (f(*inputs, tokens, upstream=up | {"kl": up["kl"] * torch.tensor([x, 1.0])}) for x in (1.0, 0.0))
+    out, without = (
+        f(*inputs, tokens, upstream=up | {"kl": up["kl"] * torch.tensor([x, 1.0])}) for x in (1.0, 0.0)
+    )
     require(out["kl"][0] == INF, f"kl[0]: expected inf, got {float(out['kl'][0]):.9g}")
     for name, value in out.items():
         finite(name, value[1:] if name == "kl" else value)
@@ -323,7 +391,10 @@ def a_row_without_a_distribution_gives_nan_there_only(f, seed, vocab, what, whic
     for name, value in f(*bad, tokens, upstream=up).items():
         if name != "d weight":  # it is a sum over all rows
             close(name, value[::2], clean[name][::2])
-            require(name not in spoilt or value[1].isnan().any(), f"{name}[1]: expected nan, got {value[1].tolist()}")
+            require(
+                name not in spoilt or value[1].isnan().any(),
+                f"{name}[1]: expected nan, got {value[1].tolist()}",
+            )
 
 
 @prop(VOCABULARY, **DATA, past=st.booleans())
@@ -341,7 +412,10 @@ def a_token_outside_the_vocabulary_gives_no_number(f, seed, vocab, past):
         return
     for name, value in out.items():
         if "logprobs" in name:
-            require(value[1].isnan(), f"{name}[1]: expected an error or nan for token {tokens[1]}, got {float(value[1]):.9g}")
+            require(
+                value[1].isnan(),
+                f"{name}[1]: expected an error or nan for token {tokens[1]}, got {float(value[1]):.9g}",
+            )
             finite(f"{name} beside it", value[::2])
 
 
@@ -352,9 +426,13 @@ def masked_rows_give_0_and_are_never_looked_at(f, seed, vocab):
     mask = torch.tensor([True, False, True, True, False, False])
     want = f.oracle(*inputs, tokens, upstream=up, mask=mask)
     allowed = slack(f, inputs, tokens, want, up, mask=mask) if up else {}
-    poison = lambda x: x.index_copy(0, (~mask).nonzero()[:, 0], torch.tensor([NAN, INF, -INF])[:, None].expand(3, x.shape[1]))
+    poison = lambda x: x.index_copy(
+        0, (~mask).nonzero()[:, 0], torch.tensor([NAN, INF, -INF])[:, None].expand(3, x.shape[1])
+    )
     up = up and {name: u.masked_fill(~mask, NAN) for name, u in up.items()}
-    for name, value in f(*by_row(f, inputs, poison), tokens.masked_fill(~mask, -(10**12)), upstream=up, mask=mask).items():
+    for name, value in f(
+        *by_row(f, inputs, poison), tokens.masked_fill(~mask, -(10**12)), upstream=up, mask=mask
+    ).items():
         close(name, value, want[name], allowed.get(name))
         if name != "d weight":
             zero(f"{name} of masked rows", value.cpu()[~mask])
@@ -370,7 +448,9 @@ def large_vocabularies_work(f, vocab):
     agree(f, [*inputs, tokens], up)
 
 
-@prop(("token_kl",), "kl", **DATA, scale=SCALE, dtype=DTYPE | st.just(torch.float32), impossible=st.booleans())
+@prop(
+    ("token_kl",), "kl", **DATA, scale=SCALE, dtype=DTYPE | st.just(torch.float32), impossible=st.booleans()
+)
 def kl_of_equal_inputs_is_exactly_0(f, seed, vocab, scale, dtype, impossible):
     (x, _), tokens, up, g = case(f, seed, 4, vocab, scale, dtype)
     gone = (torch.rand(x.shape, generator=g) < 0.3).scatter(1, tokens[:, None], False)
@@ -411,7 +491,9 @@ def episodes(seed: int, rows: int, steps: int, dtype: torch.dtype = torch.float3
 @prop(GAE, **EPISODES, rows=st.integers(1, 4), gamma=FRACTION, lam=FRACTION, used=st.integers(0, 7))
 def equals_the_double_sum(f, seed, rows, steps, gamma, lam, used):
     inputs, given = episodes(seed, rows, steps)
-    agree(f, inputs, gamma=gamma, lam=lam, **{k: v for i, (k, v) in enumerate(given.items()) if used >> i & 1})
+    agree(
+        f, inputs, gamma=gamma, lam=lam, **{k: v for i, (k, v) in enumerate(given.items()) if used >> i & 1}
+    )
 
 
 @prop(GAE, "gamma", "lam", **EPISODES, gamma=FRACTION)
@@ -437,7 +519,11 @@ def linear_in_rewards_and_values(f, seed, steps, gamma, lam):
     (one, _), (two, given) = episodes(seed, 2, steps), episodes(seed + 1, 2, steps)
     options = f.takes(gamma=gamma, lam=lam, mask=given["mask"], dones=given["dones"])
     call = lambda inputs, last: f(*inputs, **options, **f.takes(last_values=torch.full((2,), last)))
-    a, b, both = call(one, 1.0), call(two, -1.0), call([x + 2 * y for x, y in zip(one, two, strict=True)], -1.0)
+    a, b, both = (
+        call(one, 1.0),
+        call(two, -1.0),
+        call([x + 2 * y for x, y in zip(one, two, strict=True)], -1.0),
+    )
     for name, value in both.items():
         close(name, value, a[name].double() + 2 * b[name].double(), 2e-5)
 
@@ -450,7 +536,10 @@ def what_follows_the_last_real_step_is_irrelevant(f, seed, steps, more):
     mask = pad(given["mask"], False)
     wide = [pad(x, NAN).masked_fill(~mask, fill) for x, fill in zip(inputs, (INF, NAN), strict=True)]
     options = f.takes(**given)
-    plain, padded = f(*inputs, **options), f(*wide, **options | f.takes(mask=mask, dones=pad(given["dones"], True) | ~mask))
+    plain, padded = (
+        f(*inputs, **options),
+        f(*wide, **options | f.takes(mask=mask, dones=pad(given["dones"], True) | ~mask)),
+    )
     for name, value in padded.items():
         close(name, value[:, :steps], plain[name])
         zero(f"{name} of masked steps", value.cpu()[~mask])
@@ -460,7 +549,9 @@ def what_follows_the_last_real_step_is_irrelevant(f, seed, steps, more):
 def rows_are_independent(f, seed, steps, row):
     inputs, given = episodes(seed, 4, steps)
     whole, row = f(*inputs, **f.takes(**given)), slice(row, row + 1)
-    for name, value in f(*(x[row] for x in inputs), **f.takes(**{k: v[row] for k, v in given.items()})).items():
+    for name, value in f(
+        *(x[row] for x in inputs), **f.takes(**{k: v[row] for k, v in given.items()})
+    ).items():
         close(name, value, whole[name][row])
 
 
@@ -468,14 +559,27 @@ def rows_are_independent(f, seed, steps, row):
 def a_done_splits_a_row_into_two_calls(f, seed, first, second, gamma):
     """Neither a value nor an advantage crosses it (tianshou #869); what would follow a done last step may be NaN."""
     inputs, _ = episodes(seed, 3, first + second)
-    dones = torch.zeros(3, first + second, dtype=torch.bool).index_fill(1, torch.tensor([first - 1, first + second - 1]), True)
+    dones = torch.zeros(3, first + second, dtype=torch.bool).index_fill(
+        1, torch.tensor([first - 1, first + second - 1]), True
+    )
     whole = f(*inputs, dones=dones, **f.takes(gamma=gamma, last_values=torch.full((3,), NAN)))
-    halves = [f(*(x[:, cut] for x in inputs), **f.takes(gamma=gamma)) for cut in (slice(first), slice(first, None))]
+    halves = [
+        f(*(x[:, cut] for x in inputs), **f.takes(gamma=gamma)) for cut in (slice(first), slice(first, None))
+    ]
     for name, value in whole.items():
         close(name, value, torch.cat([half[name] for half in halves], 1), 1e-5)
 
 
-@prop(GAE, "gamma", "lam", most=20, **SEED, steps=st.sampled_from([300, 1031, 5000]), gamma=FRACTION, lam=FRACTION)
+@prop(
+    GAE,
+    "gamma",
+    "lam",
+    most=20,
+    **SEED,
+    steps=st.sampled_from([300, 1031, 5000]),
+    gamma=FRACTION,
+    lam=FRACTION,
+)
 def long_rows_work(f, seed, steps, gamma, lam):
     """No carry is lost between blocks, no product gamma^t underflows (trl #6626). Against the recursion, in float64."""
     (rewards, values), _ = episodes(seed, 2, steps)
@@ -525,7 +629,9 @@ def half_precision_inputs_give_fp32_results(f, seed, size, dtype):
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cut": lambda x: torch.cat([torch.full_like(x[:, :1], NAN), x, torch.full_like(x[:, :1], NAN)], 1)[:, 1:-1],
+    "cut": lambda x: torch.cat([torch.full_like(x[:, :1], NAN), x, torch.full_like(x[:, :1], NAN)], 1)[
+        :, 1:-1
+    ],
     "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "transposed": lambda x: x.mT.contiguous().mT,
     "permuted": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),

@@ -34,7 +34,9 @@ try:
     import hypothesis
 except ImportError as missing:
     if __name__ != "__main__":
-        raise ImportError("kernels.testing draws its examples with hypothesis: pip install hypothesis") from missing
+        raise ImportError(
+            "kernels.testing draws its examples with hypothesis: pip install hypothesis"
+        ) from missing
     print("kernels.testing: draws its examples with hypothesis; pip install hypothesis", file=sys.stderr)
     sys.exit(2)
 
@@ -56,11 +58,20 @@ TOKENS = ("temperature", "mask")
 STEPS = ("mask", "dones", "last_values", "gamma", "lam")
 OPS = {
     "token_logprobs": Op(token_logprobs_reference, ("logits",), ("logprobs", "entropy"), TOKENS),
-    "token_kl": Op(token_kl_reference, ("logits", "ref_logits"), ("logprobs", "ref_logprobs", "entropy", "kl"), TOKENS),
-    "linear_token_logprobs": Op(linear_token_logprobs_reference, ("hidden", "weight"), ("logprobs", "entropy"), TOKENS),
+    "token_kl": Op(
+        token_kl_reference, ("logits", "ref_logits"), ("logprobs", "ref_logprobs", "entropy", "kl"), TOKENS
+    ),
+    "linear_token_logprobs": Op(
+        linear_token_logprobs_reference, ("hidden", "weight"), ("logprobs", "entropy"), TOKENS
+    ),
     "gae": Op(gae_reference, ("rewards", "values"), ("advantages", "returns"), STEPS),
 }
-GUESSES = {"gae|advantage": "gae", "linear": "linear_token_logprobs", "kl": "token_kl", "log_?(p|softmax)": "token_logprobs"}
+GUESSES = {
+    "gae|advantage": "gae",
+    "linear": "linear_token_logprobs",
+    "kl": "token_kl",
+    "log_?(p|softmax)": "token_logprobs",
+}
 
 
 class Mistake(Exception):
@@ -71,7 +82,9 @@ class Subject:
     """A function as the properties see it. Called with tensors from anywhere it answers with its results by name, and with
     the gradients of its inputs ("d logits") where upstream gradients are given. `can`: its options, results and abilities."""
 
-    def __init__(self, function: Callable[..., Any], op: str, device: str = "cpu", exact: bool = False) -> None:
+    def __init__(
+        self, function: Callable[..., Any], op: str, device: str = "cpu", exact: bool = False
+    ) -> None:
         self.function, self.op, self.device, self.exact = function, op, torch.device(device), exact
         self.inputs, self.results, self.interpreted = OPS[op].inputs, OPS[op].results, INTERPRETED
         self.can = self._options()
@@ -87,9 +100,15 @@ class Subject:
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
             return {*OPS[self.op].options}
         others = parameters[len(self.inputs) + (self.op != "gae") :]
-        missing = [p.name for p in others if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        missing = [
+            p.name
+            for p in others
+            if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]
         if missing:
-            raise Mistake(f"{self.op} gives no {', '.join(missing)}: wrap the function in one that needs none")
+            raise Mistake(
+                f"{self.op} gives no {', '.join(missing)}: wrap the function in one that needs none"
+            )
         return {p.name for p in others} & {*OPS[self.op].options}
 
     def _try(self) -> None:
@@ -105,19 +124,30 @@ class Subject:
         try:
             out = call(x)
         except Exception as error:
-            hint = "" if INTERPRETED or self.device.type == "cuda" else " (Triton needs --device cuda or TRITON_INTERPRET=1)"
-            raise Mistake(f"as {self.op} of two rows of three numbers it fails: {describe(error)}{hint}") from error
+            hint = (
+                ""
+                if INTERPRETED or self.device.type == "cuda"
+                else " (Triton needs --device cuda or TRITON_INTERPRET=1)"
+            )
+            raise Mistake(
+                f"as {self.op} of two rows of three numbers it fails: {describe(error)}{hint}"
+            ) from error
         found = [tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__ for y in out]
         if found != [shape] * len(out) or len(out) > len(self.results):
             want = f"{', '.join(self.results)}, each {shape}"
-            raise Mistake(f"as {self.op} of two rows of three numbers it should return {want}, not {found}: another --op?")
+            raise Mistake(
+                f"as {self.op} of two rows of three numbers it should return {want}, not {found}: another --op?"
+            )
         self.results = self.results[: len(out)]
         self.can |= {*self.results}
         if any(y.requires_grad for y in out):
             self.can.add("gradient")
         if self._blocks():
             self.can.add("block sizes")
-        for dtype, kept, ability in ((torch.float64, torch.float64, "float64"), (torch.bfloat16, torch.float32, "16 bits")):
+        for dtype, kept, ability in (
+            (torch.float64, torch.float64, "float64"),
+            (torch.bfloat16, torch.float32, "16 bits"),
+        ):
             with contextlib.suppress(Exception):
                 if all(y.dtype == kept for y in call(x.to(dtype))):
                     self.can.add(ability)
@@ -125,10 +155,21 @@ class Subject:
     def _blocks(self) -> list[tuple[dict[str, Any], str]]:
         """Block sizes: the integers so named in the function's module, or in those of its package that it imports from."""
         module = getattr(self.function, "__module__", None) or ""
-        names = {module} | {getattr(x, "__module__", None) or "" for x in vars(sys.modules.get(module, argparse)).values()}
-        package = [vars(sys.modules[n]) for n in sorted(names) if n.split(".")[0] == module.split(".")[0] and n in sys.modules]
+        names = {module} | {
+            getattr(x, "__module__", None) or "" for x in vars(sys.modules.get(module, argparse)).values()
+        }
+        package = [
+            vars(sys.modules[n])
+            for n in sorted(names)
+            if n.split(".")[0] == module.split(".")[0] and n in sys.modules
+        ]
         named = re.compile(r"(\w+_)?(LANES|BLOCK|CHUNK|TILE|STRIDE)(_\w+)?")
-        return [(space, key) for space in package for key, x in space.items() if type(x) is int and named.fullmatch(key)]
+        return [
+            (space, key)
+            for space in package
+            for key, x in space.items()
+            if type(x) is int and named.fullmatch(key)
+        ]
 
     @contextlib.contextmanager
     def smaller_blocks(self, halvings: int) -> Iterator[None]:
@@ -150,7 +191,9 @@ class Subject:
             return x
         return x.to(self.device, torch.float64) if self.exact and x.is_floating_point() else x.to(self.device)
 
-    def __call__(self, *tensors: Tensor, upstream: dict[str, Tensor] | None = None, **options: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, *tensors: Tensor, upstream: dict[str, Tensor] | None = None, **options: Any
+    ) -> dict[str, Tensor]:
         leaves = [self._here(x) for x in tensors]
         if upstream is not None:  # detach() keeps strides and addresses, which clone() would not
             leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in leaves]
@@ -158,10 +201,17 @@ class Subject:
         out = dict(zip(self.results, out if isinstance(out, tuple | list) else (out,), strict=True))
         if upstream is None:
             return out
-        pairs = [(out[name], u.to(out[name])) for name, u in upstream.items() if name in out and out[name].requires_grad]
+        pairs = [
+            (out[name], u.to(out[name]))
+            for name, u in upstream.items()
+            if name in out and out[name].requires_grad
+        ]
         if pairs:
             torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-        grads = {f"d {name}": x * 0 if x.grad is None else x.grad for name, x in zip(self.inputs, leaves, strict=False)}
+        grads = {
+            f"d {name}": x * 0 if x.grad is None else x.grad
+            for name, x in zip(self.inputs, leaves, strict=False)
+        }
         return {name: x.detach() for name, x in (out | grads).items()}
 
 
@@ -181,7 +231,9 @@ def describe(error: BaseException) -> str:
     return text if type(error) is AssertionError else f"{type(error).__name__}: {text}"
 
 
-def check(subject: Subject, name: str, max_examples: int = EXAMPLES, seed: int = 0, shrink: bool = True) -> Outcome:
+def check(
+    subject: Subject, name: str, max_examples: int = EXAMPLES, seed: int = 0, shrink: bool = True
+) -> Outcome:
     """Ask one property. The detail of a failure is its message and the smallest example found (the first without `shrink`)."""
     asked, op = PROPERTIES[subject.op][name], OPS[subject.op]
     for need in asked.needs:
@@ -200,7 +252,11 @@ def check(subject: Subject, name: str, max_examples: int = EXAMPLES, seed: int =
 
     if asked.draws:
         options = {"deadline": None, "database": None, "suppress_health_check": list(hypothesis.HealthCheck)}
-        options |= {"verbosity": hypothesis.Verbosity.quiet, "report_multiple_bugs": False, "print_blob": False}
+        options |= {
+            "verbosity": hypothesis.Verbosity.quiet,
+            "report_multiple_bugs": False,
+            "print_blob": False,
+        }
         options |= {"max_examples": min(max_examples, asked.most)}
         options |= {"phases": [hypothesis.Phase.generate, hypothesis.Phase.shrink][: 1 + shrink]}
         run = hypothesis.seed(seed)(hypothesis.settings(**options)(hypothesis.given(**asked.draws)(run)))
@@ -223,7 +279,9 @@ def load(target: str) -> Callable[..., Any]:
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        raise Mistake(f"cannot import {module} ({describe(error)}): run this where it lies, or install it") from error
+        raise Mistake(
+            f"cannot import {module} ({describe(error)}): run this where it lies, or install it"
+        ) from error
     for name in path.split("."):
         if not hasattr(found, name):
             raise Mistake(f"{module} has no {path}: is it spelled so?")
@@ -242,11 +300,15 @@ def guess(target: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m kernels.testing", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        "python -m kernels.testing", description=__doc__, formatter_class=formatter
+    )
     parser.add_argument("target", metavar="package.module:function")
     parser.add_argument("--op", help=f"{', '.join(OPS)} (default: guessed from the function's name)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--max-examples", type=int, default=EXAMPLES, metavar="N", help="a property (default: %(default)s)")
+    parser.add_argument(
+        "--max-examples", type=int, default=EXAMPLES, metavar="N", help="a property (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if INTERPRETED and importlib.util.find_spec("triton"):
@@ -264,13 +326,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"kernels.testing: {mistake}", file=sys.stderr)
         return 2
     where = f"{args.device}{' (interpreter)' if INTERPRETED else ''}"
-    print(f"{args.target} as {op} on {where}: at most {args.max_examples} examples a property, seed {args.seed}", flush=True)
+    print(
+        f"{args.target} as {op} on {where}: at most {args.max_examples} examples a property, seed {args.seed}",
+        flush=True,
+    )
     start, count = time.perf_counter(), {"pass": 0, "FAIL": 0, "-": 0}
     for name in PROPERTIES[op]:
         outcome = check(subject, name, args.max_examples, args.seed)
         count[outcome.status] += 1
         print(outcome, flush=True)
-    print(f"{count['pass']} passed, {count['FAIL']} failed, {count['-']} not asked ({time.perf_counter() - start:.1f} s)")
+    print(
+        f"{count['pass']} passed, {count['FAIL']} failed, {count['-']} not asked ({time.perf_counter() - start:.1f} s)"
+    )
     return 1 if count["FAIL"] else 0
 
 

@@ -39,15 +39,23 @@ def item_of(line: bytes) -> dict:
     pair = "response_a" in row or "response_b" in row
     fields = ["prompt", *(["response_a", "response_b"] if pair else ["response"])]
     if unknown := sorted({*row} - {*fields, "gold"}):
-        raise UserError(f"{unknown[0]}: unknown; expected prompt, response_a and response_b or response, gold")
-    prompt, *texts = (plain(row.get(field, "" if field == "prompt" else None), field, MAX_TEXT) for field in fields)
+        raise UserError(
+            f"{unknown[0]}: unknown; expected prompt, response_a and response_b or response, gold"
+        )
+    prompt, *texts = (
+        plain(row.get(field, "" if field == "prompt" else None), field, MAX_TEXT) for field in fields
+    )
     if not all(text.strip() for text in texts) or len({*texts}) < len(texts):
         raise UserError(f"{fields[-1]}: empty, or the same as the other")
     answers, gold = CHOICES if pair else range(SCALE[0], SCALE[1] + 1), row.get("gold")
     if gold is not None and (type(gold) not in (str, int) or gold not in answers):
         raise UserError(f"gold: expected one of {', '.join(map(str, answers))}")
-    return {"mode": "pair" if pair else "rating", "prompt": prompt, "gold": gold} | dict(zip("ab", texts, strict=False))
+    return {"mode": "pair" if pair else "rating", "prompt": prompt, "gold": gold} | dict(
+        zip("ab", texts, strict=False)
+    )
 
 
 def tell(store: Store, new: int, known: int) -> None:
-    print(f"{store.path}: {new} new items, {known} already there; python -m minirlhf.feedback serve --store {store.path}")
+    print(
+        f"{store.path}: {new} new items, {known} already there; python -m minirlhf.feedback serve --store {store.path}"
+    )

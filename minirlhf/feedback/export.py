@@ -48,7 +48,9 @@ def export(store: Store, out: Path) -> None:
     """Write the tables that have rows, each file whole or not at all; one without rows that is there already goes."""
     found = tables(store)
     if not found["events"]:
-        raise UserError(f"{store.path}: no judgements yet: collect some with python -m minirlhf.feedback serve")
+        raise UserError(
+            f"{store.path}: no judgements yet: collect some with python -m minirlhf.feedback serve"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, rows in found.items():

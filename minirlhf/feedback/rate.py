@@ -8,7 +8,10 @@ from minirlhf.feedback.store import Store, rater_name
 PAIR = {"1": ("first, much better", {"choice": "left", "strength": 2}), "2": ("first", {"choice": "left", "strength": 1}),
         "3": ("tie", {"choice": "tie"}), "4": ("second", {"choice": "right", "strength": 1}),
         "5": ("second, much better", {"choice": "right", "strength": 2}), "0": ("both bad", {"choice": "bad"})}  # fmt: skip
-RATING = {str(n): (word, {"rating": n}) for n, word in enumerate(("very bad", "bad", "middling", "good", "very good"), 1)}
+RATING = {
+    str(n): (word, {"rating": n})
+    for n, word in enumerate(("very bad", "bad", "middling", "good", "very good"), 1)
+}
 MORE = {"s": "skip", "u": "undo", "q": "quit"}
 
 
@@ -27,9 +30,13 @@ def rate(store: Store, name: str) -> None:
         answers = PAIR if item["mode"] == "pair" else RATING
         done = store.progress(rater)
         print(f"\n[{done['done']} done, {done['left']} left]  {visible(item['prompt'])}")
-        for label, text in zip(("first", "second") if item["mode"] == "pair" else ("text",), item["texts"], strict=True):
+        for label, text in zip(
+            ("first", "second") if item["mode"] == "pair" else ("text",), item["texts"], strict=True
+        ):
             print(f"  {label + ':':8s}{visible(text)}")
-        keys = ", ".join(f"{key} {label}" for key, label in {**{k: v[0] for k, v in answers.items()}, **MORE}.items())
+        keys = ", ".join(
+            f"{key} {label}" for key, label in {**{k: v[0] for k, v in answers.items()}, **MORE}.items()
+        )
         start = time.monotonic()
         try:
             key, _, note = input(f"{refusal}{keys}, then a note if you like: ").strip().partition(" ")
@@ -44,7 +51,9 @@ def rate(store: Store, name: str) -> None:
             elif key in answers or key == "s":
                 sent = {"skip": True} if key == "s" else answers[key][1]
                 seconds = time.monotonic() - start
-                item = store.vote(rater, item["item"], item["lease"], sent | {"note": note, "seconds": seconds})
+                item = store.vote(
+                    rater, item["item"], item["lease"], sent | {"note": note, "seconds": seconds}
+                )
             else:
                 refusal = f"{visible(key)!r} is no key. "
         except UserError as e:

@@ -19,7 +19,9 @@ def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[i
     """Which items to keep, of every item's texts' scores (for each text [members]): by turns the next best of each criterion.
     What the members make of a pair is the difference of its texts: there a vote tells them apart."""
     value = {
-        "disagreement": lambda texts: (texts[0] - texts[-1] if len(texts) > 1 else texts[0]).std(correction=0),
+        "disagreement": lambda texts: (texts[0] - texts[-1] if len(texts) > 1 else texts[0]).std(
+            correction=0
+        ),
         "score": lambda texts: max(text.mean() for text in texts),
     }
     orders = [sorted(range(len(scores)), key=lambda i, of=value[name]: -of(scores[i]).item()) for name in by]
@@ -33,8 +35,13 @@ def sample(args: argparse.Namespace) -> None:
     setting = {key: about["training"].get(key, default) for key, default in
                (("response_tokens", 24), ("temperature", 1.0), ("stop", True))}  # fmt: skip
     setting |= {k: v for k in ("response_tokens", "temperature") if (v := getattr(args, k)) is not None}
-    if min(setting["response_tokens"], args.limit, args.per_prompt, args.prompt_tokens) < 1 or not setting["temperature"] > 0:
-        raise UserError("--response-tokens, --temperature, --limit, --per-prompt and --prompt-tokens must be above 0")
+    if (
+        min(setting["response_tokens"], args.limit, args.per_prompt, args.prompt_tokens) < 1
+        or not setting["temperature"] > 0
+    ):
+        raise UserError(
+            "--response-tokens, --temperature, --limit, --per-prompt and --prompt-tokens must be above 0"
+        )
     if args.mode == "pair" and args.per_prompt < 2:
         raise UserError("--per-prompt must be 2 or more to make pairs: raise it, or use --mode rating")
     if (args.keep is None) != (args.reward_model is None) or (args.keep or 1) < 1:
@@ -50,7 +57,10 @@ def sample(args: argparse.Namespace) -> None:
     source = data.load(args.prompts, data_dir=args.data_dir)
     if args.prompts in ("vader", "toy"):  # PPO's own prompts; test texts are for the last word
         source = source.select("val", source.genres_among(["movies"]))
-    prompts = [list(ids) for ids in dict.fromkeys(map(tuple, data.prompts_of(source.records, tokenizer, args.prompt_tokens)))]
+    prompts = [
+        list(ids)
+        for ids in dict.fromkeys(map(tuple, data.prompts_of(source.records, tokenizer, args.prompt_tokens)))
+    ]
     prompts = [prompts[i] for i in data.cursor(len(prompts), min(args.limit, len(prompts)), args.seed, 0)]
     longest = max(map(len, prompts)) + setting["response_tokens"]
     if longest > about["model"]["context"]:
@@ -58,7 +68,10 @@ def sample(args: argparse.Namespace) -> None:
                         f"{about['model']['context']}: lower --response-tokens or shorten the prompts")  # fmt: skip
     store = Store(args.store, create=True, seed=args.seed)
 
-    model, responses = checkpoint.load_gpt(folder).to(machine.device).eval(), defaultdict(dict)  # dicts: in order, each once
+    model, responses = (
+        checkpoint.load_gpt(folder).to(machine.device).eval(),
+        defaultdict(dict),
+    )  # dicts: in order, each once
     for k in range(args.per_prompt):
         texts = write(model, prompts, setting, tokenizer, machine, args.seed + k)
         scores = [None] * len(prompts)

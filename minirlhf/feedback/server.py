@@ -53,7 +53,11 @@ def is_ours(asked: str, host: str) -> bool:
     name of its own to any address, but not the address itself: beyond loopback, literal addresses are taken as well."""
     try:
         name = urlsplit(f"//{asked}").hostname or ""
-        return is_loopback(name) or name == host.strip("[]") or (not is_loopback(host) and bool(ipaddress.ip_address(name)))
+        return (
+            is_loopback(name)
+            or name == host.strip("[]")
+            or (not is_loopback(host) and bool(ipaddress.ip_address(name)))
+        )
     except ValueError:
         return False
 
@@ -64,7 +68,8 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
     digest = sha256((token or "").encode()).hexdigest()
     app.config |= {
         "SECRET_KEY": store.meta["secret"],  # sessions outlive the server
-        "SESSION_COOKIE_NAME": "minirlhf-" + sha256(store.meta["secret"].encode()).hexdigest()[:8],  # ports share cookies
+        "SESSION_COOKIE_NAME": "minirlhf-"
+        + sha256(store.meta["secret"].encode()).hexdigest()[:8],  # ports share cookies
         "SESSION_COOKIE_SAMESITE": "Strict",
         "MAX_CONTENT_LENGTH": MAX_BODY,
     }
@@ -100,7 +105,10 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
         elif isinstance(error, UserError):
             status, message = 400, str(error)
         elif isinstance(error, sqlite3.Error):
-            status, message = 503, f"the store cannot be written ({error}): free the disk or the file, then send it again"
+            status, message = (
+                503,
+                f"the store cannot be written ({error}): free the disk or the file, then send it again",
+            )
         else:
             app.logger.exception("bug")
             status, message = 500, "an error of the server's: see its terminal"
@@ -132,13 +140,19 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
         session.permanent = True  # resume tomorrow
         session.setdefault("csrf", secrets.token_hex(16))
         known = "rater" in session and (not token or session.get("token") == digest)
-        said = {"rater": session["rater"], "guidelines": store.meta["guidelines"]} if known else {"rater": None}
+        said = (
+            {"rater": session["rater"], "guidelines": store.meta["guidelines"]} if known else {"rater": None}
+        )
         return jsonify(csrf=session["csrf"], needs_token=bool(token), **said)
 
     @app.post("/api/join")
     def join() -> Response:
         _, name, given = body("name", "token")
-        if token and session.get("token") != digest and not hmac.compare_digest(given.encode(), token.encode()):
+        if (
+            token
+            and session.get("token") != digest
+            and not hmac.compare_digest(given.encode(), token.encode())
+        ):
             abort(401, "wrong token: open the whole link that you were given")
         session["rater"], session["token"] = rater_name(name), digest
         return me()
@@ -173,11 +187,17 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
 def serve(store: Store, host: str, port: int, token: str | None) -> None:
     """Serve until Ctrl-C. Beyond loopback, only with a token."""
     if token is not None and len(token) < MIN_TOKEN:
-        raise UserError(f"--token must have {MIN_TOKEN} characters or more, such as {secrets.token_urlsafe(16)}")
+        raise UserError(
+            f"--token must have {MIN_TOKEN} characters or more, such as {secrets.token_urlsafe(16)}"
+        )
     if not is_loopback(host) and token is None:
-        raise UserError(f"--host {host} lets others in: it needs a --token too, such as {secrets.token_urlsafe(16)}")
+        raise UserError(
+            f"--host {host} lets others in: it needs a --token too, such as {secrets.token_urlsafe(16)}"
+        )
     if not store.rows("SELECT 1 FROM items LIMIT 1"):
-        raise UserError(f"{store.path}: no items yet: put some in with python -m minirlhf.feedback sample, or add")
+        raise UserError(
+            f"{store.path}: no items yet: put some in with python -m minirlhf.feedback sample, or add"
+        )
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a short queue is no news
     try:
         server = create_server(create_app(store, host, token), host=host, port=port, threads=16, max_request_body_size=MAX_BODY,
@@ -187,6 +207,7 @@ def serve(store: Store, host: str, port: int, token: str | None) -> None:
     port = getattr(server, "effective_port", port)
     # After #, the token stays in the browser: no log and no Referer has it.
     print(
-        f"http://{host}:{port}/{f'#{token}' if token else ''}   (Ctrl-C stops; everything acknowledged is stored)", flush=True
+        f"http://{host}:{port}/{f'#{token}' if token else ''}   (Ctrl-C stops; everything acknowledged is stored)",
+        flush=True,
     )
     server.run()

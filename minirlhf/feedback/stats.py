@@ -28,7 +28,9 @@ def scale(vote: dict) -> float | None:
 
 def rate_of(hits: list[bool]) -> dict | None:
     """{n, rate, interval} with Wilson's 95 % interval [D24]."""
-    return {"n": len(hits), "rate": mean(hits), "interval": list(wilson(sum(hits), len(hits)))} if hits else None
+    return (
+        {"n": len(hits), "rate": mean(hits), "interval": list(wilson(sum(hits), len(hits)))} if hits else None
+    )
 
 
 def agreement(votes: list[dict]) -> dict:
@@ -39,7 +41,9 @@ def agreement(votes: list[dict]) -> dict:
     same = [says(v) == says(w) for unit in units.values() for v, w in combinations(unit, 2)]
     number = lambda answer: CHOICES.index(answer) if isinstance(answer, str) else answer
     scaled = [[x for vote in unit if (x := scale(vote)) is not None] for unit in units.values()]
-    alpha = {"nominal": krippendorff_alpha([[number(says(v)) for v in unit] for unit in units.values()], "nominal")}
+    alpha = {
+        "nominal": krippendorff_alpha([[number(says(v)) for v in unit] for unit in units.values()], "nominal")
+    }
     alpha |= {level: krippendorff_alpha(scaled, level) for level in ("ordinal", "interval")}
     shared = sum(len(unit) > 1 for unit in units.values())
     # Alpha needs two raters on an item: without any there is none to tell, rather than 0.
@@ -52,7 +56,9 @@ def reliability(rater: str, votes: list[dict]) -> dict:
     their mean). A gold rating is right within one point."""
     own = [v for v in votes if v["rater"] == rater]
     first = {v["item"]: v for v in own if not v["repeat"]}
-    right = lambda v: abs(v["rating"] - int(v["gold"])) <= 1 if v["mode"] == "rating" else v["choice"] == v["gold"]
+    right = lambda v: (
+        abs(v["rating"] - int(v["gold"])) <= 1 if v["mode"] == "rating" else v["choice"] == v["gold"]
+    )
     others = defaultdict(list)
     for v in votes:
         if v["rater"] != rater and not v["repeat"] and v["gold"] is None and v["item"] in first:
@@ -71,7 +77,9 @@ def reliability(rater: str, votes: list[dict]) -> dict:
         "votes": len(own),
         "median_seconds": median(v["seconds"] for v in own),
         "gold": rate_of([right(v) for v in own if v["gold"] is not None and not v["repeat"]]),
-        "self": rate_of([says(v) == says(first[v["item"]]) for v in own if v["repeat"] and v["item"] in first]),
+        "self": rate_of(
+            [says(v) == says(first[v["item"]]) for v in own if v["repeat"] and v["item"] in first]
+        ),
         "with_majority": rate_of(with_majority),
         "with_mean_pearson": pearson(mine, theirs) if len(mine) > 2 else None,
     }
@@ -84,31 +92,56 @@ def summarise(store: Store) -> dict:
     decided = [v for v in votes if v["mode"] == "pair" and v["choice"] in ("a", "b")]
     seconds = sum(v["seconds"] for v in votes)
     return {
-        "items": {r["mode"]: r["n"] for r in store.rows("SELECT mode, count(*) AS n FROM items GROUP BY mode")},
-        "agreement": {m: agreement(chosen) for m in ("pair", "rating") if (chosen := [v for v in plain if v["mode"] == m])},
+        "items": {
+            r["mode"]: r["n"] for r in store.rows("SELECT mode, count(*) AS n FROM items GROUP BY mode")
+        },
+        "agreement": {
+            m: agreement(chosen)
+            for m in ("pair", "rating")
+            if (chosen := [v for v in plain if v["mode"] == m])
+        },
         "raters": {rater: reliability(rater, votes) for rater in sorted({v["rater"] for v in votes})},
         "left_chosen": rate_of([v["choice"] == v["shown"][0] for v in decided]),
-        "throughput": {"votes": len(votes), "seconds": seconds, "per_hour": 3600 * len(votes) / seconds if seconds else None},
-        "events": {r["kind"]: r["n"] for r in store.rows("SELECT kind, count(*) AS n FROM events GROUP BY kind")},
+        "throughput": {
+            "votes": len(votes),
+            "seconds": seconds,
+            "per_hour": 3600 * len(votes) / seconds if seconds else None,
+        },
+        "events": {
+            r["kind"]: r["n"] for r in store.rows("SELECT kind, count(*) AS n FROM events GROUP BY kind")
+        },
     }
 
 
 def print_stats(found: dict) -> None:
-    percent = lambda r: f"{r['rate']:.0%} [{r['interval'][0]:.0%}, {r['interval'][1]:.0%}] of {r['n']}" if r else "-"
+    percent = lambda r: (
+        f"{r['rate']:.0%} [{r['interval'][0]:.0%}, {r['interval'][1]:.0%}] of {r['n']}" if r else "-"
+    )
     print("items:", ", ".join(f"{n} {mode}" for mode, n in found["items"].items()) or "none")
     for mode, a in found["agreement"].items():
-        print(f"\n{mode}: {a['votes']} votes on {a['items']} items, {a['shared']} of them judged by two raters or more")
+        print(
+            f"\n{mode}: {a['votes']} votes on {a['items']} items, {a['shared']} of them judged by two raters or more"
+        )
         if a["alpha"]:
             alpha = ", ".join(f"{level} {value:.3f}" for level, value in a["alpha"].items())
-            print(f"  raw agreement {a['raw']:.1%} of {a['pairs']} rater pairs; Krippendorff's alpha: {alpha}")
-    print(f"\n{'rater':16s}{'votes':>6s}{'seconds':>9s}  {'gold right':24s}{'same again':24s}{'with the others':24s}")
+            print(
+                f"  raw agreement {a['raw']:.1%} of {a['pairs']} rater pairs; Krippendorff's alpha: {alpha}"
+            )
+    print(
+        f"\n{'rater':16s}{'votes':>6s}{'seconds':>9s}  {'gold right':24s}{'same again':24s}{'with the others':24s}"
+    )
     for name, r in found["raters"].items():
         with_mean = "" if r["with_mean_pearson"] is None else f" r {r['with_mean_pearson']:.2f}"
         print(f"{name:16s}{r['votes']:6d}{r['median_seconds']:9.1f}  {percent(r['gold']):24s}{percent(r['self']):24s}"
               f"{percent(r['with_majority'])}{with_mean}")  # fmt: skip
     if left := found["left_chosen"]:
         biased = not left["interval"][0] <= 0.5 <= left["interval"][1]
-        print(f"\nleft chosen: {percent(left)}" + (": a position bias" if biased else ": no position bias shown"))
+        print(
+            f"\nleft chosen: {percent(left)}"
+            + (": a position bias" if biased else ": no position bias shown")
+        )
     speed = found["throughput"]
     if speed["per_hour"]:
-        print(f"throughput: {speed['votes']} votes in {speed['seconds'] / 60:.1f} minutes, {speed['per_hour']:.0f} an hour")
+        print(
+            f"throughput: {speed['votes']} votes in {speed['seconds'] / 60:.1f} minutes, {speed['per_hour']:.0f} an hour"
+        )

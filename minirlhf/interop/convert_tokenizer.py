@@ -25,9 +25,7 @@ BYTE_OF = {character: BYTES[b] for b, character in enumerate(CHARACTERS)}
 DIGIT = r"\p{N}"
 # Digits first, each alone, then GPT-2's words between them: so white space before a digit is at an end of its piece.
 SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
 # A pre-tokenizer is the regexes that cut a text, one after the other; tiktoken takes one regex.
 COMBINED = {(DIGIT, GPT2_PATTERN): SMOLLM_PATTERN}
@@ -65,18 +63,24 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
         ranks = {b"".join(BYTE_OF[c] for c in token): vocab[token] for token in words}
         order = [vocab[token] for token in products]
     except KeyError as error:
-        raise UserError(f"{source}: {error} in the merges is no token of byte-level BPE: this tokenizer is not read") from None
+        raise UserError(
+            f"{source}: {error} in the merges is no token of byte-level BPE: this tokenizer is not read"
+        ) from None
     # What no merge makes never comes from a text: it is kept as the specials are, so that it can be shown.
     made = {*order}
     specials = {t: i for t, i in vocab.items() if t not in BYTE_OF and i not in made} | specials
     tokens = {*ranks.values(), *specials.values()}
     for name in "bos_token", "eos_token", "pad_token":
         if named.get(name) is not None and named[name] not in specials:
-            raise UserError(f"{source}: {name} {named[name]!r} is no special token here: correct tokenizer_config.json")
+            raise UserError(
+                f"{source}: {name} {named[name]!r} is no special token here: correct tokenizer_config.json"
+            )
     if named.get("eos_token") is None:
         raise UserError(f"{source}: no eos_token: name the token that ends a text in tokenizer_config.json")
     if max(tokens) >= vocab_size:
-        raise UserError(f"{source}: id {max(tokens)}, but the model has {vocab_size} rows: take both from one model")
+        raise UserError(
+            f"{source}: id {max(tokens)}, but the model has {vocab_size} rows: take both from one model"
+        )
     specials = dict(sorted(specials.items(), key=lambda item: item[1]))
     bos, eot, pad = (specials.get(named.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
     pad = None if pad == eot else pad
@@ -85,15 +89,21 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
     try:
         tokenizer = Tokenizer(ranks, pattern, specials, eot, bos, pad, vocab_size, normalize, hf)
     except ValueError as error:
-        raise UserError(f"{source}: its split {pattern!r} is not read ({error}): this tokenizer is not supported") from None
+        raise UserError(
+            f"{source}: its split {pattern!r} is not read ({error}): this tokenizer is not supported"
+        ) from None
     reference = reference or replayer(vocab, merges, stages, normalize, ignore_merges)
     if any(a > b for a, b in pairwise(order)):
         at = next(i for i, (a, b) in enumerate(pairwise(order)) if a > b)
-        raise UserError(f"{source}: ids do not follow the merges ({products[at + 1]!r}): ids would differ; not supported")
+        raise UserError(
+            f"{source}: ids do not follow the merges ({products[at + 1]!r}): ids would differ; not supported"
+        )
     whole = [text for token in ranks if "\ufffd" not in (text := token.decode("utf-8", "replace"))]
     for text in HARD_TEXTS + whole + ["".join(whole[i : i + 20]) for i in range(0, len(whole), 400)]:
         if (ours := tokenizer.encode(text)) != (theirs := reference(text)):
-            raise UserError(f"{source}: the ids of {text!r} are {theirs[:20]}, here {ours[:20]}: not supported")
+            raise UserError(
+                f"{source}: the ids of {text!r} are {theirs[:20]}, here {ours[:20]}: not supported"
+            )
     return tokenizer
 
 
@@ -146,13 +156,26 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
     if document.get("model", {}).get("type") == "WordPiece":
         return WordPiece(file)
     if document:
-        bpe, stages, normalize = document["model"], _stages(document.get("pre_tokenizer"), file), _normalizer(document, file)
-        odd = [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback") if bpe.get(key)]
+        bpe, stages, normalize = (
+            document["model"],
+            _stages(document.get("pre_tokenizer"), file),
+            _normalizer(document, file),
+        )
+        odd = [
+            key
+            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+            if bpe.get(key)
+        ]
         if bpe.get("unk_token") and not bpe["vocab"].keys() >= BYTE_OF.keys():
             odd.append("unk_token")
         if bpe.get("type") != "BPE" or odd:
-            raise UserError(f"{file}: model {bpe.get('type')} {' '.join(odd)}: only plain byte-level BPE is read")
-        vocab, merges = bpe["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]]
+            raise UserError(
+                f"{file}: model {bpe.get('type')} {' '.join(odd)}: only plain byte-level BPE is read"
+            )
+        vocab, merges = (
+            bpe["vocab"],
+            [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]],
+        )
         specials = {token["content"]: token["id"] for token in document.get("added_tokens", [])}
         reference = _package(file)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -161,12 +184,16 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         family = {"gpt2": (GPT2_PATTERN, None), "qwen2": (QWEN2_PATTERN, "NFC")}.get(model.get("model_type"))
         if family is None:
-            raise UserError(f"{file}: how {model.get('model_type')} splits text is not known: give its tokenizer.json")
+            raise UserError(
+                f"{file}: how {model.get('model_type')} splits text is not known: give its tokenizer.json"
+            )
         stages, normalize = family[:1], family[1]
         specials = read_json(folder / "added_tokens.json")
         specials |= {token["content"]: int(i) for i, token in about.get("added_tokens_decoder", {}).items()}
     else:
-        raise UserError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt: copy the model's tokenizer there")
+        raise UserError(
+            f"{folder}: no tokenizer.json, and no vocab.json with merges.txt: copy the model's tokenizer there"
+        )
     vocab = {token: i for token, i in vocab.items() if token not in specials}
     names = {i: token for token, i in (vocab | specials).items()}
     found = read_json(folder / "special_tokens_map.json") | about
@@ -174,7 +201,13 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
     for name in "bos_token", "eos_token", "pad_token":
         value = found[name] if name in found else model.get(f"{name}_id")
         value = value[0] if isinstance(value, list) else value  # several ends: the first
-        named[name] = names.get(value) if isinstance(value, int) else value["content"] if isinstance(value, dict) else value
+        named[name] = (
+            names.get(value)
+            if isinstance(value, int)
+            else value["content"]
+            if isinstance(value, dict)
+            else value
+        )
         if named[name] in vocab:  # GPT-2's vocab.json lists it among the words
             specials[named[name]] = vocab.pop(named[name])
     template = about.get("chat_template")
@@ -186,7 +219,9 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
     if _opens(document.get("post_processor") or {}, named["bos_token"]):
         hf["add_bos_token"] = True
     ignore = document.get("model", {}).get("ignore_merges", False)
-    return build(file, vocab, merges, specials, stages, named, model["vocab_size"], normalize, hf, ignore, reference)
+    return build(
+        file, vocab, merges, specials, stages, named, model["vocab_size"], normalize, hf, ignore, reference
+    )
 
 
 def _stages(step: dict | None, file: Path) -> tuple[str, ...]:
@@ -196,14 +231,23 @@ def _stages(step: dict | None, file: Path) -> tuple[str, ...]:
         kind = step.get("type")
         if kind == "Digits" and step.get("individual_digits"):
             found.append(DIGIT)
-        elif kind == "Split" and step["behavior"] == "Isolated" and not step.get("invert") and "Regex" in step["pattern"]:
+        elif (
+            kind == "Split"
+            and step["behavior"] == "Isolated"
+            and not step.get("invert")
+            and "Regex" in step["pattern"]
+        ):
             found.append(step["pattern"]["Regex"])
         elif kind == "ByteLevel" and not step.get("add_prefix_space") and step is steps[-1]:
             found += [GPT2_PATTERN] * step.get("use_regex", True)
         else:
-            raise UserError(f"{file}: pre_tokenizer {json.dumps(step)[:120]} is not read: byte-level splits by regex only")
+            raise UserError(
+                f"{file}: pre_tokenizer {json.dumps(step)[:120]} is not read: byte-level splits by regex only"
+            )
     if not found or len(found) > 1 and tuple(found) not in COMBINED or steps[-1].get("type") != "ByteLevel":
-        raise UserError(f"{file}: pre_tokenizer {[s.get('type') for s in steps]}: this combination is not read")
+        raise UserError(
+            f"{file}: pre_tokenizer {[s.get('type') for s in steps]}: this combination is not read"
+        )
     return tuple(found)
 
 
@@ -248,11 +292,15 @@ def from_gguf(file: Path, fields: dict, vocab_size: int) -> Tokenizer:
     stages = GGUF_STAGES.get(fields.get("pre"))
     if fields.get("model") != "gpt2" or stages is None:
         kind = f"{fields.get('model')} / {fields.get('pre')}"
-        raise UserError(f"{file}: tokenizer {kind}: only byte-level BPE, split as {', '.join(GGUF_STAGES)}, is read")
+        raise UserError(
+            f"{file}: tokenizer {kind}: only byte-level BPE, split as {', '.join(GGUF_STAGES)}, is read"
+        )
     tokens = fields["tokens"]
     kinds = fields.get("token_type", [1] * len(tokens))  # 1 a word, 2 to 4 special, 5 unused
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
-    specials = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (2, 3, 4)}
+    specials = {
+        token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (2, 3, 4)
+    }
     named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
     named = {name: tokens[fields[key]] for name, key in named.items() if key in fields}
     specials |= {token: vocab.pop(token) for token in named.values() if token in vocab}
@@ -282,9 +330,18 @@ def write(tokenizer: Tokenizer | WordPiece, folder: Path, context: int) -> dict[
     ranks = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     # Every pair that makes a token, where a list of merges would have the one met in training: tiktoken joins any of them.
     pairs = ((t[:i], t[i:]) for t in ranks for i in range(1, len(t)))
-    merges = [[word(left), word(right)] for left, right in pairs if left in tokenizer.ranks and right in tokenizer.ranks]
+    merges = [
+        [word(left), word(right)]
+        for left, right in pairs
+        if left in tokenizer.ranks and right in tokenizer.ranks
+    ]
     plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     known = {GPT2_PATTERN: [], SMOLLM_PATTERN: [{"type": "Digits", "individual_digits": True}]}
     steps = [*known.get(tokenizer.pattern, [split]), plain | {"use_regex": tokenizer.pattern in known}]
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
@@ -311,10 +368,18 @@ def write(tokenizer: Tokenizer | WordPiece, folder: Path, context: int) -> dict[
             "vocab": {word(t): tokenizer.ranks[t] for t in ranks} | tokenizer.specials, "merges": merges,
         },
     }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name[tokenizer.eot], "model_max_length": context,
              "clean_up_tokenization_spaces": False}  # fmt: skip
     about |= {key: value for key, value in hf.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
-    ids = {"bos_token_id": hf["bos_token"], "eos_token_id": name[tokenizer.eot], "pad_token_id": hf["pad_token"]}
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
+    ids = {
+        "bos_token_id": hf["bos_token"],
+        "eos_token_id": name[tokenizer.eot],
+        "pad_token_id": hf["pad_token"],
+    }
     return {key: tokenizer.specials[token] for key, token in ids.items() if token is not None}

@@ -147,7 +147,9 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
     if unknown:
         options = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(default)]
         near = difflib.get_close_matches(unknown[0], options, n=1)
-        raise UserError(f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+        raise UserError(
+            f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help")
+        )
     check_ranges(config)
     return config
 

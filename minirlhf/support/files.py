@@ -66,7 +66,9 @@ class Lock:
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(folder / ".lock", "a")  # noqa: SIM115  (held until the process ends)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be made or written ({error.strerror}): choose another --out") from None
+            raise UserError(
+                f"{folder}: cannot be made or written ({error.strerror}): choose another --out"
+            ) from None
         with contextlib.suppress(ImportError):  # Windows has no fcntl: there the folder is not guarded
             import fcntl
 
@@ -74,7 +76,9 @@ class Lock:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 self.file.close()
-                raise UserError(f"{folder}: another process is at work here: wait for it, or choose another --out") from None
+                raise UserError(
+                    f"{folder}: another process is at work here: wait for it, or choose another --out"
+                ) from None
 
     def release(self) -> None:
         self.file.close()

@@ -41,7 +41,11 @@ def from_template(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
         raise TemplateError(reason)
 
     by_id = {i: name for name, i in tokenizer.specials.items()}
-    known = {"bos_token": by_id.get(tokenizer.bos, ""), "eos_token": by_id.get(tokenizer.eot, ""), "raise_exception": refuse}
+    known = {
+        "bos_token": by_id.get(tokenizer.bos, ""),
+        "eos_token": by_id.get(tokenizer.eot, ""),
+        "raise_exception": refuse,
+    }
     marked = [message | {"content": MARK.format(i)} for i, message in enumerate(messages)]
     try:
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
@@ -73,7 +77,9 @@ class Speaker:
         if layout == "template" and not template:
             raise UserError(f"{path}: its tokenizer has no chat template: use --layout text or dialogue")
         # Our own stages have taught an imported model other layouts than the one it came with.
-        self.layout = layout if layout != "auto" else "template" if template and about["stage"] == "import" else "text"
+        self.layout = (
+            layout if layout != "auto" else "template" if template and about["stage"] == "import" else "text"
+        )
         if system and self.layout == "text":
             raise UserError(f"{path}: --system needs --layout dialogue or template: a text has no turns")
         self.forbidden = None if about["training"].get("stop", True) else self.tokenizer.eot
@@ -103,7 +109,12 @@ class Speaker:
 
 @torch.no_grad()
 def explain(
-    speaker: Speaker, tokens: Tensor, begun: int, temperature: float, reference: GPT | None, reward_model: RewardEnsemble | None
+    speaker: Speaker,
+    tokens: Tensor,
+    begun: int,
+    temperature: float,
+    reference: GPT | None,
+    reward_model: RewardEnsemble | None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """({what is known: a number for each token written, [R]}, the whole distribution at each, [R, V]).  tokens [1, T] of which
     the first `begun` were read; `reward_model` reads the speaker's tokens."""
@@ -125,10 +136,15 @@ def explanation(tokenizer: Tokenizer, written: list[int], columns: dict[str, Ten
     """A line for each token that was written."""
     name = lambda token: repr(tokenizer.token_str(token))
     likeliest = chances.topk(min(4, chances.shape[1]))
-    line = lambda token, cells, others: f"{token:>18s}" + "".join(f"{cell:>13s}" for cell in cells) + "   " + others
+    line = lambda token, cells, others: (
+        f"{token:>18s}" + "".join(f"{cell:>13s}" for cell in cells) + "   " + others
+    )
     lines = [line("token", columns, "likeliest others")]
     for t, token in enumerate(written):
-        cells = [f"{values[t].item():{'.1%' if head == 'probability' else '+.2f'}}" for head, values in columns.items()]
+        cells = [
+            f"{values[t].item():{'.1%' if head == 'probability' else '+.2f'}}"
+            for head, values in columns.items()
+        ]
         others = zip(likeliest.indices[t].tolist(), likeliest.values[t].tolist(), strict=True)
         shown = [f"{name(other)} {chance:.0%}" for other, chance in others if other != token][:3]
         lines.append(line(name(token), cells, ", ".join(shown)))
@@ -138,7 +154,9 @@ def explanation(tokenizer: Tokenizer, written: list[int], columns: dict[str, Ten
 def main() -> None:
     parser = argparse.ArgumentParser("python -m minirlhf.chat", description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", type=Path, nargs="+", help="language models: each answers every line")
-    parser.add_argument("--layout", choices=LAYOUTS, default="auto", help="auto: an imported model's chat template, else text")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="auto", help="auto: an imported model's chat template, else text"
+    )
     parser.add_argument("--system", help="the first message of a dialogue")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
     parser.add_argument("--response-tokens", type=int, default=64, help="longest answer")
@@ -150,7 +168,9 @@ def main() -> None:
     if args.response_tokens < 1 or not args.temperature >= 0:
         raise UserError("--response-tokens must be above 0, and --temperature not below it")
     if args.explain and not args.temperature:
-        raise UserError("--explain tells of a distribution, and --temperature 0 leaves none: use --temperature 1")
+        raise UserError(
+            "--explain tells of a distribution, and --temperature 0 leaves none: use --temperature 1"
+        )
     if args.reference and not args.explain:
         raise UserError("--reference is read by --explain: add it, or drop --reference")
     device = hardware.setup_machine(args.seed).device
@@ -159,19 +179,25 @@ def main() -> None:
     if args.reference:
         _, _, theirs = checkpoint.writer(args.reference)
         if any(s.tokenizer.hash != theirs.hash for s in speakers):
-            raise UserError(f"{args.reference}: other tokens than the speaker's: nats compare models of the same tokenizer")
+            raise UserError(
+                f"{args.reference}: other tokens than the speaker's: nats compare models of the same tokenizer"
+            )
         reference = checkpoint.load_gpt(args.reference).to(device).eval()
     if args.reward_model:
         reward_model, reader = checkpoint.load_reward(args.reward_model)
         reward_model.to(device).eval()
-    by_token = lambda s: reader and reader.hash == s.tokenizer.hash and reward_model.members[0].backbone.config.reads_prefixes
+    by_token = lambda s: (
+        reader and reader.hash == s.tokenizer.hash and reward_model.members[0].backbone.config.reads_prefixes
+    )
     sys.stdin.reconfigure(errors="replace")
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (input() then edits and remembers lines)
     for speaker in speakers:
-        print(f"{speaker.name}: {speaker.layout}, {sum(p.numel() for p in speaker.model.parameters()):,} parameters")
+        print(
+            f"{speaker.name}: {speaker.layout}, {sum(p.numel() for p in speaker.model.parameters()):,} parameters"
+        )
     while True:
         try:
             line = input("\n> " if typed else "").strip()
@@ -189,8 +215,14 @@ def main() -> None:
                 tokens, begun, text = speaker.answer(line, args.response_tokens, args.temperature)
                 if reward_model:
                     with torch.no_grad():
-                        score, apart = read(reward_model, reader, tokens, torch.ones_like(tokens) > 0, speaker.tokenizer)
-                    note += f"[score {score.item():+.2f}" + f" +- {apart.item():.2f}" * (len(reward_model.members) > 1) + "] "
+                        score, apart = read(
+                            reward_model, reader, tokens, torch.ones_like(tokens) > 0, speaker.tokenizer
+                        )
+                    note += (
+                        f"[score {score.item():+.2f}"
+                        + f" +- {apart.item():.2f}" * (len(reward_model.members) > 1)
+                        + "] "
+                    )
                 print(note + visible((line if speaker.layout == "text" else "") + text))
                 if args.explain:
                     judge = reward_model if by_token(speaker) else None

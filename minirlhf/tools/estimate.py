@@ -86,11 +86,17 @@ def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) ->
 
 def update_operations(policy: GPT, critic: ValueModel, lengths: Tensor, predicted: float) -> float:
     """Of one pass of PPO's update over texts of these lengths, with `predicted` response tokens."""
-    own = training_operations(critic.backbone, lengths, predicted, False) if critic.backbone is not policy else 0.0
+    own = (
+        training_operations(critic.backbone, lengths, predicted, False)
+        if critic.backbone is not policy
+        else 0.0
+    )
     return training_operations(policy, lengths, predicted, True) + own
 
 
-def gemm_rate(rows: int, columns: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.2) -> float:
+def gemm_rate(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.2
+) -> float:
     """Operations a second of [rows, columns] @ [columns, 4 columns], the largest product of a block: the machine's limit for
     this work, so the fastest within some tenths of a second."""
     a = torch.randn(rows, columns, device=device, dtype=dtype)
@@ -136,7 +142,10 @@ def show(
         )
 
     logits = 0 if fused else 4 * rows * response * policy.config.vocab_size  # their gradient
-    activations = max(activation_bytes(lambda n, parts=parts: forward(n, parts), rows, known) for parts in turns) + logits
+    activations = (
+        max(activation_bytes(lambda n, parts=parts: forward(n, parts), rows, known) for parts in turns)
+        + logits
+    )
     moments, cache = 2 * trained_bytes(known), cache_bytes(policy.config, batch, longest)
     gradients = max(trained_bytes(parameters([models[part] for part in parts])) for parts in turns)
     before = resident_bytes() if device.type == "cpu" else stored_bytes(known)

@@ -73,7 +73,9 @@ class Texts:
 
 
 @torch.no_grad()
-def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokenizer, machine, seed: int) -> Texts:
+def write(
+    model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokenizer, machine, seed: int
+) -> Texts:
     """Continue prompts at the policy's own setting (temperature, length, --stop), CHUNK at a time."""
     longest = max(map(len, prompts))
     parts = []
@@ -85,7 +87,14 @@ def write(model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokeni
             model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,
             forbidden=None if setting["stop"] else tokenizer.eot,
         )  # fmt: skip
-        parts.append((torch.cat([queries, responses], 1), torch.cat([query_mask, response_mask], 1), responses, response_mask))
+        parts.append(
+            (
+                torch.cat([queries, responses], 1),
+                torch.cat([query_mask, response_mask], 1),
+                responses,
+                response_mask,
+            )
+        )
     return Texts(*(torch.cat(p) for p in zip(*parts, strict=True)))
 
 
@@ -99,13 +108,18 @@ def under_both(texts: Texts, policy: GPT, ref: GPT, setting: dict, eos: int) -> 
     for tokens, mask in zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True):
         logprobs, entropies = response_logprobs(policy, tokens, mask, P, setting["temperature"], forbidden)
         ref_logprobs, _ = response_logprobs(ref, tokens, mask, P, setting["temperature"], forbidden)
-        found.append((ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1), entropies.sum(1), -ref_logprobs.sum(1)))
+        found.append(
+            (ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1), entropies.sum(1), -ref_logprobs.sum(1))
+        )
     return tuple(torch.cat(x) for x in zip(*found, strict=True))
 
 
 def looks(texts: Texts, eos: int) -> dict[str, float]:
     """What the responses look like, without any reader: lengths count the EOS, n-grams do not."""
-    rows = [row[keep & (row != eos)].tolist() for row, keep in zip(texts.responses, texts.response_mask, strict=True)]
+    rows = [
+        row[keep & (row != eos)].tolist()
+        for row, keep in zip(texts.responses, texts.response_mask, strict=True)
+    ]
     ended = ((texts.responses == eos) & texts.response_mask).any(1)
     return {f"distinct_{n}": stats.distinct_n(rows, n) for n in (1, 2, 3)} | {
         "mean_length": texts.response_mask.sum(1).float().mean().item(),
@@ -117,9 +131,13 @@ def looks(texts: Texts, eos: int) -> dict[str, float]:
 def scores_of(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[float]]:
     """Every reader's scores [N] of the whole texts."""
     chunks = list(zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True))
-    read_all = lambda model, reader: torch.cat([read(model, reader, t, m, tokenizer)[0] for t, m in chunks]).tolist()
+    read_all = lambda model, reader: torch.cat(
+        [read(model, reader, t, m, tokenizer)[0] for t, m in chunks]
+    ).tolist()
     found = {name: read_all(*reader) for name, reader in models.items()}
-    lexicon = baselines.vader_lexicon([tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)])
+    lexicon = baselines.vader_lexicon(
+        [tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)]
+    )
     return found | ({"lexicon": lexicon} if lexicon is not None else {})
 
 
@@ -129,7 +147,10 @@ def compare(scores: dict[str, list[float]], base: dict[str, list[float]]) -> dic
     row = {}
     for name, values in scores.items():
         rate, low, high = stats.win_rate(values, base[name])
-        row |= {name: sum(values) / len(values), f"{name}_interval": stats.bootstrap_interval(values, np.random.default_rng(0))}
+        row |= {
+            name: sum(values) / len(values),
+            f"{name}_interval": stats.bootstrap_interval(values, np.random.default_rng(0)),
+        }
         row |= {f"{name}_win_rate": rate, f"{name}_win_rate_interval": [low, high]}
     return row
 
@@ -137,12 +158,16 @@ def compare(scores: dict[str, list[float]], base: dict[str, list[float]]) -> dic
 def evaluate(config: Config) -> dict:
     """The table as a dict: sft_samples, best_of_n, ppo (one row each), samples, prompts, seed, versions."""
     run = config.run
-    policy_dir = checkpoint.resolve(config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy")
+    policy_dir = checkpoint.resolve(
+        config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy"
+    )
     about = checkpoint.load_config(policy_dir)
     setting, tokenizer = about["training"], Tokenizer.load(policy_dir)
     sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
     machine = hardware.setup_machine(config.seed)
-    optimised = Path(about["reward_model"])  # as train_ppo.py was told; beside the policy if the run was moved since
+    optimised = Path(
+        about["reward_model"]
+    )  # as train_ppo.py was told; beside the policy if the run was moved since
     optimised = optimised if optimised.exists() else run / optimised.name
     models = {"score": config.reward_model or optimised}
     if config.judge or (run / "judge" / "latest").exists():
@@ -154,7 +179,9 @@ def evaluate(config: Config) -> dict:
     source = data.load(setting["data"], setting["skip_bad"], data_dir=setting["data_dir"])
     records = source.select(config.split, source.genres_among([setting["genre"]])).records
     prompts = data.prompts_of(records, tokenizer, setting["prompt_tokens"])
-    prompts = [prompts[i] for i in data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)]
+    prompts = [
+        prompts[i] for i in data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
+    ]
 
     # One SFT sample that everyone is compared with, and n more to choose from; the policy under the first one's seeds.
     drawn = [write(sft, prompts, setting, tokenizer, machine, config.seed + k)
@@ -163,16 +190,28 @@ def evaluate(config: Config) -> dict:
     read_drawn = [scores_of(d, models, tokenizer) for d in drawn]
     base, base_scores, tuned_scores = drawn[0], read_drawn[0], scores_of(tuned, models, tokenizer)
 
-    def row(texts: Texts, scores: dict[str, list[float]], kl: float, entropy: Tensor | None, surprise: Tensor | None) -> dict:
+    def row(
+        texts: Texts,
+        scores: dict[str, list[float]],
+        kl: float,
+        entropy: Tensor | None,
+        surprise: Tensor | None,
+    ) -> dict:
         a_token = lambda x: None if x is None else (x.sum() / texts.response_mask.sum()).item()
-        found = compare(scores, base_scores) | {"kl": kl, "entropy": a_token(entropy)} | looks(texts, tokenizer.eot)
+        found = (
+            compare(scores, base_scores)
+            | {"kl": kl, "entropy": a_token(entropy)}
+            | looks(texts, tokenizer.eot)
+        )
         return found | {"sft_perplexity": None if surprise is None else math.exp(a_token(surprise))}
 
     kl, *rest = under_both(tuned, policy, sft, setting, tokenizer.eot)
     _, *base_rest = under_both(base, sft, sft, setting, tokenizer.eot)
     best_of_n = {}
     for n in config.best_of:
-        pick = torch.tensor([r["score"] for r in read_drawn[1 : n + 1]]).argmax(0).tolist()  # by PPO's own reward model
+        pick = (
+            torch.tensor([r["score"] for r in read_drawn[1 : n + 1]]).argmax(0).tolist()
+        )  # by PPO's own reward model
         texts = Texts(*(torch.stack([getattr(drawn[1 + k], f.name)[i] for i, k in enumerate(pick)])
                         for f in dataclasses.fields(Texts)))  # fmt: skip
         scores = {name: [read_drawn[1 + k][name][i] for i, k in enumerate(pick)] for name in base_scores}
@@ -219,7 +258,9 @@ def print_table(results: dict) -> None:
     print(f"\n{results['prompts']} {results['split']} prompts, one SFT sample each to win against")
     print(f"{'':12s}" + "".join(f"{c.replace('_win_rate', ' wins').replace('_', ' '):>14s}" for c in columns))
     for name, row in rows.items():
-        print(f"{name:12s}" + "".join(f"{row[c]:14.3f}" if row[c] is not None else f"{'':14s}" for c in columns))
+        print(
+            f"{name:12s}" + "".join(f"{row[c]:14.3f}" if row[c] is not None else f"{'':14s}" for c in columns)
+        )
     print()
     for s in results["samples"]:
         print(repr(s["prompt"]))

@@ -18,10 +18,19 @@ from minirlhf import UserError
 from minirlhf.support import cli, files
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#707070"  # Okabe and Ito: told apart by everyone
-READERS = {"score": ("objective/rm_scores", "reward model", BLUE), "judge": ("objective/judge", "judge", ORANGE)}
+READERS = {
+    "score": ("objective/rm_scores", "reward model", BLUE),
+    "judge": ("objective/judge", "judge", ORANGE),
+}
 STRIPS = {"kl": ("objective/kl", "KL, nats a sequence"), "entropy": ("policy/entropy_avg", "entropy, nats a token"),
           "mean_length": ("val/response_length", "length, tokens")}  # fmt: skip
-STAGES = {"sft": "SFT", "rm": "reward model", "rm_optimised": "reward model for PPO", "judge": "judge", "ppo": "PPO"}
+STAGES = {
+    "sft": "SFT",
+    "rm": "reward model",
+    "rm_optimised": "reward model for PPO",
+    "judge": "judge",
+    "ppo": "PPO",
+}
 NUMBERS = [  # key, label, format; the first that a stage has is its key number
     ("val_bits_per_byte", "bits per byte, validation", ".3f"), ("pearson", "Pearson r", ".3f"),
     ("spearman", "Spearman r", ".3f"), ("pair_accuracy", "pairs right", ".1%"),
@@ -48,7 +57,9 @@ def load(file: Path) -> list[dict]:
         try:  # what does not end in a brace is being written, or was when its stage was killed
             found += [json.loads(part)] if part.endswith("}") else []
         except ValueError as error:
-            raise UserError(f"{file}:{number}: not JSON ({error}): run the command that wrote it again") from error
+            raise UserError(
+                f"{file}:{number}: not JSON ({error}): run the command that wrote it again"
+            ) from error
     return found
 
 
@@ -61,24 +72,40 @@ def draw(writers: dict[str, dict], history: list[dict]) -> bytes:
     figure = Figure(figsize=(10, 4.3), layout="constrained")
     strips = figure.subplot_mosaic([["left", key] for key in STRIPS], width_ratios=(1.6, 1))
     left, window = strips["left"], np.ones(len(history) // 10 | 1)
-    share = lambda y: np.convolve(np.ones(len(y)), window, "same")  # near the ends, of what there is of the window
-    smooth = lambda y: np.convolve(y, window, "same") / share(y) if len(y) else y  # moving average, a tenth of the run
-    column = lambda name: np.array([m[name] for m in history if name in m])  # empty if the judge did not watch
+    share = lambda y: np.convolve(
+        np.ones(len(y)), window, "same"
+    )  # near the ends, of what there is of the window
+    smooth = lambda y: (
+        np.convolve(y, window, "same") / share(y) if len(y) else y
+    )  # moving average, a tenth of the run
+    column = lambda name: np.array(
+        [m[name] for m in history if name in m]
+    )  # empty if the judge did not watch
     kl, curves = column("objective/kl"), []
     for key, (metric, label, colour) in READERS.items():
         curves.append(smooth(y := column(metric)))
         left.scatter(kl[: len(y)], y, s=12, color=colour, alpha=0.3, linewidths=0)
-        left.plot(smooth(kl)[: len(y)], smooth(y), c=colour, lw=2.2, label=label if len(y) or key in writers["PPO"] else None)
+        left.plot(
+            smooth(kl)[: len(y)],
+            smooth(y),
+            c=colour,
+            lw=2.2,
+            label=label if len(y) or key in writers["PPO"] else None,
+        )
     for name, row in writers.items():
         marker, s = {"SFT": ("o", 46), "PPO": ("*", 190)}.get(name, ("D", 46))
         y = [row.get(key, np.nan) for key in READERS]
         left.scatter([row["kl"]] * 2, y, s, [BLUE, ORANGE], marker=marker, edgecolors="white", zorder=3)
-        left.annotate(name, (row["kl"], np.nanmax(y)), (0, 8), textcoords="offset points", ha="center", fontsize=8.5)
+        left.annotate(
+            name, (row["kl"], np.nanmax(y)), (0, 8), textcoords="offset points", ha="center", fontsize=8.5
+        )
     if len(curves[1]):
         gap = {"where": curves[0] > curves[1], "label": "gap: what only the reward model sees"}
         left.fill_between(smooth(kl), *curves, color=GREY, alpha=0.18, lw=0, **gap)
     left.plot([], [], "D", color=GREY, ms=5, label="on test prompts (dots: in training)")
-    left.set(xlabel="KL to the SFT model, nats a sequence", ylabel="mean score", title="Reward against distance")
+    left.set(
+        xlabel="KL to the SFT model, nats a sequence", ylabel="mean score", title="Reward against distance"
+    )
     left.legend(fontsize=8.5, frameon=False)
     for key, (metric, label) in STRIPS.items():
         strips[key].axhline(writers["SFT"][key], color=GREY, lw=1, ls="--")
@@ -97,13 +124,17 @@ def draw(writers: dict[str, dict], history: list[dict]) -> bytes:
 
 def cell(row: dict, key: str, form: str) -> str:
     """A measured number as text, with its interval if it has one; a dash for what was not measured."""
-    between = " ({:{f}} to {:{f}})".format(*row[f"{key}_interval"], f=form) if f"{key}_interval" in row else ""
+    between = (
+        " ({:{f}} to {:{f}})".format(*row[f"{key}_interval"], f=form) if f"{key}_interval" in row else ""
+    )
     return "–" if row.get(key) is None else f"{row[key]:{form}}{between}"
 
 
 def peers(report: dict) -> dict[str, dict | None]:
     """What a reward model is measured beside, on the same texts: baselines (None: not installed) and people."""
-    people = lambda prefix: {key.removeprefix(prefix): value for key, value in report.get("humans", {}).items()}
+    people = lambda prefix: {
+        key.removeprefix(prefix): value for key, value in report.get("humans", {}).items()
+    }
     return report.get("baselines", {}) | {"one human": people("one_"), "half the humans": people("half_")}
 
 
@@ -123,21 +154,32 @@ def stages(results: dict) -> list[tuple[str, str, str, str]]:
     return [*rows, ("all stages", clock(total), "of training", "")]
 
 
-def page(name: str, results: dict, writers: dict[str, dict], metrics: dict[str, list[dict]], png: bytes) -> str:
+def page(
+    name: str, results: dict, writers: dict[str, dict], metrics: dict[str, list[dict]], png: bytes
+) -> str:
     """The report as one HTML file."""
     tr = lambda tag, row: f"<tr><th>{escape(row[0])}" + "".join(f"<{tag}>{escape(text)}" for text in row[1:])
     table = lambda head, rows: f"<table>{tr('th', head)}{''.join(tr('td', row) for row in rows)}</table>"
     compare = lambda rows, known: table(["", *rows], [
         [what, *(cell(row or {}, k, f) for row in rows.values())] for k, what, f in NUMBERS if k in known])  # fmt: skip
-    grid = lambda *cards: '<div class="grid">' + "".join(f'<div class="card">{card}</div>' for card in cards) + "</div>"
+    grid = lambda *cards: (
+        '<div class="grid">' + "".join(f'<div class="card">{card}</div>' for card in cards) + "</div>"
+    )
     said = lambda s, who, about: (f"<small>{who.upper()}, score {s['score_' + who]:+.2f}{about}</small>"
                                   f'<div class="text"><i>{escape(s["prompt"])}</i>{escape(s[who])}</div>')  # fmt: skip
     pairs = [grid(said(s, "sft", ""), said(s, "ppo", f", KL {s['kl']:.1f} nats")) for s in results["samples"]]
-    keys = [f"<small>{who}</small><b>{key}</b> {escape(what)}<small>{time}</small>" for who, key, what, time in stages(results)]
+    keys = [
+        f"<small>{who}</small><b>{key}</b> {escape(what)}<small>{time}</small>"
+        for who, key, what, time in stages(results)
+    ]
     rm, test = results["rm"], results["rm"].get("test", {})
-    readers = {STAGES[k]: results[k].get("test") for k in ("rm", "rm_optimised", "judge") if k in results} | peers(rm)
+    readers = {
+        STAGES[k]: results[k].get("test") for k in ("rm", "rm_optimised", "judge") if k in results
+    } | peers(rm)
     bins = [(f"{a:+.2f}", f"{b:+.2f}", str(n)) for a, b, n in test.get("calibration", {}).get("bins", [])]
-    way = lambda stage: ", ".join(f"{v:.3f}" for m in metrics[stage] for k, v in m.items() if k.startswith("val/"))
+    way = lambda stage: ", ".join(
+        f"{v:.3f}" for m in metrics[stage] for k, v in m.items() if k.startswith("val/")
+    )
     return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>
 <meta name="viewport" content="width=device-width, initial-scale=1"><h1>{escape(name)}</h1>{grid(*keys)}
 <h2>Against SFT, on {results["prompts"]} test prompts</h2>{compare(writers, results["ppo"])}<h2>Reward against KL</h2>
@@ -150,15 +192,25 @@ def page(name: str, results: dict, writers: dict[str, dict], metrics: dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m minirlhf.report", description="Write report.html and reward_kl.png.")
+    parser = argparse.ArgumentParser(
+        "python -m minirlhf.report", description="Write report.html and reward_kl.png."
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/demo")
     run = parser.parse_args().run
     results = next(iter(load(run / "results.json")), {})
     if not {"sft_samples", "best_of_n", "ppo", "samples", "sft", "rm", "versions"} <= set(results):
-        raise UserError(f"{run}/results.json: missing or incomplete: run python -m minirlhf.evaluate --run {run} first")
+        raise UserError(
+            f"{run}/results.json: missing or incomplete: run python -m minirlhf.evaluate --run {run} first"
+        )
     metrics = {stage: load(run / stage / "metrics.jsonl") for stage in ("sft", "rm", "ppo")}
-    sft = {key: value for key, value in results["sft_samples"].items() if "win_rate" not in key}  # ties with itself
-    writers = {"SFT": sft, **{f"best of {n}": row for n, row in results["best_of_n"].items()}, "PPO": results["ppo"]}
+    sft = {
+        key: value for key, value in results["sft_samples"].items() if "win_rate" not in key
+    }  # ties with itself
+    writers = {
+        "SFT": sft,
+        **{f"best of {n}": row for n, row in results["best_of_n"].items()},
+        "PPO": results["ppo"],
+    }
     png = draw(writers, metrics["ppo"])
     files.write_atomically(run / "report.html", page(run.resolve().name, results, writers, metrics, png))
     files.write_atomically(run / "reward_kl.png", png)

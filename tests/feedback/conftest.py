@@ -6,7 +6,10 @@ from minirlhf.feedback.store import Policy, Store
 
 
 def make_items(pairs: int = 0, ratings: int = 0, **common) -> list[dict]:
-    found = [{"mode": "pair", "prompt": f"Prompt {i}:", "a": f" first {i}", "b": f" second {i}"} for i in range(pairs)]
+    found = [
+        {"mode": "pair", "prompt": f"Prompt {i}:", "a": f" first {i}", "b": f" second {i}"}
+        for i in range(pairs)
+    ]
     found += [{"mode": "rating", "prompt": f"Prompt {i}:", "a": f" text {i}"} for i in range(ratings)]
     return [item | common for item in found]
 
@@ -16,7 +19,9 @@ def make_store(tmp_path):
     """make_store(pairs, ratings, **policy) -> a new Store; without gold items and repeats unless they are asked for."""
 
     def make(pairs: int = 0, ratings: int = 0, name: str = "store.db", **policy) -> Store:
-        store = Store(tmp_path / name, Policy(**({"repeat_every": 0, "gold_every": 0} | policy)), create=True, seed=1)
+        store = Store(
+            tmp_path / name, Policy(**({"repeat_every": 0, "gold_every": 0} | policy)), create=True, seed=1
+        )
         store.add(make_items(pairs, ratings))
         return store
 

@@ -22,11 +22,24 @@ from minirlhf.feedback.store import Store  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver"
+)
 FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
          "disable-component-update", "disable-sync", "disable-dev-shm-usage"]  # fmt: skip
-PAYLOADS = ["<script>window.pwned=1</script>", '<img src=x onerror="window.pwned=1">', "</p><svg onload=window.pwned=1>"]
-MEANS = {"1": ("left", 2), "2": ("left", 1), "3": ("tie", None), "4": ("right", 1), "5": ("right", 2), "0": ("bad", None)}
+PAYLOADS = [
+    "<script>window.pwned=1</script>",
+    '<img src=x onerror="window.pwned=1">',
+    "</p><svg onload=window.pwned=1>",
+]
+MEANS = {
+    "1": ("left", 2),
+    "2": ("left", 1),
+    "3": ("tie", None),
+    "4": ("right", 1),
+    "5": ("right", 2),
+    "0": ("bad", None),
+}
 WAIT = 60  # seconds, at most, on a busy machine
 PAUSE = 0.3  # the page takes no key sooner than .2 s after it has shown an item
 
@@ -195,7 +208,10 @@ def test_a_vote_that_fails_stays_in_the_page(make_store, tmp_path):
 def test_edit_from_the_list_with_a_token_on_a_telephone(make_store, tmp_path):
     store, token = make_store(pairs=2), "a-token-that-is-long-enough"
     options = ("--repeat-every", 0, "--host", "127.0.0.1", "--token", token)
-    with running_server(store.path, *options) as (_, address), browser(tmp_path / "profile", size="500,800") as tab:
+    with (
+        running_server(store.path, *options) as (_, address),
+        browser(tmp_path / "profile", size="500,800") as tab,
+    ):
         tab.driver.get(address)
         tab.until(lambda: tab.find("name").is_displayed(), "the form")
         assert token not in tab.driver.current_url and not tab.find("token").is_displayed()

@@ -32,12 +32,23 @@ def jsonl(path: Path, rows: list) -> Path:
 
 
 def test_add(tmp_path, capsys):
-    rows = [{"prompt": "p", "response_a": "x", "response_b": "y", "gold": "a"}, {"response": "z", "gold": 4}, {"response": "w"}]
+    rows = [
+        {"prompt": "p", "response_a": "x", "response_b": "y", "gold": "a"},
+        {"response": "z", "gold": 4},
+        {"response": "w"},
+    ]
     for said in ("3 new items, 0 already there", "0 new items, 3 already there"):
         add(jsonl(tmp_path / "items.jsonl", rows), tmp_path / "f.db")
         assert said in capsys.readouterr().out
-    found = [(r["mode"], r["prompt"], r["a"], r["b"], r["gold"]) for r in Store(tmp_path / "f.db").rows("SELECT * FROM items")]
-    assert sorted(found) == [("pair", "p", "x", "y", "a"), ("rating", "", "w", None, None), ("rating", "", "z", None, "4")]
+    found = [
+        (r["mode"], r["prompt"], r["a"], r["b"], r["gold"])
+        for r in Store(tmp_path / "f.db").rows("SELECT * FROM items")
+    ]
+    assert sorted(found) == [
+        ("pair", "p", "x", "y", "a"),
+        ("rating", "", "w", None, None),
+        ("rating", "", "z", None, "4"),
+    ]
 
 
 @pytest.mark.parametrize("row, message", [
@@ -95,7 +106,9 @@ def test_stats_of_known_raters(make_store, judge, capsys):
     """ann tells by length, bob agrees, cy is an inverter, dan always takes the left."""
     store = make_store(raters=4, gold_every=10, repeat_every=10)
     store.add([{"mode": "pair", "prompt": f"{i}", "a": "long " * 3, "b": f"{i}"} for i in range(60)])
-    store.add([{"mode": "pair", "prompt": f"g{i}", "a": "long " * 3, "b": f"{i}", "gold": "a"} for i in range(5)])
+    store.add(
+        [{"mode": "pair", "prompt": f"g{i}", "a": "long " * 3, "b": f"{i}", "gold": "a"} for i in range(5)]
+    )
     longer = lambda item: {"choice": ("left", "right")[len(item["texts"][0]) < len(item["texts"][1])]}
     shorter = lambda item: {"choice": ("right", "left")[len(item["texts"][0]) < len(item["texts"][1])]}
     for rater, answer in {"ann": longer, "bob": longer, "cy": shorter, "dan": {"choice": "left"}}.items():
@@ -104,11 +117,18 @@ def test_stats_of_known_raters(make_store, judge, capsys):
     rates = {name: {m: r[m]["rate"] for m in ("gold", "self")} for name, r in found["raters"].items()}
     assert rates["ann"] == rates["bob"] == {"gold": 1, "self": 1} and rates["cy"] == {"gold": 0, "self": 1}
     assert rates["dan"]["self"] == 0  # a repeat is shown the other way round
-    assert all(r["votes"] == 72 and r["gold"]["n"] == 5 and r["self"]["n"] == 7 for r in found["raters"].values())
+    assert all(
+        r["votes"] == 72 and r["gold"]["n"] == 5 and r["self"]["n"] == 7 for r in found["raters"].values()
+    )
     pair = found["agreement"]["pair"]
     assert (pair["items"], pair["votes"], pair["shared"], pair["pairs"]) == (60, 240, 60, 360)
-    dan = sum(v["rater"] == "dan" and v["choice"] == "a" and v["gold"] is None and not v["repeat"] for v in store.judgements())
-    assert pair["raw"] == pytest.approx((60 + 2 * dan + (60 - dan)) / 360)  # ann-bob; dan with both; dan with cy
+    dan = sum(
+        v["rater"] == "dan" and v["choice"] == "a" and v["gold"] is None and not v["repeat"]
+        for v in store.judgements()
+    )
+    assert pair["raw"] == pytest.approx(
+        (60 + 2 * dan + (60 - dan)) / 360
+    )  # ann-bob; dan with both; dan with cy
     units = [[1, 1, 0, 1]] * dan + [[1, 1, 0, 0]] * (60 - dan)
     assert pair["alpha"]["nominal"] == pytest.approx(krippendorff_alpha(units, "nominal"))
     assert pair["alpha"]["interval"] == pytest.approx(krippendorff_alpha(units, "interval"))
@@ -151,11 +171,17 @@ def test_export(make_store, judge, tmp_path):
     with pytest.raises(UserError, match="no judgements yet"):
         export(store, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    for rater, pick in {"ann": {"choice": "tie"}, "bob": {"choice": "bad"}, "a": {"choice": "left", "strength": 2}}.items():
+    for rater, pick in {
+        "ann": {"choice": "tie"},
+        "bob": {"choice": "bad"},
+        "a": {"choice": "left", "strength": 2},
+    }.items():
         judge(store, rater, answer=lambda item, pick=pick: pick if item["mode"] == "pair" else {"rating": 2})
     store.undo("ann")  # a rating
     export(store, tmp_path / "out")
-    read = lambda name: [json.loads(line) for line in (tmp_path / f"out/{name}.jsonl").read_text().splitlines()]
+    read = lambda name: [
+        json.loads(line) for line in (tmp_path / f"out/{name}.jsonl").read_text().splitlines()
+    ]
     rows = read("preferences")
     assert len(rows) == 3 == len(read("pairs"))
     for row, pair in zip(rows, read("pairs"), strict=True):
@@ -163,7 +189,11 @@ def test_export(make_store, judge, tmp_path):
         assert row["votes"] == {"ann": "tie", "bob": "tie", "a": side}
         assert row["strengths"] == {"ann": 0, "bob": 0, "a": {"a": 2, "b": -2}[side]}
         other = {"a": "b", "b": "a"}[side]
-        assert pair == {"prompt": row["prompt"], "chosen": row[f"response_{side}"], "rejected": row[f"response_{other}"]}
+        assert pair == {
+            "prompt": row["prompt"],
+            "chosen": row[f"response_{side}"],
+            "rejected": row[f"response_{other}"],
+        }
     assert sorted(len(row["ratings"]) for row in read("ratings")) == [2, 3]
     found = data.load(tmp_path / "out/preferences.jsonl")
     assert found.kind == "preference" and [r.share for r in found.records] == [pytest.approx(2 / 3)] * 3
@@ -205,7 +235,9 @@ def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
 
     nouns = ("plot", "cast", "pace", "story", "music", "camera", "script", "ending")
     ends = ("is", "was", "will be", "may seem", "of it")
-    prompts = jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"The {noun} {end}"} for noun in nouns for end in ends])
+    prompts = jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": f"The {noun} {end}"} for noun in nouns for end in ends]
+    )
     places = {"vader": str(prompts), "runs/demo": str(smoke), "runs": str(tmp_path / "runs")}
     place = lambda word: re.sub(r"^(vader|runs/demo|runs)(?=$|/)", lambda found: places[found[1]], word)
     store, done = tmp_path / "feedback.db", []
@@ -226,23 +258,37 @@ def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
                 item = rater.join()
                 while item:
                     left, right = map(len, item["texts"])
-                    item = rater.vote(item, {"choice": "left" if left > right else "right" if right > left else "tie"})
+                    item = rater.vote(
+                        item, {"choice": "left" if left > right else "right" if right > left else "tie"}
+                    )
     assert done == ["sample", "serve", "stats", "export", "train_rm.py", "train_ppo.py"] + [
         "sample", "serve", "export", "train_rm.py", "train_ppo.py"]  # fmt: skip
     found = data.load(tmp_path / "runs/feedback/preferences.jsonl")
     assert len(found.records) >= 35 and all(len(r.chosen) >= len(r.rejected) for r in found.records)
     assert {r.raters for r in found.records} == {("ann", "bob")}
-    assert {r.prompt for r in found.records} <= {json.loads(line)["prompt"] for line in prompts.read_text().splitlines()}
+    assert {r.prompt for r in found.records} <= {
+        json.loads(line)["prompt"] for line in prompts.read_text().splitlines()
+    }
     for k in (1, 2):
         about = json.loads((tmp_path / f"runs/round{k}/ppo/config.json").read_text())
         assert about["complete"] and about["reward_model"] == str(tmp_path / f"runs/round{k}/rm")
     sources = [json.loads(r["source"]) for r in Store(store).rows("SELECT source FROM items")]
     second = ["chosen" in s for s in sources]
     assert second == ["round1" in s["checkpoint"] for s in sources] and 0 < sum(second) < len(second)
-    weighed = ["--data", tmp_path / "runs/feedback/preferences.jsonl", "--init", smoke / "sft", "--raters", "model"]
+    weighed = [
+        "--data",
+        tmp_path / "runs/feedback/preferences.jsonl",
+        "--init",
+        smoke / "sft",
+        "--raters",
+        "model",
+    ]
     assert run("train_rm", "--preset", "smoke", *weighed, "--out", tmp_path / "runs/weighed") == 0
     # The same sample again changes nothing.
-    assert run("minirlhf.feedback.__main__", "sample", smoke / "ppo", "--prompts", prompts, "--store", store) == 0
+    assert (
+        run("minirlhf.feedback.__main__", "sample", smoke / "ppo", "--prompts", prompts, "--store", store)
+        == 0
+    )
     assert len(Store(store).rows("SELECT 1 FROM items")) == len(found.records)
 
 
@@ -257,26 +303,47 @@ def test_sample_refuses(smoke, run, tmp_path, capsys, options, message):
 
 
 def test_choose_takes_the_next_best_of_each_criterion_by_turns():
-    scores = [[(0.0, 0.0), (1.0, 1.0)], [(0.0, 3.0), (0.0, 0.0)], [(5.0, 9.0), (5.0, 9.0)], [(0.0, 1.0), (0.0, 0.0)]]
+    scores = [
+        [(0.0, 0.0), (1.0, 1.0)],
+        [(0.0, 3.0), (0.0, 0.0)],
+        [(5.0, 9.0), (5.0, 9.0)],
+        [(0.0, 1.0), (0.0, 0.0)],
+    ]
     pairs = [tuple(map(torch.tensor, item)) for item in scores]  # of two texts, by two members
     assert choose(pairs, ["disagreement"], 2) == [1, 3]  # on the third they agree that the texts are alike
     assert choose(pairs, ["score"], 3) == [2, 1, 0]
     assert choose(pairs, ["disagreement", "score"], 3) == [1, 2, 3]
-    assert choose([texts[:1] for texts in pairs], ["disagreement"], 1) == [2]  # single texts: on the score itself
+    assert choose([texts[:1] for texts in pairs], ["disagreement"], 1) == [
+        2
+    ]  # single texts: on the score itself
 
 
 def test_sample_by_what_a_reward_model_says(smoke, run, tmp_path, capsys):
     argv = ["sample", smoke / "ppo", "--prompts", "toy", "--limit", 12]
-    sample = lambda name, *options: run("minirlhf.feedback.__main__", *argv, "--store", tmp_path / name, *options)
-    assert sample("one.db", "--reward-model", smoke / "rm") == 2 and "give both or neither" in capsys.readouterr().err
-    assert sample("one.db", "--reward-model", smoke / "rm", "--keep", 3) == 2 and "--by score" in capsys.readouterr().err
+    sample = lambda name, *options: run(
+        "minirlhf.feedback.__main__", *argv, "--store", tmp_path / name, *options
+    )
+    assert (
+        sample("one.db", "--reward-model", smoke / "rm") == 2
+        and "give both or neither" in capsys.readouterr().err
+    )
+    assert (
+        sample("one.db", "--reward-model", smoke / "rm", "--keep", 3) == 2
+        and "--by score" in capsys.readouterr().err
+    )
     assert not (tmp_path / "one.db").exists()
     assert sample("all.db", "--per-prompt", 3) == 0
-    assert sample("few.db", "--per-prompt", 3, "--reward-model", smoke / "rm", "--keep", 5, "--by", "score") == 0
-    every, few = (Store(tmp_path / name).rows("SELECT prompt, a, b, source FROM items") for name in ("all.db", "few.db"))
+    assert (
+        sample("few.db", "--per-prompt", 3, "--reward-model", smoke / "rm", "--keep", 5, "--by", "score") == 0
+    )
+    every, few = (
+        Store(tmp_path / name).rows("SELECT prompt, a, b, source FROM items") for name in ("all.db", "few.db")
+    )
     assert len(few) == 5 < len(every) and "reward_model" in few[0]["source"]
     model, tokenizer = checkpoint.load_reward(smoke / "rm")
-    read = lambda prompt, text: model.eval()(*data.collate([tokenizer.encode(prompt + text)], tokenizer.pad))[0].item()
+    read = lambda prompt, text: model.eval()(*data.collate([tokenizer.encode(prompt + text)], tokenizer.pad))[
+        0
+    ].item()
     value = lambda item: max(read(item["prompt"], item["a"]), read(item["prompt"], item["b"]))
     kept = {(r["prompt"], r["a"], r["b"]) for r in few}
     assert kept <= {(r["prompt"], r["a"], r["b"]) for r in every}
@@ -286,9 +353,24 @@ def test_sample_by_what_a_reward_model_says(smoke, run, tmp_path, capsys):
 
 
 def test_sample_refuses_a_reward_model_and_takes_ratings(smoke, run, tmp_path, capsys):
-    argv = ["--prompts", "toy", "--store", tmp_path / "f.db", "--mode", "rating", "--per-prompt", 3, "--limit", 4]
+    argv = [
+        "--prompts",
+        "toy",
+        "--store",
+        tmp_path / "f.db",
+        "--mode",
+        "rating",
+        "--per-prompt",
+        3,
+        "--limit",
+        4,
+    ]
     assert run("minirlhf.feedback.__main__", "sample", smoke / "rm", *argv) == 2
     assert "writes no text" in capsys.readouterr().err
     assert run("minirlhf.feedback.__main__", "sample", smoke / "sft", *argv) == 0
     rows = Store(tmp_path / "f.db").rows("SELECT * FROM items")
-    assert 4 < len(rows) <= 12 and {r["mode"] for r in rows} == {"rating"} and len({r["prompt"] for r in rows}) == 4
+    assert (
+        4 < len(rows) <= 12
+        and {r["mode"] for r in rows} == {"rating"}
+        and len({r["prompt"] for r in rows}) == 4
+    )

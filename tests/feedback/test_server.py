@@ -24,7 +24,11 @@ from tests.feedback.conftest import make_items
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-that-is-long-enough"
-PAYLOADS = ["<script>window.pwned=1</script>", '<img src=x onerror="window.pwned=1">', "</p><svg onload=window.pwned=1>"]
+PAYLOADS = [
+    "<script>window.pwned=1</script>",
+    '<img src=x onerror="window.pwned=1">',
+    "</p><svg onload=window.pwned=1>",
+]
 
 
 class Page:
@@ -35,7 +39,9 @@ class Page:
         self.headers = {"Origin": "http://localhost"}
         self.headers["X-CSRF-Token"] = self.client.get("/api/me").json["csrf"]
         if rater:
-            assert self.post("/api/join", {"name": rater, "token": options.get("token", "")}).status_code == 200
+            assert (
+                self.post("/api/join", {"name": rater, "token": options.get("token", "")}).status_code == 200
+            )
 
     def post(self, path: str, body: object, headers: dict | None = None, **options):
         sent = {k: v for k, v in (self.headers | (headers or {})).items() if v is not None}
@@ -43,7 +49,9 @@ class Page:
 
     def vote(self, item: dict, answer: object = None, **options):
         answer = {"rating": 3} if answer is None else answer
-        return self.post("/api/vote", {"item": item["item"], "lease": item["lease"], "answer": answer}, **options)
+        return self.post(
+            "/api/vote", {"item": item["item"], "lease": item["lease"], "answer": answer}, **options
+        )
 
     def next(self) -> dict:
         return self.post("/api/next", {}).json["item"]
@@ -70,7 +78,10 @@ def test_a_vote(store):
 def test_headers_forbid_everything_that_is_not_ours(store):
     for path in ("/", "/static/page.js", "/static/page.css", "/api/me", "/nowhere"):
         headers = Page(store).client.get(path).headers
-        assert "default-src 'none'" in headers["Content-Security-Policy"] and "unsafe" not in headers["Content-Security-Policy"]
+        assert (
+            "default-src 'none'" in headers["Content-Security-Policy"]
+            and "unsafe" not in headers["Content-Security-Policy"]
+        )
         assert headers["X-Content-Type-Options"] == "nosniff" and "Access-Control-Allow-Origin" not in headers
     cookie = create_app(store).test_client().get("/api/me").headers["Set-Cookie"]
     assert "HttpOnly" in cookie and "SameSite=Strict" in cookie
@@ -81,16 +92,28 @@ def test_the_page_asks_for_nothing_from_elsewhere_and_makes_no_markup():
     text = "".join(file.read_text() for file in folder.iterdir())
     assert sorted(file.name for file in folder.iterdir()) == ["page.css", "page.html", "page.js"]
     assert "://" not in text and "@import" not in text
-    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser", "setHTML"):
+    for word in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacentHTML",
+        "document.write",
+        "eval(",
+        "DOMParser",
+        "setHTML",
+    ):
         assert word not in text
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.7", "[::1", "", "a@b"]
+    "host",
+    ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "10.0.0.7", "[::1", "", "a@b"],
 )
 def test_wrong_host(store, host):
     page = Page(store)
-    for response in (page.client.get("/", headers={"Host": host}), page.post("/api/next", {}, {"Host": host})):
+    for response in (
+        page.client.get("/", headers={"Host": host}),
+        page.post("/api/next", {}, {"Host": host}),
+    ):
         assert response.status_code == 400
 
 
@@ -103,7 +126,8 @@ def test_hosts():
 
 
 @pytest.mark.parametrize(
-    "origin", [None, "", "null", "http://evil.example", "http://localhost.evil.example", "http://localhost:81"]
+    "origin",
+    [None, "", "null", "http://evil.example", "http://localhost.evil.example", "http://localhost:81"],
 )
 def test_wrong_origin(store, origin):
     page = Page(store)
@@ -163,10 +187,29 @@ def test_oversized_and_malformed_bodies(store):
     item = page.next()
     assert page.vote(item, {"rating": 3, "note": "x" * 20_000}).status_code == 413
     refused(page.vote(item, {"rating": 3, "note": "x" * 2001}), 400, "note")
-    for body in (b"", b"{", b"[]", b"null", b'"x"', b"\xff", b"[" * 15_000, b'{"item": 3}', b'{"item": null, "lease": {}}'):
-        response = page.client.post("/api/vote", data=body, headers=page.headers, content_type="application/json")
+    for body in (
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff",
+        b"[" * 15_000,
+        b'{"item": 3}',
+        b'{"item": null, "lease": {}}',
+    ):
+        response = page.client.post(
+            "/api/vote", data=body, headers=page.headers, content_type="application/json"
+        )
         refused(response, 400, "expected a JSON object")
-    for answer in ([], "left", {"rating": 9}, {"rating": 3, "x": 1}, {"choice": "left"}, {"rating": 3, "seconds": "1"}):
+    for answer in (
+        [],
+        "left",
+        {"rating": 9},
+        {"rating": 3, "x": 1},
+        {"choice": "left"},
+        {"rating": 3, "seconds": "1"},
+    ):
         assert page.vote(item, answer).status_code == 400
     refused(page.vote(item, {"rating": 3, "note": "\ud800"}), 400, "surrogate")
     for repeat in (None, "0", 2, True):
@@ -198,7 +241,11 @@ def test_payloads_leave_as_json_text(store):
         response = page.post("/api/next", {})
         assert response.mimetype == "application/json"
         page.vote(response.json["item"], {"rating": 1, "note": PAYLOADS[2]})
-    texts = [text for row in page.client.get("/api/history").json["judged"] for text in (row["prompt"], *row["texts"])]
+    texts = [
+        text
+        for row in page.client.get("/api/history").json["judged"]
+        for text in (row["prompt"], *row["texts"])
+    ]
     assert {PAYLOADS[0], PAYLOADS[1]} <= {*texts}
     assert {v["note"] for v in store.judgements()} == {PAYLOADS[2]}
 
@@ -291,7 +338,9 @@ def test_sixteen_raters_at_once_lose_and_double_nothing(make_store):
     assert audit(path, found["acknowledged"], found["undone"]) | {"acknowledged": 0} == {
         "acknowledged": 0, "lost": 0, "never acknowledged": 0, "double": 0}  # fmt: skip
     with sqlite3.connect(path) as db:
-        raters = db.execute("SELECT item, count(*), count(DISTINCT rater) FROM current GROUP BY item").fetchall()
+        raters = db.execute(
+            "SELECT item, count(*), count(DISTINCT rater) FROM current GROUP BY item"
+        ).fetchall()
     assert len(raters) == 30 and {row[1:] for row in raters} == {(3, 3)}
 
 

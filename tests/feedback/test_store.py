@@ -62,12 +62,16 @@ def test_those_who_wait_share_one_commit_and_no_mistake(make_store):
 
     def work(rater):
         try:
-            said[rater] = store.vote(rater, items[rater]["item"], items[rater]["lease"], {"rating": 3 if rater != "bob" else 9})
+            said[rater] = store.vote(
+                rater, items[rater]["item"], items[rater]["lease"], {"rating": 3 if rater != "bob" else 9}
+            )
         except UserError as e:
             said[rater] = str(e)
 
     items = {rater: store.next(rater) for rater in ("ann", "bob", "cy")}
-    store.db.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
+    store.db.set_trace_callback(
+        lambda statement: commits.append(statement) if statement == "COMMIT" else None
+    )
     threads = [threading.Thread(target=work, args=[rater]) for rater in items]
     with store.lock:
         for thread in threads:
@@ -76,7 +80,12 @@ def test_those_who_wait_share_one_commit_and_no_mistake(make_store):
             time.sleep(0.001)
     for thread in threads:
         thread.join()
-    assert commits == ["COMMIT"] and "rating: expected" in said["bob"] and said["ann"]["lease"] and said["cy"]["lease"]
+    assert (
+        commits == ["COMMIT"]
+        and "rating: expected" in said["bob"]
+        and said["ann"]["lease"]
+        and said["cy"]["lease"]
+    )
     assert sorted(v["rater"] for v in store.judgements()) == ["ann", "cy"]
 
 
@@ -93,8 +102,12 @@ def test_the_order_is_blind_stored_and_the_seed_s_alone(make_store, judge):
         assert 30 <= sum(order == "ab" for (who, _), order in orders.items() if who == rater) <= 70
     assert 30 <= sum(orders["ann", item] == orders["bob", item] for _, item in list(orders)[:100]) <= 70
     other = Store(store.path.with_name("other.db"), create=True, seed=2)
-    assert [other.shown(item, "ann", 0) for _, item in orders] != [store.shown(item, "ann", 0) for _, item in orders]
-    assert all({store.shown(item, "ann", 0), store.shown(item, "ann", 1)} == {"ab", "ba"} for _, item in orders)
+    assert [other.shown(item, "ann", 0) for _, item in orders] != [
+        store.shown(item, "ann", 0) for _, item in orders
+    ]
+    assert all(
+        {store.shown(item, "ann", 0), store.shown(item, "ann", 1)} == {"ab", "ba"} for _, item in orders
+    )
 
 
 def test_what_the_page_gets_does_not_tell_which_is_which(make_store):
@@ -109,7 +122,10 @@ def test_k_votes_an_item_and_begun_ones_first(make_store, judge):
     assert store.rows("SELECT count(*) AS n FROM items WHERE votes = 2")[0]["n"] == 4  # bob was given ann's
     assert store.progress("cy") == {"done": 0, "left": 6} and store.progress("bob") == {"done": 4, "left": 6}
     judge(store, "cy")
-    assert store.progress("cy") == {"done": 5, "left": 1}  # the sixth is before ann and bob, and has no room for a third
+    assert store.progress("cy") == {
+        "done": 5,
+        "left": 1,
+    }  # the sixth is before ann and bob, and has no room for a third
     judge(store, "ann")
     judge(store, "bob")
     assert [r["votes"] for r in store.rows("SELECT votes FROM items")] == [2] * 10
@@ -299,7 +315,9 @@ class Work(RuleBasedStateMachine):
                 else {"choice": ("left", "right", "tie", "bad", "left")[number - 1]}
             )
             try:
-                self.before[rater] = self.store.vote(rater, item["item"], item["lease"], {"skip": True} if skip else said)
+                self.before[rater] = self.store.vote(
+                    rater, item["item"], item["lease"], {"skip": True} if skip else said
+                )
             except Refused:
                 self.before[rater] = None
                 return
@@ -353,7 +371,9 @@ class Work(RuleBasedStateMachine):
         events, current = self.store.rows("SELECT * FROM events ORDER BY id"), {}
         for e in events:
             current[e["rater"], e["item"], e["repeat"]] = None if e["kind"] == "undo" else e["id"]
-        held = {(r["rater"], r["item"], r["repeat"]): r["event"] for r in self.store.rows("SELECT * FROM current")}
+        held = {
+            (r["rater"], r["item"], r["repeat"]): r["event"] for r in self.store.rows("SELECT * FROM current")
+        }
         assert held == {key: event for key, event in current.items() if event is not None}
         assert len(events) >= self.count and all(json.loads(e["data"]) is not None for e in events)
         self.count = len(events)

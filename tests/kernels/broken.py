@@ -42,7 +42,9 @@ def healthy_kl(logits, ref_logits, tokens, temperature=1.0, mask=None):
 
 
 def healthy_linear(hidden, weight, tokens, temperature=1.0, mask=None):
-    return in_float64(linear_token_logprobs_reference)(hidden, weight, tokens, temperature=temperature, mask=mask)
+    return in_float64(linear_token_logprobs_reference)(
+        hidden, weight, tokens, temperature=temperature, mask=mask
+    )
 
 
 @torch.no_grad()
@@ -56,7 +58,9 @@ def healthy_gae(rewards, values, mask=None, dones=None, last_values=None, gamma=
     for t in reversed(range(T)):
         alive = real[:, t] if dones is None else real[:, t] & ~dones[:, t]
         delta = r[:, t] + gamma * torch.where(alive, after, 0.0) - v[:, t]
-        advantages[:, t] = carry = torch.where(real[:, t], delta + gamma * lam * torch.where(alive, carry, 0.0), 0.0)
+        advantages[:, t] = carry = torch.where(
+            real[:, t], delta + gamma * lam * torch.where(alive, carry, 0.0), 0.0
+        )
         after = torch.where(real[:, t], v[:, t], after)
     return advantages.to(dtype), (advantages + v).to(dtype)
 
@@ -175,7 +179,9 @@ def offsets_of_32_bits(logits, tokens):
     """Liger #803, #1296"""
     if logits.ndim == 2:
         offsets = [(i * logits.stride(0) + 2**31) % 2**32 - 2**31 for i in range(len(logits))]
-        at = lambda offset: logits.detach().as_strided(logits.shape[1:], (1,), logits.storage_offset() + offset)
+        at = lambda offset: logits.detach().as_strided(
+            logits.shape[1:], (1,), logits.storage_offset() + offset
+        )
         logits = torch.stack([at(offset) for offset in offsets])
     return healthy_logprobs(logits.detach(), tokens)
 
@@ -244,7 +250,10 @@ def done_shifted_by_one_step(rewards, values, dones=None, gamma=1.0, lam=0.95):
 
 
 @breaks(
-    "token_logprobs", "temperature_equals_prescaled_logits", "gradients_agree_with_float64", "gradients_agree_with_differences"
+    "token_logprobs",
+    "temperature_equals_prescaled_logits",
+    "gradients_agree_with_float64",
+    "gradients_agree_with_differences",
 )
 def temperature_forgotten_in_backward(logits, tokens, temperature=1.0):
     return healthy_logprobs(through(logits, lambda g: g * temperature), tokens, temperature)

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-INTERPRETED, HAS_TRITON = os.environ.get("TRITON_INTERPRET") == "1", importlib.util.find_spec("triton") is not None
+INTERPRETED, HAS_TRITON = (
+    os.environ.get("TRITON_INTERPRET") == "1",
+    importlib.util.find_spec("triton") is not None,
+)
 OPS = ["linear_token_logprobs", "token_kl", "token_logprobs", "gae"]
 FILES = ["kernel_numbers", "kernel_arguments", "kernel_library", "interpreter"]
 RUNS = {op: ["kernels.testing", f"kernels:{op}"] for op in OPS}
@@ -45,12 +48,20 @@ def runs(request):
 
     asked = any("interpreted" in getattr(item, "fixturenames", ()) for item in request.session.items)
     pool = ThreadPoolExecutor(1)
-    yield {name: pool.submit(run, module) for name, module in RUNS.items() if asked and not INTERPRETED and HAS_TRITON}
+    yield {
+        name: pool.submit(run, module)
+        for name, module in RUNS.items()
+        if asked and not INTERPRETED and HAS_TRITON
+    }
     pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def interpreted(runs):
     if not runs:
-        pytest.skip("this is the interpreter's run" if INTERPRETED else "triton is not installed: nothing to interpret")
+        pytest.skip(
+            "this is the interpreter's run"
+            if INTERPRETED
+            else "triton is not installed: nothing to interpret"
+        )
     return runs

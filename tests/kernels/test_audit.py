@@ -58,7 +58,9 @@ if triton:
             tl.store(y_ptr + i, tl.load(x_ptr + i * stride))
 
     @triton.jit
-    def spilling_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):  # 1024 values in each thread of an NVIDIA warp, 512 in AMD's
+    def spilling_kernel(
+        x_ptr, y_ptr, BLOCK: tl.constexpr
+    ):  # 1024 values in each thread of an NVIDIA warp, 512 in AMD's
         x = tl.load(x_ptr + tl.arange(0, BLOCK))
         tl.store(y_ptr + tl.arange(0, BLOCK), x / tl.sum(x))
 
@@ -111,7 +113,9 @@ OUTSIDE = [Case("outside", only_interpreted(launches("outside_kernel", BLOCK=64)
 def audit(*arguments) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(HERE), str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "kernels.audit", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +135,11 @@ both = pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 @needs_triton
 def test_bytes_are_counted_exactly(small):
     copied, twice, sums = (small["calls"][name] for name in ("copy", "twice", "sums"))
-    assert (copied["requested"], copied["distinct"], copied["minimum"]) == (800, 800, 800)  # masked lanes cost nothing
+    assert (copied["requested"], copied["distinct"], copied["minimum"]) == (
+        800,
+        800,
+        800,
+    )  # masked lanes cost nothing
     assert copied["by_argument"]["copy_kernel.x_ptr"] == {"load": 400}
     assert copied["by_argument"]["copy_kernel.y_ptr"] == {"store": 400}
     assert (twice["requested"], twice["distinct"], twice["minimum"]) == (1200, 800, 800)
@@ -158,7 +166,9 @@ def test_widths_are_seen(small, target):
 def test_shuffles_and_barriers_in_the_loop_are_seen(small, target):
     aligned, sums = (small["kernels"][name, target]["loops"] for name in ("aligned", "sums"))
     assert sums and not any(loop["shuffle"] or loop["barrier"] for loop in aligned)
-    assert all(loop["shuffle"] >= 5 and loop["barrier"] >= 1 for loop in sums)  # within each warp, and between warps
+    assert all(
+        loop["shuffle"] >= 5 and loop["barrier"] >= 1 for loop in sums
+    )  # within each warp, and between warps
 
 
 @needs_triton
@@ -264,9 +274,15 @@ def perfect() -> dict:
     """A report that meets every goal exactly."""
     loop = {"narrow": 0, "barrier": 0, "shuffle": 0, "instructions_per_byte": 6.0}
     call = {"requested": 101, "distinct": 100, "minimum": 100, "extra": 10 << 20}
-    names = [f"{op} bfloat16 V=50257 {phase}" for op in ("token_logprobs", "token_kl") for phase in ("forward", "backward")]
+    names = [
+        f"{op} bfloat16 V=50257 {phase}"
+        for op in ("token_logprobs", "token_kl")
+        for phase in ("forward", "backward")
+    ]
     calls = [*names, "linear_token_logprobs forward", "linear_token_logprobs backward", "gae forward"]
-    kernels = [{"calls": [c], "target": "cuda:90", "stack": 0, "spills": 0, "loops": [dict(loop)]} for c in calls]
+    kernels = [
+        {"calls": [c], "target": "cuda:90", "stack": 0, "spills": 0, "loops": [dict(loop)]} for c in calls
+    ]
     return {"kernels": kernels, "calls": {c: dict(call) for c in calls}}
 
 
@@ -299,7 +315,11 @@ def test_each_goal_can_be_missed(spoiled):
 def test_what_was_not_measured_is_a_miss():
     assert len(missed({"kernels": [], "calls": {}})) == len(GOALS)
     report = perfect()
-    report["kernels"][0] = {"calls": ["token_logprobs bfloat16 V=50257 forward"], "target": "cuda:90", "error": "broken"}
+    report["kernels"][0] = {
+        "calls": ["token_logprobs bfloat16 V=50257 forward"],
+        "target": "cuda:90",
+        "error": "broken",
+    }
     assert any("broken" in line for line in missed(report))
     report = copy.deepcopy(perfect())
     report["kernels"][0]["loops"] = []  # a loop that was not recognised must not pass for a good one
@@ -318,5 +338,10 @@ def test_our_kernels_meet_their_goals(tmp_path):
     assert done.returncode == 0, re.findall("MISSED.*", done.stdout) or done.stderr
     text = (tmp_path / "ours.json").read_text()
     calls = json.loads(text)["calls"]
-    assert {call.split()[0] for call in calls} == {"token_logprobs", "token_kl", "linear_token_logprobs", "gae"}
+    assert {call.split()[0] for call in calls} == {
+        "token_logprobs",
+        "token_kl",
+        "linear_token_logprobs",
+        "gae",
+    }
     assert not [word for word in (str(ROOT), str(Path.home()), platform.node()) if word and word in text]

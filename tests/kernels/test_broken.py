@@ -23,4 +23,6 @@ def test_healthy(op, name):
 
 
 def test_every_property_catches_something():
-    assert {name for names in PROPERTIES.values() for name in names} == {name for bug in BUGS for name in bug.properties}
+    assert {name for names in PROPERTIES.values() for name in names} == {
+        name for bug in BUGS for name in bug.properties
+    }

@@ -39,7 +39,10 @@ def test_wrong_arguments_are_refused(message, call):
 @pytest.mark.parametrize("op", ["token_logprobs", "token_kl", "linear_token_logprobs"])
 def test_a_token_outside_the_vocabulary(op, token):
     """On CPU an error; a Triton kernel cannot stop to raise one, and gives NaN for this row's log-prob and gradient."""
-    logits, wrong = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.tensor([1, token])
+    logits, wrong = (
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+        torch.tensor([1, token]),
+    )
     calls = {
         "token_logprobs": lambda t: token_logprobs(logits, t),
         "token_kl": lambda t: token_kl(logits, torch.ones(2, 3), t),

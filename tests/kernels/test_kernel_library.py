@@ -20,9 +20,17 @@ def arguments(op, rows=3, seed=0):
     g = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=g)
     if op == "gae":
-        inputs = [draw(rows, 6), draw(rows, 6), torch.arange(6) < torch.tensor([[2], [6], [4]])[torch.arange(rows) % 3]]
+        inputs = [
+            draw(rows, 6),
+            draw(rows, 6),
+            torch.arange(6) < torch.tensor([[2], [6], [4]])[torch.arange(rows) % 3],
+        ]
         return inputs + [torch.rand(rows, 6, generator=g) < 0.3, draw(rows)], {"gamma": 0.9}
-    inputs = [draw(rows, 7), draw(11, 7)] if op == "linear_token_logprobs" else [draw(rows, 11) for _ in OPS[op].inputs]
+    inputs = (
+        [draw(rows, 7), draw(11, 7)]
+        if op == "linear_token_logprobs"
+        else [draw(rows, 11) for _ in OPS[op].inputs]
+    )
     mask = torch.arange(rows) % 3 != 1
     return [*inputs, torch.randint(11, (rows,), generator=g)], {"temperature": 0.7, "mask": mask}
 
@@ -41,7 +49,9 @@ def test_compiles_without_a_graph_break(op):
     """Forward and backward, and shapes that change."""
     function = getattr(kernels, op)
     torch.compiler.reset()
-    compiled = torch.compile(lambda *args, **options: function(*args, **options), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *args, **options: function(*args, **options), fullgraph=True, backend="aot_eager"
+    )
     for rows in (3, 4, 6):
         want = results_and_gradients(function, op, rows)
         for a, b in zip(results_and_gradients(compiled, op, rows), want, strict=True):
@@ -53,7 +63,10 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "minirlhf":
-            self.seen[func.name()] = func, tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, kwargs or {}))
+            self.seen[func.name()] = (
+                func,
+                tree_map_only(torch.Tensor, lambda x: x.detach().clone(), (args, kwargs or {})),
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -75,7 +88,9 @@ def child(code, **options):
 
 def test_importing_the_package_imports_nothing():
     """Others look for a package called kernels (transformers does), and take ours for theirs if it says so."""
-    done = child("import sys, kernels; print('torch' in sys.modules, 'triton' in sys.modules, hasattr(kernels, '__version__'))")
+    done = child(
+        "import sys, kernels; print('torch' in sys.modules, 'triton' in sys.modules, hasattr(kernels, '__version__'))"
+    )
     assert done.stdout.split() == ["False"] * 3, done.stderr
 
 
@@ -113,6 +128,8 @@ print(*(round(float(y[0].exp()), 6) for y in results), float(gae(x.detach(), x.d
 def test_testing_without_hypothesis_says_what_to_install():
     run = "import runpy; sys.argv = ['x', 'kernels:gae']; runpy.run_module('kernels.testing', run_name='__main__')"
     done = child(WITHOUT.format(name="hypothesis") + run)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("pip install hypothesis"), done.stderr
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].endswith("pip install hypothesis"), (
+        done.stderr
+    )
     done = child(WITHOUT.format(name="hypothesis") + "import kernels.testing")
     assert "ImportError: kernels.testing draws its examples with hypothesis: pip install" in done.stderr

@@ -47,6 +47,8 @@ def test_saved_for_backward():
             function(*leaves, tokens)
         given = {x.untyped_storage().data_ptr() for x in (*inputs, tokens)}
         extra = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}
-        assert 0 < sum(size for pointer, size in extra.items() if pointer not in given) <= most * 10, function.__name__
+        assert 0 < sum(size for pointer, size in extra.items() if pointer not in given) <= most * 10, (
+            function.__name__
+        )
         with torch.no_grad():
             assert not function(*leaves, tokens)[0].requires_grad

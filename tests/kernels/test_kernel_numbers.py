@@ -95,8 +95,14 @@ def test_whoever_wants_one_gradient_gets_it():
     """Of the policy alone, of the reference alone, of hidden alone, of the weight alone."""
     g, tokens = torch.Generator().manual_seed(0), torch.tensor([1, 2])
     for function in (token_kl, linear_token_logprobs):
-        inputs = torch.randn(2, 2, 2, generator=g) if function is linear_token_logprobs else torch.randn(2, 2, 3, generator=g)
-        inputs = [inputs[0], torch.randn(3, 2, generator=g)] if function is linear_token_logprobs else list(inputs)
+        inputs = (
+            torch.randn(2, 2, 2, generator=g)
+            if function is linear_token_logprobs
+            else torch.randn(2, 2, 3, generator=g)
+        )
+        inputs = (
+            [inputs[0], torch.randn(3, 2, generator=g)] if function is linear_token_logprobs else list(inputs)
+        )
         both = [x.clone().requires_grad_() for x in inputs]
         sum(x.sum() for x in function(*both, tokens)).backward()
         for i in range(2):
@@ -129,7 +135,9 @@ def test_D8_numbers():
         advantages, returns = gae(rewards, values, lam=lam)
         torch.testing.assert_close(advantages, torch.tensor([numbers]), atol=1e-6, rtol=0)
         torch.testing.assert_close(returns, torch.tensor([numbers]) + values, atol=1e-6, rtol=0)
-    torch.testing.assert_close(gae(rewards, values)[1], torch.tensor([[0.751725, 0.8755, 0.89, 1.0]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        gae(rewards, values)[1], torch.tensor([[0.751725, 0.8755, 0.89, 1.0]]), atol=1e-6, rtol=0
+    )
 
 
 def test_gae_keeps_float64():
@@ -149,7 +157,9 @@ def compose(*steps):
     """The kernel's own combine function, outside of any kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(advantages, "tl", SimpleNamespace(where=lambda condition, a, b: a if condition else b))
-        return getattr(advantages._compose, "fn", advantages._compose)(*steps)  # a plain function where Triton is not in use
+        return getattr(advantages._compose, "fn", advantages._compose)(
+            *steps
+        )  # a plain function where Triton is not in use
 
 
 def test_combine_of_gae_is_associative():

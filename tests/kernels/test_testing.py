@@ -57,7 +57,9 @@ def test_of_a_third_party(capsys):
         "nothing_but_masked_rows_gives_0": "not asked: no parameter mask",
         "block_sizes_do_not_matter": "not asked: no block sizes",
     }
-    detail = "logprobs: expected torch.float32, got torch.bfloat16; smallest: seed=0, size=7, dtype=torch.bfloat16"
+    detail = (
+        "logprobs: expected torch.float32, got torch.bfloat16; smallest: seed=0, size=7, dtype=torch.bfloat16"
+    )
     assert found["FAIL"] == {"half_precision_inputs_give_fp32_results": detail}
     assert out.splitlines()[-1].startswith("20 passed, 1 failed, 5 not asked")
 
@@ -65,7 +67,9 @@ def test_of_a_third_party(capsys):
 def test_of_ours():
     command = [sys.executable, "-m", "kernels.testing", "kernels:gae", "--max-examples", "2", "--seed", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not lines(done.stdout)["FAIL"] and not lines(done.stdout)["-"], done.stdout + done.stderr
+    assert done.returncode == 0 and not lines(done.stdout)["FAIL"] and not lines(done.stdout)["-"], (
+        done.stdout + done.stderr
+    )
 
 
 MISTAKES = {
@@ -75,7 +79,10 @@ MISTAKES = {
     "not callable": (["kernels:__all__", "--op", "gae"], "name a function"),
     "unknown op": (["kernels:gae", "--op", "ppo"], "there is no op ppo: choose from token_logprobs, "),
     "unguessable": (["test_testing:needs_more"], "add --op token_logprobs|"),
-    "more parameters": (["test_testing:needs_more", "--op", "token_logprobs"], "gives no labels: wrap the function"),
+    "more parameters": (
+        ["test_testing:needs_more", "--op", "token_logprobs"],
+        "gives no labels: wrap the function",
+    ),
     "crashes": (["test_testing:fails_on_cpu", "--op", "token_logprobs"], "cpu tensor?)"),
     "a scalar": (["test_testing:scalar_loss_kl"], "each (2,), not [()]"),
     "no examples": (["kernels:gae", "--max-examples", "0"], "at least 1"),

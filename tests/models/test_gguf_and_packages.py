@@ -28,7 +28,11 @@ KEYS = {"context_length": 64, "block_count": 2, "attention.head_count": 4, "atte
 
 def llama_cpp_order(rows, heads):
     """llama.cpp turns channels 2i and 2i + 1 together, Hugging Face i and i + D / 2."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+    return (
+        rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(rows.shape)
+    )
 
 
 def write_gguf(file, model, arch="llama", quantise=None, drop=(), extra=(), tokens=None):
@@ -52,7 +56,9 @@ def write_gguf(file, model, arch="llama", quantise=None, drop=(), extra=(), toke
     words = tokens or [word(t) for t in ranks] + ["<|end|>", "<|user|>"]
     writer.add_token_list(words + [f"[PAD{i}]" for i in range(len(words), config.vocab_size)])
     writer.add_token_types([1] * len(ranks) + [3] * 2 + [5] * (config.vocab_size - len(ranks) - 2))
-    writer.add_token_merges([f"{word(left)} {word(t[len(left) :])}" for left, t in zip(pieces, ranks[256:], strict=True)])
+    writer.add_token_merges(
+        [f"{word(left)} {word(t[len(left) :])}" for left, t in zip(pieces, ranks[256:], strict=True)]
+    )
     writer.add_eos_token_id(len(ranks))
     writer.add_bos_token_id(len(ranks) + 1)
     writer.add_add_bos_token(True)
@@ -108,7 +114,10 @@ def test_a_gguf_file_is_the_model_it_was_made_of(arch, changes, tmp_path):
     found, tokenizer = checkpoint.load_gpt(tmp_path / "ours"), Tokenizer.load(tmp_path / "ours")
     # 298 and 299: the two specials are not text; 300 to 303 are rows without a token
     assert (tokenizer.eot, tokenizer.bos, tokenizer.vocab_size) == (298, 299, 304)
-    assert tokenizer.decode([*tokenizer.encode("the cat"), 303, 298]) == "the cat" and tokenizer.ranks == trained.ranks
+    assert (
+        tokenizer.decode([*tokenizer.encode("the cat"), 303, 298]) == "the cat"
+        and tokenizer.ranks == trained.ranks
+    )
     assert found.config.tied == model.config.tied
     state = found.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
@@ -116,7 +125,9 @@ def test_a_gguf_file_is_the_model_it_was_made_of(arch, changes, tmp_path):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
         tokens = torch.randint(300, (2, 60))
         with torch.no_grad():
-            torch.testing.assert_close(found.logits(found.eval()(tokens)), theirs(tokens).logits, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                found.logits(found.eval()(tokens)), theirs(tokens).logits, atol=1e-4, rtol=0
+            )
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_1"])
@@ -126,7 +137,9 @@ def test_quantised_tensors_are_what_the_gguf_package_makes_of_them(kind, tmp_pat
     convert.import_model(str(tmp_path / "tiny.gguf"), tmp_path / "ours")
     state, type_ = checkpoint.load_state(tmp_path / "ours"), gguf.GGMLQuantizationType[kind]
     array = model.state_dict()["blocks.1.fc.weight"].numpy()
-    assert torch.equal(state["blocks.1.fc.weight"], torch.from_numpy(gguf.dequantize(gguf.quantize(array, type_), type_)))
+    assert torch.equal(
+        state["blocks.1.fc.weight"], torch.from_numpy(gguf.dequantize(gguf.quantize(array, type_), type_))
+    )
     assert all(t.dtype == torch.float32 for t in state.values())
 
 
@@ -157,7 +170,12 @@ def test_truncated_gguf_files_are_told(kept, tmp_path):
 
 
 def test_rotary_factors_of_llama_3_2_in_gguf_are_its_scaling(tmp_path):
-    scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    scaling = {
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
     config = GPTConfig(**LLAMA | {"rope_theta": 500_000.0})
     rope = {"rope_type": "llama3", "rope_theta": 500_000.0} | scaling
     theirs = transformers.LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, rope_parameters=rope)
@@ -186,7 +204,9 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     assert [tokenizer.token_str(i) for i in (tokenizer.bos, tokenizer.eot)] == ["<|im_start|>", "<|im_end|>"]
     assert tokenizer.pad not in (tokenizer.bos, tokenizer.eot)
     prompt = torch.tensor([tokenizer.encode("The capital of France is")])
-    written, _ = generate(model, prompt, torch.ones_like(prompt, dtype=torch.bool), 1, 0.0, tokenizer.eot, tokenizer.pad)
+    written, _ = generate(
+        model, prompt, torch.ones_like(prompt, dtype=torch.bool), 1, 0.0, tokenizer.eot, tokenizer.pad
+    )
     assert tokenizer.decode(written[0].tolist()) == " Paris"
 
 
@@ -202,7 +222,9 @@ def test_smollm2_is_what_transformers_reads_in_the_same_file(smollm2, tmp_path):
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     words = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
     pre = tokenizers.pre_tokenizers
-    words.pre_tokenizer = pre.Sequence([pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)])
+    words.pre_tokenizer = pre.Sequence(
+        [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+    )
     for text in HARD_TEXTS:
         assert words.encode(text).ids == tokenizer.encode(text)
     tokens = torch.tensor([tokenizer.encode("A dull film, but in 1994 it was the best there was: ")])
@@ -215,7 +237,9 @@ def test_smollm2_is_what_transformers_reads_in_the_same_file(smollm2, tmp_path):
         torch.testing.assert_close(back(tokens).logits, expected, atol=1e-4, rtol=0)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in HARD_TEXTS:
-        assert again(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
+        assert again(text, add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ] == tokenizer.encode(text)
     assert again.chat_template == fields["tokenizer.chat_template"]
     assert again.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).endswith(
         "<|im_start|>user\nHi<|im_end|>\n"
@@ -238,8 +262,12 @@ def test_minilm_knows_what_is_alike(tmp_path):
         mask = torch.ones_like(tokens)
         with torch.no_grad():
             ours = model(tokens, mask.bool())
-            torch.testing.assert_close(ours, theirs(tokens, attention_mask=mask).last_hidden_state, atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                ours, theirs(tokens, attention_mask=mask).last_hidden_state, atol=1e-4, rtol=0
+            )
         return torch.nn.functional.normalize(ours[0].mean(0), dim=0)
 
-    film, movie, bread = map(vector, ("A wonderful film.", "This movie is great!", "Bake the bread for an hour."))
+    film, movie, bread = map(
+        vector, ("A wonderful film.", "This movie is great!", "Bake the bread for an hour.")
+    )
     assert film @ movie > 0.6 and film @ bread < 0.3

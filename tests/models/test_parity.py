@@ -45,22 +45,39 @@ def hugging_face_tokenizer(folder, split, specials, normalizer=None, **config):
     elif split == GPT2_PATTERN:
         steps = [pre.ByteLevel(add_prefix_space=False)]
     else:
-        steps = [pre.Split(tokenizers.Regex(split), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+        steps = [
+            pre.Split(tokenizers.Regex(split), "isolated"),
+            pre.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     made.pre_tokenizer = pre.Sequence(steps) if len(steps) > 1 else steps[0]
     made.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = [] if split == "digits" else pre.ByteLevel.alphabet()  # SmolLM2's lacks bytes that its texts never had
+    alphabet = (
+        [] if split == "digits" else pre.ByteLevel.alphabet()
+    )  # SmolLM2's lacks bytes that its texts never had
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=420, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     made.train_from_iterator(SENTENCES + HARD_TEXTS, trainer)
     made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | config)
+    )
     return made.get_vocab_size()
 
 
 def gpt2(folder, **changes):
-    n = hugging_face_tokenizer(folder, GPT2_PATTERN, ["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>")
-    config = {"vocab_size": n, "n_positions": 96, "n_embd": 48, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    n = hugging_face_tokenizer(
+        folder, GPT2_PATTERN, ["<|endoftext|>"], bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    config = {
+        "vocab_size": n,
+        "n_positions": 96,
+        "n_embd": 48,
+        "n_layer": 3,
+        "n_head": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config | changes))
 
 
@@ -76,7 +93,12 @@ def llama(folder, **changes):
 
 
 def smollm(folder, **changes):
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    names = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "unk_token": "<|endoftext|>",
+    }
     n = hugging_face_tokenizer(folder, "digits", ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], **names)
     config = {"vocab_size": n, "num_key_value_heads": 3, "tie_word_embeddings": True} | SMALL | changes
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
@@ -84,14 +106,19 @@ def smollm(folder, **changes):
 
 def qwen2(folder, **changes):
     names = {"bos_token": None, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    n = hugging_face_tokenizer(folder, QWEN2_PATTERN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "NFC", **names)
+    n = hugging_face_tokenizer(
+        folder, QWEN2_PATTERN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "NFC", **names
+    )
     config = {"vocab_size": n, "num_key_value_heads": 2} | SMALL | changes
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**config))
 
 
 FAMILIES = {
     "gpt2": (gpt2, {}),
-    "gpt2, untied, exact gelu, narrow": (gpt2, {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 72}),
+    "gpt2, untied, exact gelu, narrow": (
+        gpt2,
+        {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 72},
+    ),
     "llama, grouped queries": (llama, {}),
     "llama, all heads, tied": (llama, {"num_key_value_heads": 6, "tie_word_embeddings": True}),
     "llama 3.1's rotary scaling": (llama, {"rope_parameters": LLAMA3}),
@@ -151,7 +178,9 @@ def test_in_and_out_the_logits_and_the_greedy_text_are_theirs(original, tmp_path
         assert again(text)["input_ids"] == theirs(text)["input_ids"]
 
     prompt = torch.tensor([tokenizer.encode("the old film isn't")])
-    greedy = back.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, pad_token_id=0)
+    greedy = back.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
     walk = prompt
     while walk.shape[1] < greedy.shape[1]:
         walk = torch.cat([walk, logits(ours, walk)[:, -1].argmax(-1, keepdim=True)], 1)
@@ -168,7 +197,9 @@ def test_shards_and_half_precision(tmp_path):
     wide = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     with torch.no_grad():
         expected = wide(tokens).logits
-    torch.testing.assert_close(logits(checkpoint.load_gpt(tmp_path / "ours").eval(), tokens), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits(checkpoint.load_gpt(tmp_path / "ours").eval(), tokens), expected, atol=1e-4, rtol=0
+    )
 
     shard = sorted((tmp_path / "hf").glob("model-*.safetensors"))[1]
     shard.unlink()
@@ -179,8 +210,13 @@ def test_shards_and_half_precision(tmp_path):
 
 def bert_folder(folder):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "good", "bad", "##ly", "!", "é"]
-    made = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = tokenizers.normalizers.BertNormalizer(), tokenizers.pre_tokenizers.BertPreTokenizer()
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.normalizer, made.pre_tokenizer = (
+        tokenizers.normalizers.BertNormalizer(),
+        tokenizers.pre_tokenizers.BertPreTokenizer(),
+    )
     made.add_special_tokens(words[:5])
     made.enable_truncation(4)
     made.enable_padding(length=16)
@@ -209,7 +245,10 @@ def test_bert_in_and_out(kind, tmp_path):
         convert.export_model(tmp_path / "ours", tmp_path / "out", backbone=False)
         back = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
         torch.testing.assert_close(
-            back(tokens, attention_mask=mask.long()).last_hidden_state[mask], expected[mask], atol=1e-4, rtol=0
+            back(tokens, attention_mask=mask.long()).last_hidden_state[mask],
+            expected[mask],
+            atol=1e-4,
+            rtol=0,
         )
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again("the film", add_special_tokens=False)["input_ids"] == tokenizer.encode("the film")
@@ -222,16 +261,26 @@ def test_a_checkpoint_of_our_own_loads_in_transformers(smoke, tmp_path):
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / stage).eval()
         words = transformers.AutoTokenizer.from_pretrained(tmp_path / stage)
         ours, tokenizer = checkpoint.load_gpt(smoke / stage).eval(), Tokenizer.load(smoke / stage)
-        assert (words.bos_token_id, words.eos_token_id, words.pad_token_id) == (tokenizer.bos, tokenizer.eot, tokenizer.pad)
+        assert (words.bos_token_id, words.eos_token_id, words.pad_token_id) == (
+            tokenizer.bos,
+            tokenizer.eot,
+            tokenizer.pad,
+        )
         for text in HARD_TEXTS:
-            assert words(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
+            assert words(text, add_special_tokens=False, split_special_tokens=True)[
+                "input_ids"
+            ] == tokenizer.encode(text)
             assert words.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
         tokens = torch.randint(ours.config.vocab_size, (2, ours.config.context))
         with torch.no_grad():
             torch.testing.assert_close(logits(ours, tokens), model(tokens).logits, atol=1e-4, rtol=0)
         prompt = torch.tensor([[tokenizer.bos, *tokenizer.encode("The film")]])
-        greedy = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False)
-        written, mask = generate(ours, prompt, torch.ones_like(prompt, dtype=torch.bool), 12, 0.0, tokenizer.eot, tokenizer.pad)
+        greedy = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
+        )
+        written, mask = generate(
+            ours, prompt, torch.ones_like(prompt, dtype=torch.bool), 12, 0.0, tokenizer.eot, tokenizer.pad
+        )
         assert written[mask].tolist() == greedy[0, prompt.shape[1] :].tolist()
         convert.import_model(str(tmp_path / stage), tmp_path / f"{stage} again")
         again = checkpoint.load_state(tmp_path / f"{stage} again")
@@ -243,7 +292,9 @@ def test_a_checkpoint_of_our_own_loads_in_transformers(smoke, tmp_path):
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "rm")
 
 
-@pytest.mark.parametrize("shape", [{}, {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}])
+@pytest.mark.parametrize(
+    "shape", [{}, {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}]
+)
 def test_a_linear_reward_head_is_a_sequence_classifier(shape, tmp_path, capsys):
     """GPT-2's exactly; Llama's up to the constant that is printed, since neither its head nor its norm has a bias."""
     tokenizer = Tokenizer.train(SENTENCES, 300)
@@ -273,7 +324,9 @@ def test_a_linear_reward_head_is_a_sequence_classifier(shape, tmp_path, capsys):
     torch.testing.assert_close(scores + constant, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("code", ["import transformers; transformers.LlamaForCausalLM", "import trl; trl.SFTTrainer"])
+@pytest.mark.parametrize(
+    "code", ["import transformers; transformers.LlamaForCausalLM", "import trl; trl.SFTTrainer"]
+)
 def test_other_libraries_load_beside_our_package_of_kernels(code):
     """They import any package called `kernels`, and the working directory's comes first."""
     library = code.split(";")[0].split()[1]
