@@ -1,4 +1,4 @@
-"""The optimiser, learning-rate schedules, and sums over microbatches and ranks [D17]."""
+"""The optimiser's step, learning-rate schedules, and sums over microbatches and ranks [D17]."""
 
 from __future__ import annotations
 
@@ -12,32 +12,6 @@ from minirlhf import UserError
 from minirlhf.support.hardware import Machine
 
 
-def exact_div(a: int, b: int, what: str) -> int:
-    """a / b, refused where it would have to be rounded."""
-    if a % b:
-        raise UserError(f"{what}: {a} does not divide by {b}")
-    return a // b
-
-
-def split_rows(lengths: Tensor, rows: int, tokens: int | None, picks: Tensor) -> list[Tensor]:
-    """picks [n], in order, in groups of at most `rows`, and of at most `tokens` tokens where more than one row; lengths [B]."""
-    if tokens is None:
-        return list(picks.split(rows))
-    groups, total = [0], 0
-    for i, n in enumerate(lengths[picks].tolist()):
-        if i - groups[-1] == rows or (i > groups[-1] and total + n > tokens):
-            groups.append(i)
-            total = 0
-        total += n
-    return list(picks.tensor_split(groups[1:]))
-
-
-def fuse_head(asked: str, tokens: int, vocab: int) -> bool:
-    """Whether to make logits a tile at a time and twice (once again in backward): where asked to, or where those of a
-    forward pass, held at once, would take more than 128 MiB in fp32."""
-    return asked == "on" or asked == "auto" and 4 * tokens * vocab > 2**27
-
-
 def adamw(
     models: Iterable[nn.Module],
     lr: float,
@@ -48,7 +22,7 @@ def adamw(
 ) -> torch.optim.AdamW:
     """AdamW with decay on matrices only: gains, biases and other vectors are left alone.
 
-    `embedding_scale` multiplies the learning rate of token embeddings, each of which few batches touch.
+    `embedding_scale` multiplies the learning rate of token embeddings, each of which occurs in few batches.
     """
     named = [(name, p) for m in models for name, p in m.named_parameters() if p.requires_grad]
     kind = lambda name, p: (
@@ -71,11 +45,21 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """Sum gradients over the ranks, scale them down to `max_norm`, step, let them go -> their norm."""
+def take_step(
+    machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name: str = "model"
+) -> float:
+    """Sum gradients over the ranks, scale them down to `max_norm` (0: no clipping), step, and drop them -> their norm.
+
+    A norm that is not finite raises UserError before anything moves.  It is the norm of the sum, so all ranks agree.
+    """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     machine.sum_gradients(trained)
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf).item()
+    if not math.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise UserError(
+            f"the {name}'s gradient norm is {norm}: lower its learning rate, or train in --precision fp32"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -89,8 +73,28 @@ def warmup_cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def warmup_linear(step: int, total: int, warmup: int) -> float:
+    """Factor on the learning rate: linear from 1/warmup up, times linear from 1 down to 0 at step `total`."""
+    return min(1.0, (step + 1) / max(1, warmup)) * (1 - step / total)
+
+
+def exact_div(a: int, b: int, what: str) -> int:
+    """a / b; UserError where it would have to be rounded."""
+    if a % b:
+        raise UserError(f"{what}: {a} does not divide by {b}")
+    return a // b
+
+
+def fuse_head(wish: str, tokens: int, vocab: int) -> bool:
+    """Whether to compute logits one tile at a time (and again in backward) instead of holding them all.
+
+    'on', 'off', or 'auto': where the logits of a forward pass would take more than 128 MiB in fp32.
+    """
+    return wish == "on" or wish == "auto" and 4 * tokens * vocab > 2**27
+
+
 class Sums:
-    """Named scalars added up over microbatches, then over ranks."""
+    """Named scalars, added up over microbatches on the device, then over ranks."""
 
     def __init__(self) -> None:
         self.values: dict[str, Tensor] = {}
@@ -100,6 +104,40 @@ class Sums:
             self.values[name] = self.values.get(name, 0.0) + value.detach().float()
 
     def over_ranks(self, machine: Machine) -> dict[str, float]:
+        """The sums over all ranks, as numbers: one collective and one wait for the device."""
         total = torch.stack(list(self.values.values()))
         machine.sum_([total])
         return dict(zip(self.values, total.tolist(), strict=True))
+
+
+class History:
+    """Statistics of several optimiser steps, each a mean over the tokens of its minibatch."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[dict[str, Tensor], Tensor]] = []
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, stats: Sums, tokens: Tensor) -> None:
+        """tokens: how many the step's minibatch has, over all ranks."""
+        self.entries.append((stats.values, tokens))
+
+    def means(self, machine: Machine) -> dict[str, float]:
+        """Means over all tokens of all steps and ranks [D22]; and val/ratio_var, the variance of the steps' ratios."""
+        names = list(dict.fromkeys(name for stats, _ in self.entries for name in stats))
+        nan = torch.full((), math.nan, device=machine.device)
+        table = torch.stack(
+            [torch.stack([stats.get(name, nan) for name in names]) for stats, _ in self.entries]
+        )
+        machine.sum_([table])  # [steps, names]; ranks add up to the minibatch's means
+        weights = torch.stack([tokens for _, tokens in self.entries])
+        rows = torch.cat([table, weights[:, None]], 1).double().cpu()
+        found = {}
+        for i, name in enumerate(names):
+            known = ~rows[:, i].isnan()  # a step that was left early has no statistics of the value model
+            weight = rows[known, -1]
+            found[name] = float((rows[known, i] * weight).sum() / weight.sum())
+        if "val/ratio" in names:
+            found["val/ratio_var"] = float(rows[:, names.index("val/ratio")].var(correction=0))
+        return found

@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from .masked import masked_mean, masked_var
+from .masked import SumOverRanks, masked_mean, masked_var
 
 
 def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,8 +76,8 @@ def policy_loss(
     All inputs [B, R] -> scalar loss, detached scalar statistics. Until the first optimiser step ratio is 1
     [D4]. `denominator` is the number of real tokens in the WHOLE minibatch, over all micro-batches and ranks:
     then losses and statistics of the parts simply add up to the minibatch's [D17]. Default: the real tokens
-    given here. Statistics: `ratio`, its mean; `clipfrac`, the share of tokens whose clipped loss is the
-    larger; `approxkl`, the mean of (new - old)^2 / 2 as lmhp logs it.
+    given here. Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens whose
+    clipped loss is the larger; `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
     """
     total = _total(response_mask, denominator)
     # Off the mask 0 goes in BEFORE exp: exp(NaN) would poison the gradient even of what is dropped later.
@@ -89,9 +89,9 @@ def policy_loss(
     loss = torch.maximum(plain, clipped).sum() / total
     with torch.no_grad():
         stats = {
-            "ratio": torch.where(response_mask, ratio, 0.0).sum() / total,
-            "clipfrac": (clipped > plain).sum() / total,  # off the mask both are 0
-            "approxkl": log_ratio.square().sum() / 2 / total,
+            "val/ratio": torch.where(response_mask, ratio, 0.0).sum() / total,
+            "policy/clipfrac_avg": (clipped > plain).sum() / total,  # off the mask both are 0
+            "policy/approxkl_avg": log_ratio.square().sum() / 2 / total,
         }
     return loss, stats
 
@@ -127,15 +127,45 @@ def _total(mask: Tensor, denominator: Tensor | float | None) -> Tensor:
     return total.clamp(min=1)
 
 
-def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+def explained_variance(
+    values: Tensor, returns: Tensor, mask: Tensor, sum_: SumOverRanks | None = None
+) -> Tensor:
     """1 - var(returns - values) / var(returns), all [B, R] -> scalar: 1 perfect critic, 0 constant one [D12].
 
     Returns without variance leave nothing to explain and give 0; a millionth of their size is rounding noise.
+    `sum_` sums over the ranks (see masked.py).
     """
-    variance = masked_var(returns, mask)
-    constant = variance <= 1e-12 * masked_mean(returns.square(), mask)
-    explained = 1 - masked_var(returns - values, mask) / torch.where(constant, 1.0, variance)
+    variance = masked_var(returns, mask, sum_=sum_)
+    constant = variance <= 1e-12 * masked_mean(returns.square(), mask, sum_=sum_)
+    explained = 1 - masked_var(returns - values, mask, sum_=sum_) / torch.where(constant, 1.0, variance)
     return torch.where(constant, 0.0, explained)
+
+
+@torch.no_grad()
+def rollout_metrics(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    has_eos: Tensor,
+    kl_coef: float,
+) -> dict[str, Tensor]:
+    """What a rollout looked like, by metric name: one number per sequence, [B] each, whose mean is logged [D22].
+
+    objective/kl is in nats per sequence and uses k1; objective/kl_k3 has the same mean with less noise [D1].
+    """
+    k1, _, k3 = kl_estimates(logprobs, ref_logprobs)  # padding holds 0
+    kl = k1.sum(1)
+    return {
+        "objective/kl": kl,
+        "objective/kl_k3": k3.sum(1),
+        "objective/entropy": -logprobs.sum(1),
+        "objective/non_score_reward": -kl_coef * kl,
+        "objective/rlhf_reward": scores - kl_coef * kl,
+        "objective/scores": scores,
+        "val/eos_rate": has_eos.float(),
+        "val/response_length": response_mask.sum(1).float(),
+    }
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:

@@ -1,145 +1,361 @@
-"""A stage's folder and process: what it claims, logs, and how it is interrupted."""
+"""A stage's process and its folder: where it computes, what it started from, how it logs, saves, resumes and stops.
+
+`Run` serves all three scripts alike.  It knows the folder and the process, and nothing of the algorithm's step:
+
+    run = Run("ppo", config)                          # device, ranks, precision; OUT is free, unfinished or complete
+    if not run.begin(source, init=sft_dir): return    # complete, from the same data and checkpoints: nothing to do
+    run.resume(tokenizer, model, optimizer=optimizer) # the state of the last checkpoint, if there is one
+    for step in run.loop(total): ...                  # progress bar, seeds, Ctrl-C
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from minirlhf import UserError, checkpoint
-from minirlhf.support.hardware import Machine, versions
+from minirlhf import Stopped, UserError, checkpoint, data, optim
+from minirlhf.support.cli import Count, Seed
+from minirlhf.support.files import Lock
+from minirlhf.support.hardware import (
+    frozen_dtype,
+    pick_precision,
+    seed_everything,
+    setup_machine,
+    trim_freed_memory,
+)
+from minirlhf.support.logs import MetricLogger
+
+NOT_SETTINGS = {
+    "out",
+    "resume",
+    "overwrite",
+    "tensorboard",
+    "data_dir",
+    "save_samples",
+}  # they change no result
 
 
-def describe(stage: str, shape: Any, config: Any, step: int, complete: bool, tokenizer, **more: Any) -> dict:
-    """A checkpoint's config.json: everything that is needed to load the model and to know where it came from."""
-    return {
-        "stage": stage,
-        "model": dataclasses.asdict(shape),
-        "training": json.loads(json.dumps(dataclasses.asdict(config), default=str)),
-        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
-        "step": step,
-        "complete": complete,
-        "versions": versions(),
-    } | more
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """The options that all three stages share."""
+
+    out: Path = Path("runs/demo/stage")
+    """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""
+    data: str = "vader"
+    """Source of the texts: vader (built in), toy (generated), or a file or folder (.jsonl, .jsonl.gz, .txt)."""
+    data_dir: Path | None = None
+    """Cache folder of the built-in dataset.  Default: the user's cache."""
+    skip_bad: bool = False
+    """Skip and count malformed rows instead of stopping at the first."""
+    too_long: Literal["error", "drop", "cut"] = "drop"
+    """What happens to a prompt that does not fit the context: stop, drop and count the row, or cut its beginning."""
+    resume: bool = False
+    """Continue from the newest checkpoint in OUT, bit for bit [D21]; start where there is none."""
+    overwrite: bool = False
+    """Start again even if OUT holds a run, which is lost."""
+    tensorboard: bool = False
+    """Write TensorBoard events, too."""
+    seed: Seed = 1
+    """Random seed, 0 or larger."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of matrix products.  auto: bf16 where the hardware multiplies it natively."""
+    train_layers: Count | None = None
+    """Train only this many last blocks and what follows them.  Default: everything.  What is frozen is kept in
+    --precision and has no dropout."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for backward and compute the rest again: far less memory, a third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; worth it in long runs only."""
+
+    def __post_init__(self) -> None:
+        if self.resume and self.overwrite:
+            raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
 
-class MetricLogger:
-    """One JSON object a line in OUT/metrics.jsonl, and TensorBoard if asked; texts, if asked, in OUT/samples.jsonl.
-    Ranks above 0 are silent."""
+class Run:
+    """One stage's process and folder."""
 
-    def __init__(self, out: Path, machine: Machine, tensorboard: bool, keep_until: int):
-        """keep_until: lines of later steps belong to work that a resumed run does again, and are dropped [D21]."""
-        self.out, self.board = None if machine.rank else out, None
-        if machine.rank:
-            return
-        out.mkdir(parents=True, exist_ok=True)
-        if not keep_until:  # a run that starts again: from here on nothing of the old one can be taken for it
-            for link in ("latest", "best"):
-                (out / link).unlink(missing_ok=True)
-        for path in (out / "metrics.jsonl", out / "samples.jsonl"):
-            old = (
-                path.read_text().split("\n") if path.exists() else []
-            )  # splitlines also splits inside a text
-            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= keep_until]
-            path.write_text("".join(line + "\n" for line in kept)) if kept else path.unlink(missing_ok=True)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs the package: pip install 'minirlhf[track]'") from None
-            self.board = SummaryWriter(str(out / "tensorboard"))
+    def __init__(self, stage: str, config: RunConfig):
+        """Finds device and ranks, locks OUT, and decides whether to start, to resume or that there is nothing to do.
 
-    def write(self, name: str, step: int, rows: list[dict]) -> None:
-        """Append rows to OUT/NAME.jsonl, all with this step."""
-        if self.out is not None:
-            with open(self.out / f"{name}.jsonl", "a") as file:
-                file.write(
-                    "".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        Raises UserError where OUT holds another run, cannot be resumed, or is in use.
+        """
+        self.stage, self.config, self.out = stage, config, config.out
+        self.machine = setup_machine()
+        self.device, self.rank, self.world = self.machine.device, self.machine.rank, self.machine.world
+        self.precision = pick_precision(config.precision)
+        self.lock: Lock | None = None
+        if self.rank == 0 and self.out.exists():
+            self.lock = Lock(self.out)
+        self.state = self._claim()
+        self.step, self.saved_step, self.seconds = 0, 0, 0.0
+        self.inputs: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}  # what config.json says beside the usual
+        self.times: dict[str, float] = {}
+        self.stop_signal = 0
+        seed_everything(config.seed)
+
+    # --------------------------------------------------------------------------------------------- the folder
+
+    def _claim(self) -> str:
+        """'start', 'resume' or 'complete'."""
+        out, config = self.out, self.config
+        if config.overwrite:
+            return "start"
+        if not (out / "latest" / "config.json").is_file():
+            if steps := checkpoint.whole_steps(out):
+                raise UserError(
+                    f"{out} holds {steps[-1]}, but its link `latest` leads to no checkpoint: "
+                    f"ln -sfn {steps[-1]} {out}/latest and --resume goes on; --overwrite starts again"
                 )
+            return "start"
+        saved = checkpoint.load_config(out)
+        if saved.get("stage") != self.stage:
+            raise UserError(f"{out} holds a checkpoint of stage {saved.get('stage')}: choose another --out")
+        before, now = saved.get("training", {}), checkpoint.settings_of(config)
+        other = sorted(k for k in now.keys() - NOT_SETTINGS if before.get(k, now[k]) != now[k])
+        if other:
+            change = ", ".join(f"{k} ({before[k]}, now {now[k]})" for k in other)
+            raise UserError(f"{out} holds a run with another {change}: choose a new --out, or --overwrite")
+        if saved.get("complete"):
+            return "complete"
+        step = saved.get("step")
+        if not config.resume:
+            raise UserError(
+                f"{out} holds an unfinished run (step {step}): --resume goes on, --overwrite starts again"
+            )
+        if not (out / "latest" / "trainer.json").is_file():
+            raise UserError(
+                f"{out} holds step {step} without trainer.json, so it cannot be resumed: "
+                f"give it as --init of a new run, or --overwrite"
+            )
+        if saved.get("world", self.world) != self.world and self.rank == 0:
+            print(f"{out}: begun with {saved['world']} processes, now {self.world}: random draws will differ")
+        return "resume"
 
-    def log(self, step: int, metrics: dict[str, Any]) -> None:
-        plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
-        self.write("metrics", step, [plain])
-        if self.board is not None:
-            for name, value in plain.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+    def begin(self, source: data.Dataset, **checkpoints: Path | None) -> bool:
+        """Whether there is work to do.  Records the data and the checkpoints that this run starts from.
 
+        Raises UserError where the run in OUT was made from others.
+        """
+        self.inputs = {"data": source.sha256}
+        for name, path in checkpoints.items():
+            if path is not None:
+                self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
+        if self.state != "start":
+            before = checkpoint.load_config(self.out).get("inputs", {})
+            for name, now in self.inputs.items():
+                if before.get(name, now) != now and not name.endswith("_path"):
+                    raise UserError(
+                        f"{self.out} was made from another {name} (sha256 {before[name][:12]}, now {now[:12]}): "
+                        f"choose a new --out, or --overwrite"
+                    )
+        self.about |= {"data": {"name": source.name, "sha256": source.sha256}}
+        if self.state == "complete":
+            checkpoint.sweep(self.out)
+            self.print(f"{self.out} is complete: nothing to do (--overwrite to run it again)")
+        return self.state != "complete"
 
-def claim(out: Path, config: Any, resume: bool, overwrite: bool) -> str:
-    """What to do with OUT: 'start', 'resume' or 'skip' (finished with the same settings); anything else is refused.
+    def account(self, what: str, ledger: dict[str, int]) -> None:
+        """Print what became of every row, and record it in config.json."""
+        self.about.setdefault("rows", {})[what] = dict(ledger)
+        self.print(f"{what}: {data.account(ledger)}")
 
-    Settings that do not change the result (where it goes, how it is shown) may differ.
-    """
-    if not (out / "latest").exists() or overwrite:
-        return "start"
-    saved = checkpoint.load_config(out)
-    ignored = {"out", "resume", "overwrite", "tensorboard", "data_dir", "save_samples", "dry_run", "profile"}
-    wanted = {
-        k: v
-        for k, v in json.loads(json.dumps(dataclasses.asdict(config), default=str)).items()
-        if k not in ignored
-    }
-    other = sorted(k for k, v in wanted.items() if saved["training"].get(k, v) != v)
-    if other:
-        raise UserError(
-            f"{out} holds a run with another {', '.join(other)}: choose a new --out, or --overwrite"
+    def resume(self, tokenizer, model: nn.Module, counters: dict | None = None, **parts: Any) -> dict:
+        """Load the last checkpoint, if the run goes on, and open the logs -> the counters.
+
+        `model` is what the next stage will read; `parts` are the other modules and optimizers that training changes.
+        """
+        if self.rank == 0 and self.lock is None:
+            self.lock = Lock(self.out)
+            if self._claim() != self.state:
+                raise UserError(f"{self.out}: another process has begun a run here: choose another --out")
+        self.tokenizer, self.model, self.parts, self.counters = tokenizer, model, parts, counters or {}
+        if self.state == "resume":
+            tensors, state = checkpoint.load_trainer(self.out)
+            model.load_state_dict(checkpoint.load_state(self.out))
+            for name, part in parts.items():
+                if isinstance(part, nn.Module):
+                    prefix = f"{name}."
+                    part.load_state_dict(
+                        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                    )
+                else:
+                    checkpoint.unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
+            self.counters |= state["counters"]
+            self.step = self.saved_step = state["step"]
+            self.seconds = state["seconds"]
+        elif self.rank == 0:
+            checkpoint.forget(self.out)
+        self.logger = MetricLogger(self.out, self.rank, self.config.tensorboard, self.step)
+        return self.counters
+
+    def save(self, step: int, complete: bool = False, **about: Any) -> None:
+        """Write the checkpoint of `step`; `about` goes into its config.json."""
+        tensors: dict[str, Tensor] = {}
+        optimizers: dict[str, dict] = {}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                tensors |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
+            else:
+                packed, optimizers[name] = checkpoint.pack_optimizer(part, f"{name}.")
+                tensors |= packed
+        state = {"step": step, "seconds": self.elapsed, "counters": self.counters, "optimizers": optimizers}
+        shape = self.model.config if hasattr(self.model, "config") else self.model.members[0].backbone.config
+        more = {"inputs": self.inputs, "world": self.world} | self.about | about
+        described = checkpoint.describe(
+            self.stage, shape, self.config, step, complete, self.tokenizer, **more
         )
-    if saved["complete"]:
-        return "skip"
-    if not resume:
-        raise UserError(
-            f"{out} holds an unfinished run (step {saved['step']}): --resume goes on, --overwrite starts again"
+        if self.rank == 0:
+            trainer = {"tensors": tensors, "state": state}
+            checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer)
+        self.saved_step = step
+
+    # --------------------------------------------------------------------------------------------- the process
+
+    def autocast(self):
+        """The context in which models compute, at this run's precision."""
+        return self.machine.autocast(self.precision)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x, summed over the ranks in place."""
+        self.machine.sum_([x])
+        return x
+
+    def means(self, per_text: dict[str, Tensor], count: int) -> dict[str, float]:
+        """The mean of each tensor [B] over all ranks, `count` numbers in all."""
+        sums = optim.Sums()
+        sums.add({name: values.sum() / count for name, values in per_text.items()})
+        return sums.over_ranks(self.machine)
+
+    def print(self, text: str) -> None:
+        """Print on rank 0 alone."""
+        if self.rank == 0:
+            tqdm.write(text)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        return frozen_dtype(self.precision)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent in the loop, those before a resume included."""
+        running = time.perf_counter() - self.started if getattr(self, "started", None) else 0.0
+        return self.seconds + running
+
+    def loop(self, total: int, first: int | None = None) -> Iterator[int]:
+        """The steps still to do, 0-based, each with its own seeds and with Ctrl-C and SIGTERM held back until its end."""
+        self.started, self.total = time.perf_counter(), total
+        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        first = self.step if first is None else first
+        self.bar = tqdm(range(first, total), initial=first, total=total, disable=self.rank > 0)
+        try:
+            for step in self.bar:
+                self.times = {}
+                self.seed_step(step)
+                yield step
+                trim_freed_memory(step + 1)
+        finally:
+            self.bar.close()
+            self.seconds, self.started = self.elapsed, None
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def seed_step(self, step: int) -> None:
+        """Make this step's randomness a function of (seed, step, rank) [D21]."""
+        seed_everything(self.config.seed, step, self.rank)
+
+    def same_on_all_ranks(self, draw: Callable[[], Any], step: int) -> Any:
+        """draw(), a random choice that must not depend on the rank."""
+        if self.rank:
+            seed_everything(self.config.seed, step, 0)
+        drawn = draw()
+        if self.rank:
+            self.seed_step(step)
+        return drawn
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to the metric time/NAME."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + time.perf_counter() - start
+
+    def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float, name: str) -> float:
+        """optim.take_step -> the gradient's norm; where it is not finite, nothing moves and the run ends in one line."""
+        try:
+            return optim.take_step(self.machine, optimizer, max_norm, name)
+        except UserError as error:
+            raise UserError(f"{error} ({self._where()})") from None
+
+    def require_finite(self, **quantities: Tensor) -> None:
+        """End the run in one line, on all ranks, where one of these tensors holds nan or inf on any rank."""
+        bad = torch.stack([(~torch.isfinite(x.detach())).any().float() for x in quantities.values()])
+        names = [name for name, count in zip(quantities, self.sum_(bad).tolist(), strict=True) if count]
+        if names:
+            remedy = "lower the learning rate, or train in --precision fp32"
+            raise UserError(f"{' and '.join(names)}: not finite any more: {remedy} ({self._where()})")
+
+    def together(self, function: Callable, *args: Any) -> Any:
+        """function(*args), after which all ranks go on, or none.
+
+        Where it raises UserError on any rank, finished steps are saved and all ranks stop.  The models must not have
+        changed since the last finished step.
+        """
+        error = result = None
+        try:
+            result = function(*args)
+        except UserError as failure:
+            error = failure
+        if self.machine.any(error is not None):
+            if self.step > self.saved_step:
+                self.save(self.step)
+            reason = error or "another process failed"
+            raise UserError(f"{reason} ({self._where()}; --resume does this step again)") from error
+        return result
+
+    def _where(self) -> str:
+        last = (
+            f"the last good checkpoint is that of step {self.saved_step}"
+            if self.saved_step
+            else "no checkpoint yet"
         )
-    return "resume"
+        return f"{self.stage}, step {self.step + 1}; {last}"
 
+    # --------------------------------------------------------------------------------------------- the end of a step
 
-class Interrupt:
-    """Ctrl-C and SIGTERM ask the loop to stop at its next safe point; a second one stops at once."""
+    def log(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
+        """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress bar."""
+        self.step = step
+        self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
+        self.bar.set_postfix_str(note.format(**metrics), refresh=False)
 
-    def __enter__(self) -> Interrupt:
-        self.asked = False
-        self.before = {s: signal.signal(s, self.ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def checkpoint(self, step: int, due: bool) -> None:
+        """Save if it is due or if the run was asked to stop; then stop, unless this step was the last.
 
-    def ask(self, signum, frame) -> None:
-        if self.asked:
+        All ranks leave at the same step, or some would wait for the others for ever.
+        """
+        stop = self.machine.any(bool(self.stop_signal))
+        if due or stop:
+            self.save(step)
+        if stop and step < self.total:
+            message = f"stopped at step {step} of {self.total}; the same command with --resume goes on from {self.out}"
+            raise Stopped(message, self.stop_signal or signal.SIGTERM)
+
+    def _ask_to_stop(self, signum: int, frame: Any) -> None:
+        if self.stop_signal:
             raise KeyboardInterrupt
-        self.asked = True
+        self.stop_signal = signum
         print("\nstopping after this step (again to stop at once)", file=sys.stderr)
-
-    def agreed(self, machine: Machine) -> bool:
-        """Whether any rank was asked: all leave at the same step, or some would wait for the others for ever."""
-        asked = torch.tensor(float(self.asked), device=machine.device)
-        machine.sum_([asked])
-        self.asked = bool(asked)
-        return self.asked
-
-    def __exit__(self, *exc) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-
-def tracer(out: Path, wanted: bool) -> torch.profiler.profile:
-    """To be told of every iteration's end by step(): traces the second, if wanted, to OUT/trace.json."""
-    times = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
-    never = lambda step: torch.profiler.ProfilerAction.NONE
-    write = lambda found: found.export_chrome_trace(str(out / "trace.json"))
-    return torch.profiler.profile(schedule=times if wanted else never, on_trace_ready=write)
-
-
-@contextlib.contextmanager
-def stopwatch(times: dict[str, float], name: str) -> Iterator[None]:
-    """Add the seconds of the block to times[name]."""
-    start = time.perf_counter()
-    yield
-    times[name] = times.get(name, 0.0) + time.perf_counter() - start

@@ -193,9 +193,9 @@ def test_D12_policy_loss(advantage, ratio, want, clipped, slope):
     loss.backward()
     near(loss, want)
     near(new.grad, [[slope, 0.0]])  # a clipped token pushes no further
-    near(stats["clipfrac"], clipped, 0)
-    near(stats["ratio"], ratio)
-    near(stats["approxkl"], math.log(ratio) ** 2 / 2)
+    near(stats["policy/clipfrac_avg"], clipped, 0)
+    near(stats["val/ratio"], ratio)
+    near(stats["policy/approxkl_avg"], math.log(ratio) ** 2 / 2)
     assert not any(s.requires_grad for s in stats.values())
 
 

@@ -1,6 +1,6 @@
 """The machine: device, ranks, precision, seeds and memory.
 
-Distributed runs (`torchrun`) replicate the model and sum gradients: every loss in this project is a sum over tokens divided
+Distributed runs (`torchrun`) replicate the model and sum gradients.  Every loss in this project is a sum over tokens divided
 by the number of tokens in the whole batch, over all ranks, so summing is all there is to do [D17].
 """
 
@@ -22,11 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minirlhf import UserError
-
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
+    """One process of a run: where it computes, and which of how many it is."""
+
     device: torch.device
     rank: int = 0
     world: int = 1
@@ -38,38 +38,47 @@ class Machine:
                 dist.all_reduce(t)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over the ranks; a rank whose shard had no token takes part with zeros [D17]."""
+        """Sum gradients over the ranks; a rank whose share had no token takes part with zeros [D17]."""
         if self.world > 1:
             for p in parameters:
                 if p.requires_grad:
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                     self.sum_([p.grad])
 
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds on any rank: all ranks get the same answer, and decide alike."""
+        if self.world == 1:
+            return condition
+        count = torch.tensor(float(condition), device=self.device)
+        self.sum_([count])
+        return bool(count)
+
     def autocast(self, precision: str):
         """precision 'fp32' or 'bf16'.  Master weights stay fp32; log-softmax is fp32 in any case [D18]."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def setup_machine(seed: int) -> Machine:
-    """Device, process group (under torchrun) and seeds; ranks get the same weights and different samples."""
-    if seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {seed}")
+def setup_machine() -> Machine:
+    """The device, and the process group where torchrun started this process."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # fp32 products may use TF32
     else:
         device = torch.device("cpu")
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    seed_everything(seed)
     return Machine(device, rank, world)
 
 
 def seed_everything(*parts: int) -> None:
-    """Seed all generators from numbers such as (seed, step, rank).  Done at each step, it makes that step's randomness a
-    function of them, so that no generator's state needs saving for an exact resume [D21]."""
+    """Seed all generators from numbers such as (seed, step, rank).
+
+    Done at each step, it makes that step's randomness a function of these numbers, so that no generator's state has to be
+    saved for an exact resume [D21].
+    """
     state = np.random.SeedSequence(parts).generate_state(2)
     random.seed(int(state[0]))
     np.random.seed(state[0])
@@ -77,8 +86,8 @@ def seed_everything(*parts: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: fresh pages for each logits tensor cost more than the arithmetic on it (1.5 x)."""
-    with contextlib.suppress(OSError, AttributeError):
+    """Let glibc keep large freed blocks: new pages for each logits tensor cost more than the arithmetic on it (1.5 x)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
         mallopt = ctypes.CDLL(None).mallopt
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
         mallopt(M_MMAP_MAX, 0)
@@ -87,31 +96,33 @@ def keep_freed_memory() -> None:
 
 
 def trim_freed_memory(step: int, every: int = 50) -> None:
-    """Now and then, give back what no longer fits anything: batches of many widths leave holes in the kept memory."""
+    """Every so many steps, give back what no longer fits anything: batches of many widths leave holes in the kept memory."""
     if step % every == 0 and not torch.cuda.is_available():
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def has_fast_bf16() -> bool:
-    """bf16 matrix units: without them bf16 on a CPU is emulated and slower than fp32."""
+    """Whether the hardware multiplies bf16 natively.  Where it is emulated, bf16 is slower than fp32."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     with contextlib.suppress(OSError):
         return bool(re.search(r"avx512_bf16|amx_bf16|bf16", Path("/proc/cpuinfo").read_text()))
     return False
 
 
 def pick_precision(wish: str) -> str:
+    """'fp32' or 'bf16': the wish, or for 'auto' bf16 where it is fast."""
     return ("bf16" if has_fast_bf16() else "fp32") if wish == "auto" else wish
 
 
 def frozen_dtype(precision: str) -> torch.dtype:
-    """What frozen matrices are stored in: autocast to bf16 would round them to it at every use."""
+    """The dtype that frozen matrices are stored in: autocast to bf16 would round them to it at every use."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python, minirlhf and the packages that numbers depend on."""
     found = {"python": platform.python_version(), "minirlhf": metadata_version("minirlhf")}
     return found | {name: metadata_version(name) for name in ("torch", "triton", "numpy", "tiktoken")}
 

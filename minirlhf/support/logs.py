@@ -1,0 +1,70 @@
+"""A run's logs: metrics and samples as lines of JSON, TensorBoard if asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from minirlhf import UserError
+from minirlhf.support.files import write_atomically
+
+
+class MetricLogger:
+    """OUT/metrics.jsonl, one JSON object per step; OUT/samples.jsonl and TensorBoard if asked.  Rank 0 alone writes."""
+
+    def __init__(self, out: Path, rank: int, tensorboard: bool, keep_until: int):
+        """keep_until: lines of later steps belong to work that a resumed run does again, and are dropped [D21].
+
+        The files are replaced, never cut in place: killed at any moment, a run keeps its history.
+        """
+        self.out, self.board = None if rank else out, None
+        if rank:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            kept = lines_until(out / name, keep_until)
+            if name == "metrics.jsonl" and keep_until:  # lost or damaged: the checkpoint has a copy
+                kept = max(kept, lines_until(out / "latest" / name, keep_until), key=len)
+            if kept:
+                write_atomically(out / name, "".join(line + "\n" for line in kept))
+            else:
+                (out / name).unlink(missing_ok=True)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package: pip install 'minirlhf[track]'") from None
+            self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def write(self, name: str, step: int, rows: list[dict]) -> None:
+        """Append rows to OUT/NAME.jsonl, all with this step."""
+        if self.out is not None:
+            with open(self.out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.write(
+                    "".join(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+                )
+
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
+        plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
+        self.write("metrics", step, [plain])
+        if self.board is not None:
+            for name, value in plain.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, step)
+
+
+def lines_until(path: Path, step: int) -> list[str]:
+    """The whole lines of a .jsonl file whose step is not larger; a line that a crash tore, or damage, is left out."""
+    kept = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    for line in text.split("\n")[
+        :-1
+    ]:  # a line is whole once its newline is written (splitlines also splits inside texts)
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, KeyError):
+            continue
+    return kept
