@@ -1,158 +1,228 @@
-"""Sampling from the policy, and the record of what was sampled.
+"""Sampling from the policy, and reading what was sampled.
 
 Dimension key: B sequences, P prompt (left-padded), R response (right-padded), T = P + R, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import linear_token_logprobs, token_logprobs
-from minirlhf import data
-from minirlhf.model import GPT, KVCache, RewardEnsemble, ValueModel
-from minirlhf.tokenizer import Tokenizer
+from minirlhf.model import GPT, KVCache, ValueModel
 
-STAY = 0.75  # generate() moves the rows that still run together when they are this share of all, or less
+COMPACT_BELOW = 0.75  # generate() drops the finished rows when at most this share of its batch still runs
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The settings that the sampler and all log-probabilities must share, or KL is not a KL [D2] [D3]."""
+
+    max_new: int  # longest response, in tokens
+    temperature: float  # 0 takes the likeliest token; log-probabilities need a positive temperature
+    eos: int  # the token that ends a response; it counts as part of it
+    pad: int  # the token written after the end
+    forbidden: int | None = None  # a token that is never sampled, of probability 0 for every model
+    fused_head: bool = False  # compute log-probabilities without holding all logits at once
 
 
 @dataclass
-class Rollout:
-    """One batch of experience.  Everything off `response_mask` is 0."""
+class Texts:
+    """A batch of prompts and their responses."""
 
-    prompts: Tensor  # [B, P] left-padded
-    prompt_mask: Tensor  # [B, P] True = real
-    responses: Tensor  # [B, R] right-padded
-    response_mask: Tensor  # [B, R] True = counts; the EOS counts
-    logprobs: Tensor  # [B, R] of the policy that sampled, recomputed by the update's own forward [D18]
-    ref_logprobs: Tensor  # [B, R] of the frozen reference
-    values: Tensor  # [B, R] V(s_t), read before token t [D8]
-    scores: Tensor  # [B] of the reward function, once a response
+    prompts: Tensor  # [B, P] int64, left-padded
+    prompt_mask: Tensor  # [B, P] bool, True = real
+    responses: Tensor  # [B, R] int64, right-padded
+    response_mask: Tensor  # [B, R] bool, True = counts; the EOS counts
 
-    def __getitem__(self, rows: Tensor) -> Rollout:
-        return Rollout(*(getattr(self, f.name)[rows] for f in fields(self)))
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: Tensor | slice) -> Texts:
+        """The texts of some rows."""
+        return Texts(
+            self.prompts[rows], self.prompt_mask[rows], self.responses[rows], self.response_mask[rows]
+        )
 
     @property
     def tokens(self) -> Tensor:
-        return torch.cat([self.prompts, self.responses], 1)  # [B, T]
+        """[B, T]: each prompt, then its response."""
+        return torch.cat([self.prompts, self.responses], 1)
 
     @property
     def mask(self) -> Tensor:
-        return torch.cat([self.prompt_mask, self.response_mask], 1)  # [B, T]
+        """[B, T] bool, True = real."""
+        return torch.cat([self.prompt_mask, self.response_mask], 1)
+
+    def ended(self, eos: int) -> Tensor:
+        """[B] bool: whether each response ended with EOS, rather than being cut off."""
+        return ((self.responses == eos) & self.response_mask).any(1)
+
+    @staticmethod
+    def cat(parts: list[Texts]) -> Texts:
+        """All texts of `parts`, in order. Narrower prompts are padded on the left, responses on the right."""
+        P = max(part.prompts.shape[1] for part in parts)
+        R = max(part.responses.shape[1] for part in parts)
+        left = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
+        right = lambda x: torch.nn.functional.pad(x, (0, R - x.shape[1]))
+        return Texts(
+            torch.cat([left(part.prompts) for part in parts]),
+            torch.cat([left(part.prompt_mask) for part in parts]),
+            torch.cat([right(part.responses) for part in parts]),
+            torch.cat([right(part.response_mask) for part in parts]),
+        )
+
+    def decode(self, tokenizer) -> tuple[list[str], list[str]]:
+        """The prompts and the responses as strings, after one copy to the host."""
+        P = self.prompts.shape[1]
+        tokens, mask = torch.stack([self.tokens, self.mask.long()]).cpu()
+        mask = mask.bool()
+        prompts = [row[:P][real[:P]] for row, real in zip(tokens, mask, strict=True)]
+        responses = [row[P:][real[P:]] for row, real in zip(tokens, mask, strict=True)]
+        decode_all = lambda rows: [tokenizer.decode(row.tolist()) for row in rows]
+        return decode_all(prompts), decode_all(responses)
 
 
 def forbid(logits: Tensor, token: int | None) -> Tensor:
-    """Take one token out of the distribution.  Sampler, policy and reference must all do it, or KL is no KL [D2]."""
+    """Logits in which one token has probability 0. Sampler, policy and reference must all use it [D2]."""
     if token is None:
         return logits
-    return logits.index_fill(-1, torch.tensor([token], device=logits.device), float("-inf"))
+    return logits.index_fill(-1, torch.full((1,), token, device=logits.device), float("-inf"))
 
 
-def read_before(model: GPT | ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int) -> Tensor:
-    """The model's results [B, T - 1, ...] on all tokens but the last, worth reading where the next one is of the response."""
-    wanted = torch.zeros_like(mask[:, :-1])
-    wanted[:, prompt_len - 1 :] = True
-    return model(tokens[:, :-1], mask[:, :-1], wanted=wanted)
+def read_before(model: GPT | ValueModel, texts: Texts) -> Tensor:
+    """The model's output at the token before each response token: hidden states [B, R, C], or values [B, R].
 
-
-def response_logprobs(
-    model: GPT, tokens: Tensor, mask: Tensor, prompt_len: int, temperature: float, forbidden: int | None = None,
-    fused_head: bool = False, hidden: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probabilities and entropies [B, R] of the responses in tokens [B, T].
-
-    The one function for old, new and reference log-probs: same temperature as the sampler [D3], fp32 log-softmax [D18].
-    With fused_head the logits never exist as a whole; a forbidden token needs them.  `hidden` [B, T - 1, C]: read_before, where
-    a critic on the same model reads it too.
+    What stands off response_mask is never read, and the last block does little work for it.
     """
-    real = mask[:, prompt_len:]
-    hidden = read_before(model, tokens, mask, prompt_len) if hidden is None else hidden
-    hidden = hidden[:, prompt_len - 1 :][real]  # [N, C]: no logits for padding
-    targets = tokens[:, prompt_len:][real]
-    if fused_head and forbidden is None:
-        logprobs, entropy = linear_token_logprobs(hidden, model.head_weight, targets, temperature)
+    P = texts.prompts.shape[1]
+    tokens, mask = texts.tokens[:, :-1], texts.mask[:, :-1]
+    wanted = torch.zeros_like(mask)
+    wanted[:, P - 1 :] = True
+    return model(tokens, mask, wanted=wanted)[:, P - 1 :]
+
+
+def response_logprobs(model: GPT, texts: Texts, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies [B, R] of the responses, 0 off response_mask.
+
+    The one function for old, new and reference log-probs: they share the sampler's temperature [D3] and an
+    fp32 log-softmax [D18]. Under bf16 autocast the logits are rounded to bf16 before the log-softmax. With
+    fused_head the logits never exist as a whole, unless a token is forbidden.
+    """
+    real = texts.response_mask
+    hidden = read_before(model, texts)[real]  # [N, C]: no logits for padding
+    targets = texts.responses[real]
+    if sampling.fused_head and sampling.forbidden is None:
+        logprobs, entropy = linear_token_logprobs(hidden, model.head_weight, targets, sampling.temperature)
     else:
-        logprobs, entropy = token_logprobs(forbid(model.logits(hidden), forbidden), targets, temperature)
+        logits = forbid(model.logits(hidden), sampling.forbidden)
+        logprobs, entropy = token_logprobs(logits, targets, sampling.temperature)
     empty = torch.zeros(real.shape, dtype=logprobs.dtype, device=real.device)
     return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropy)
 
 
-def response_values(
-    model: ValueModel, tokens: Tensor, mask: Tensor, prompt_len: int, hidden: Tensor | None = None
-) -> Tensor:
-    """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8].  `hidden`: as above."""
-    values = (
-        read_before(model, tokens, mask, prompt_len) if hidden is None else model.head(hidden, mask[:, :-1])
-    )
-    return values[:, prompt_len - 1 :]
+def response_values(model: ValueModel, texts: Texts) -> Tensor:
+    """V(s_t) [B, R]: the value read BEFORE response token t, at the token one place before it [D8]."""
+    return read_before(model, texts)
 
 
-def read(
-    model: RewardEnsemble, reader: Tokenizer, tokens: Tensor, mask: Tensor, writer: Tokenizer
-) -> tuple[Tensor, Tensor]:
-    """Scores and disagreement [B] of texts [B, T], by a model that may read them with another tokenizer than wrote them."""
-    if reader.hash != writer.hash:
-        rows = [
-            data.translate(row[real].tolist(), writer, reader) for row, real in zip(tokens, mask, strict=True)
-        ]
-        tokens, mask = (x.to(tokens.device) for x in data.collate(rows, reader.pad))
-    return model(tokens, mask)
+def by_microbatch(
+    function: Callable, model: Any, texts: Texts, microbatch: int | None, *rest: Any
+) -> Tensor | tuple[Tensor, ...]:
+    """function(model, texts, *rest), called on at most `microbatch` rows at a time (None: on all at once).
+
+    The function returns a tensor [b, ...], or a tuple of them, for b rows; the results are joined in order.
+    """
+    size = microbatch or len(texts)
+    parts = [function(model, texts[i : i + size], *rest) for i in range(0, len(texts), size)]
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return torch.cat(parts)
 
 
-def sample(logits: Tensor, temperature: float, u: Tensor) -> Tensor:
-    """One token [B] from logits [B, V] where the cumulative distribution passes u [B, 1], uniform in 0..1 (multinomial is far
-    slower on CPU)."""
-    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+def draw_by_cdf(p: Tensor, u: Tensor) -> Tensor:
+    """One token [B] per row of p [B, V]: where the cumulative sum passes u [B, 1], uniform in [0, 1).
+
+    For the CPU, where it is far faster than torch.multinomial. It needs a cumsum that never decreases, which
+    a GPU's parallel sum does not promise (pytorch issue 21780).
+    """
+    cdf = p.cumsum(-1)
     total = cdf[:, -1:].contiguous()
-    # Below the total, the first entry above u has a positive probability; u itself may have been rounded up to it.
+    # Below the total, the first entry above u has a positive probability; u may have been rounded up to it.
     u = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, u, right=True).squeeze(1)
 
 
+def draw_by_race(p: Tensor, noise: Tensor) -> Tensor:
+    """One token [B] per row of p [B, V]: the argmax of p / noise, where noise [B, V] is Exponential(1).
+
+    Token j arrives at the time noise_j / p_j, which is exponential with rate p_j, so j comes first with
+    probability p_j. For a GPU: the host does not wait, and a token of probability 0 cannot win.
+    """
+    smallest = torch.finfo(noise.dtype).tiny  # 0 / 0 is NaN, which argmax would choose
+    return (p / noise.clamp(min=smallest)).argmax(-1)
+
+
+def sample(
+    logits: Tensor, temperature: float, rows: Tensor, batch: int, generator: torch.Generator | None
+) -> Tensor:
+    """One token per row of logits [n, V] -> [n]; `rows` [n] are their places in the whole batch."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.float() / temperature).softmax(-1)
+    if logits.device.type == "cpu":  # a number for every row, so that no row's draw depends on the others
+        return draw_by_cdf(p, torch.rand(batch, 1, generator=generator)[rows])
+    return draw_by_race(p, torch.empty_like(p).exponential_(generator=generator))
+
+
 @torch.no_grad()
 def generate(
-    model: GPT, prompts: Tensor, prompt_mask: Tensor, max_new: int, temperature: float, eos: int, pad: int,
-    generator: torch.Generator | None = None, forbidden: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Continue prompts [B, P] (left-padded) by up to max_new tokens -> responses, response_mask [B, R = max_new].
+    model: GPT,
+    prompts: Tensor,
+    prompt_mask: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator | None = None,
+) -> Texts:
+    """The prompts [B, P] (left-padded), each continued by up to R = sampling.max_new tokens.
 
-    A response ends with its EOS, which counts, or is cut off.  The whole distribution is sampled: no top-k, no top-p, or
-    the sampler would not be the policy and KL estimates could stay negative [D2].  temperature 0 takes the best token.
-
-    Rows that have ended leave the batch once they are a quarter of it.  What is drawn for a row does not depend on that.
+    A response ends with its EOS, which counts, or is cut off. The whole distribution is sampled: with top-k
+    or top-p the sampler would not be the policy, and KL estimates could stay negative [D2]. Prompts may be on
+    the CPU; the texts are on the model's device. Finished rows leave the batch once they are a quarter of it.
     """
+    device = model.wte.weight.device
+    prompts, prompt_mask = (x.to(device, non_blocking=True) for x in (prompts, prompt_mask))
     B, P = prompts.shape
-    device = prompts.device
-    cache = KVCache(model, B, P + max_new)
-    responses = torch.full((B, max_new), pad, dtype=torch.long, device=device)
-    lengths = torch.full((B,), max_new, dtype=torch.long, device=device)
-    rows, running = (
-        torch.arange(B, device=device),
-        torch.ones(B, dtype=torch.bool, device=device),
-    )  # those in the cache
-    look = 1 if device.type == "cpu" else 16  # asking a GPU how many still run stops it
+    R = sampling.max_new
+    cache = KVCache(model, B, P + R)
+    responses = torch.full((B, R), sampling.pad, dtype=torch.long, device=device)
+    lengths = torch.full((B,), R, dtype=torch.long, device=device)
+    rows = torch.arange(B, device=device)  # those still in the batch and in the cache
+    running = torch.ones(B, dtype=torch.bool, device=device)
+    ask_every = 1 if device.type == "cpu" else 16  # asking a GPU how many rows still run makes the host wait
     last = torch.zeros_like(prompt_mask)
     last[:, -1] = True
     hidden = model(prompts, prompt_mask, cache, last)[:, -1]
-    for t in range(max_new):
-        logits = forbid(model.logits(hidden), forbidden)
-        u = torch.rand(B, 1, generator=generator, device=device)
-        token = sample(logits, temperature, u[rows]) if temperature > 0 else logits.argmax(-1)
-        responses[rows, t] = torch.where(running, token, pad)
-        ended = running & (token == eos)
+    for t in range(R):
+        logits = forbid(model.logits(hidden), sampling.forbidden)
+        token = sample(logits, sampling.temperature, rows, B, generator)
+        responses[rows, t] = torch.where(running, token, sampling.pad)
+        ended = running & (token == sampling.eos)
         lengths[rows] = torch.where(ended, t + 1, lengths[rows])
         running = running & ~ended
-        if t % look == 0:
-            left = int(running.sum())
-            if left == 0:
+        if t % ask_every == 0:
+            n_running = int(running.sum())
+            if n_running == 0:
                 break
-            if left <= STAY * len(rows):
-                keep = running.nonzero().squeeze(1)
-                cache.keep(keep)
-                rows, token, running = rows[keep], token[keep], running[keep]
-        if t + 1 < max_new:
+            if n_running <= COMPACT_BELOW * len(rows):
+                kept = running.nonzero().squeeze(1)
+                cache.keep(kept)
+                rows, token, running = rows[kept], token[kept], running[kept]
+        if t + 1 < R:
             hidden = model(token[:, None], None, cache)[:, -1]
-    mask = torch.arange(max_new, device=device) < lengths[:, None]  # from lengths, never from the tokens [D6]
-    return responses, mask
+    # From the lengths, never from the tokens: a response may contain the padding token [D6].
+    response_mask = torch.arange(R, device=device) < lengths[:, None]
+    return Texts(prompts, prompt_mask, responses, response_mask)
