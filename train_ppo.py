@@ -19,6 +19,7 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -224,7 +225,8 @@ def load_prompts(
     split = config.split if config.split != "auto" else "val" if config.data in data.BUILT_IN else "all"
     records = source.select(None if split == "all" else split, source.genres_among([config.genre])).records
     room = min(contexts) - config.response_tokens
-    ledger = source.ledger.copy()
+    run.account(source.describe(), source.ledger)
+    ledger = Counter()
     prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long, ledger)
     run.account(f"prompts ({split} split)", ledger)
     return prompts

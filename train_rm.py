@@ -1,535 +1,446 @@
-"""Stage 2: train a reward model on what people said, and measure it against them.
+"""Stage 2: train a reward model on people's judgements, and measure it against them.
 
     python train_rm.py                                    # after train_sft.py: the built-in human ratings
     python train_rm.py --preset smoke                     # seconds, to see that it runs
     python train_rm.py --data choices.jsonl --loss pairwise --out runs/mine/rm
     python train_rm.py --part b --seed 2 --out runs/demo/judge      # a judge that shares no item with --part a
 
-The SFT model with a two-layer MLP head, all weights trained.  Ratings are learnt as regression on the mean score, as
-Bradley-Terry pairs with the raters' vote shares as soft targets, or both; choices as pairs [D15].  Scores are then shifted so
-that the reference policy's own samples average 0 (and scaled, where the data are choices, whose scale is arbitrary) [D14].
-Test texts are read once, at the end, for the report: nothing is chosen on them.
+The model is the SFT model with a two-layer MLP head; all weights are trained.  Ratings are learnt as regression on the mean
+score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both; choices are learnt as pairs [D15].
+Scores are then shifted so that the reference policy's own samples average 0 (and scaled, where the data are choices, whose
+scale is arbitrary) [D14].  The test split is read once, at the end, for the report: nothing is chosen on it.
 
-Numbers in brackets are the README's register of implementation details.
+Numbers in brackets are implementation details: docs/details.md names each one's source and test.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from minirlhf import UserError, checkpoint, data, optim, preference, run
-from minirlhf.measure import baselines, stats
-from minirlhf.model import RewardEnsemble, run_blocks, train_last
-from minirlhf.rollout import generate
-from minirlhf.support import cli, hardware
+from minirlhf import UserError, checkpoint, data, optim, preference
+from minirlhf.feedback import raters
+from minirlhf.measure import reward_report
+from minirlhf.model import GPT, RewardEnsemble, run_blocks, train_last
+from minirlhf.rollout import Sampling, generate
+from minirlhf.run import Run, RunConfig
+from minirlhf.support import cli
+from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Share, ShareBelow1
+from minirlhf.support.hardware import seed_everything
 from minirlhf.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     preset: Literal["smoke", "demo", "gpt2", "smollm2", "minilm"] = "demo"
-    """Named settings; any option given beside it wins."""
+    """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/rm")
-    """Where checkpoints, metrics and the report go.  The SFT model is looked for beside it."""
+    """Folder for checkpoints, metrics and the report.  The SFT model is looked for beside it."""
+
+    # Data
+    genres: tuple[str, ...] = ("movies", "products", "editorials", "tweets", "words")
+    """Which sentences of a dataset with genres to train on."""
+    genre: str = "movies"
+    """Genre to validate and test on."""
+    part: Literal["all", "a", "b"] = "all"
+    """Half of the training items (by a hash of the text), for two models that share none."""
+    raters: Literal["mean", "majority", "model"] = "mean"
+    """How the judgements of several raters become one target.  mean: the mean rating, the share of the votes.  majority:
+    the median rating, the side with more votes.  model: a fit of all items and raters at once, in which each rater has a
+    bias, a slope and a noise (ratings) or a reliability (votes by rater): random answers get no weight, inverted ones a
+    negative weight.  Validation and test always use the mean."""
+    lowercase: Share = 0.5
+    """Share of the training texts that is read in lower case, another one each epoch: rare spellings then learn from
+    common ones."""
+
+    # Model
     init: Path | None = None
     """Checkpoint of the backbone and its tokenizer: a language model, or an imported encoder.  Default: OUT/../sft."""
     backbone: Literal["auto", "gpt", "bert"] = "auto"
-    """What --init must be: a causal language model, or an encoder, which reads a text in both directions.  auto: either."""
-    reference: Path | None = None
-    """The policy on whose samples scores are normalised.  Default: --init, or, where that is an encoder, OUT/../sft."""
-    data: str = "vader"
-    """Ratings or preferences: vader (built in), toy, or a file or folder (.jsonl, .jsonl.gz)."""
-    data_dir: Path | None = None
-    """Cache folder of the built-in dataset."""
-    genres: tuple[str, ...] = ("movies", "products", "editorials", "tweets", "words")
-    """What to train on, of a dataset with genres."""
-    genre: str = "movies"
-    """What to validate and test on."""
-    part: Literal["all", "a", "b"] = "all"
-    """Half of the training items (by a hash of the text), for two models that share none."""
-    skip_bad: bool = False
-    """Count and skip malformed rows instead of stopping."""
-    resume: bool = False
-    """Go on from OUT's newest checkpoint, bit for bit [D21]."""
-    overwrite: bool = False
-    """Start again even if OUT holds a run."""
-    tensorboard: bool = False
-    """Also write TensorBoard events."""
-    seed: int = 1
-    """Of everything random; 0 or more."""
-
-    loss: Literal["auto", "regression", "pairwise", "both"] = "auto"
-    """auto: regression for ratings, pairwise for choices."""
+    """What --init must be: a causal language model (gpt) or an encoder (bert).  auto: either."""
     pooling: Literal["last", "mean", "last+mean"] = "last+mean"
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Two layers, or one, as transformers' sequence classifiers have: with --pooling last such a model can be exported."""
-    raters: Literal["mean", "majority", "model"] = "mean"
-    """What several raters of a training item come to.  mean: the mean rating, and the share of the votes.  majority: the
-    median rating, and the side with more votes.  model: what a fit of all ratings and raters says of the item, each rater
-    with a bias, a slope and a noise (ratings) or a reliability (votes, which must be given by rater): who answers at random
-    counts nothing, who answers upside down is turned round.  Pairs made of ratings then go by this one number an item.
-    Validation and test are always against the mean."""
-    members: int = 1
-    """Ensemble of so many seeds: the mean is the score, the spread the disagreement."""
-    dropout: float = 0.2
-    """As in stage 1, in place of the SFT model's."""
-    train_layers: int | None = None
-    """Train only the last so many blocks and what follows them; None: everything.  The rest is kept in --precision, and has no
-    dropout."""
-    bidirectional: int = 0
-    """Let so many of the last blocks of a language model read in both directions (Dukic and Snajder 2024): whole texts are read
-    better.  A prefix then has no score, so PPO's critic cannot start from such a model; nor is there one in transformers."""
-    lowercase: float = 0.5
-    """Share of the training texts read in lower case, others each epoch: rare spellings learn from common ones."""
-    epochs: int = 2
-    """Passes over the training items."""
-    batch: int = 64
-    """Items (ratings) or pairs (choices) an optimiser step, over all ranks."""
-    lr: float = 1.5e-4
-    """After a short warm-up, linear to 0."""
-    embedding_lr: float = 12.0
-    """Times the learning rate, for the token embeddings: a rare word is in few batches."""
-    warmup: int = 50
-    """Steps of linear warm-up, a member."""
-    weight_decay: float = 0.1
-    """On matrices only."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Adam's."""
-    adam_eps: float = 1e-8
-    """Adam's epsilon."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
-    normalise: Literal["auto", "bias", "scale", "none"] = "auto"
-    """Affine transform of scores, fitted on samples of the reference: auto is bias for ratings, scale for choices [D14]."""
-    normalise_samples: int = 256
-    """How many samples."""
-    prompt_tokens: int = 4
-    """Of the prompts that these samples continue: as train_ppo.py will cut them."""
-    response_tokens: int = 24
-    """Longest sample."""
-    temperature: float = 1.0
-    """Of those samples: as train_ppo.py will sample."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively."""
-    gradient_checkpointing: bool = False
-    """Keep only each block's input for backward and compute the rest again: a fraction of the memory, a third more time."""
-    compile: bool = False
-    """torch.compile the blocks; worth it in long runs."""
+    """Two layers, or one as in transformers' sequence classifiers: with --pooling last such a model can be exported."""
+    members: Annotated[int, cli.Range(1, 100)] = 1
+    """Number of models in the ensemble, which differ in their seeds: scores are means, disagreement is the spread."""
+    bidirectional: CountOr0 = 0
+    """Let this many of the last blocks read in both directions (Dukic and Snajder 2024): whole texts are read better.  A
+    prefix then has no score, so PPO's critic cannot start from such a model; and transformers has no such model."""
+    dropout: ShareBelow1 = 0.2
+    """Dropout, in place of the SFT model's."""
 
-    def __post_init__(self):
-        cli.check_positive(
-            self,
-            "members",
-            "epochs",
-            "batch",
-            "lr",
-            "train_layers",
-            "prompt_tokens",
-            "response_tokens",
-            "temperature",
-        )
-        if not 0 <= self.lowercase <= 1:
-            raise UserError(f"--lowercase is a share: want 0 to 1, not {self.lowercase}")
+    # Optimisation
+    loss: Literal["auto", "regression", "pairwise", "both"] = "auto"
+    """Loss.  auto: regression for ratings, pairwise for choices."""
+    epochs: Annotated[int, cli.Range(1, 100_000)] = 2
+    """Passes over the training items."""
+    batch: Count = 64
+    """Items (ratings) or pairs (choices) per optimiser step, over all ranks."""
+    microbatch: Count | None = None
+    """Most items per forward pass on each rank.  Smaller values save memory; gradients are the same [D17]."""
+    lr: Above0 = 1.5e-4
+    """Highest learning rate: linear warm-up, then linear to 0."""
+    embedding_lr: AtLeast0 = 12.0
+    """Factor on the learning rate of the token embeddings: a rare word is in few batches."""
+    warmup: CountOr0 = 50
+    """Steps of linear warm-up of each member."""
+    weight_decay: AtLeast0 = 0.1
+    """Weight decay of matrices; vectors have none."""
+    betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.98)
+    """Adam's betas."""
+    adam_eps: Above0 = 1e-8
+    """Adam's epsilon."""
+    max_grad_norm: AtLeast0 = 1.0
+    """Gradients are scaled down to this norm.  0: no clipping."""
+
+    # Normalisation of scores on samples of the reference policy
+    normalise: Literal["auto", "bias", "scale", "none"] = "auto"
+    """Affine transform of the scores [D14].  auto: bias for ratings, scale for choices."""
+    reference: Path | None = None
+    """Policy whose samples scores are normalised on.  Default: --init, or OUT/../sft where --init is an encoder."""
+    normalise_samples: Annotated[int, cli.Range(2, 1_000_000)] = 256
+    """Number of these samples."""
+    prompt_tokens: Count = 4
+    """Tokens of a text that become the prompt of a sample: as in train_ppo.py."""
+    response_tokens: Count = 24
+    """Longest sample in tokens: as in train_ppo.py."""
+    temperature: Above0 = 1.0
+    """Temperature of these samples: as in train_ppo.py."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.microbatch is not None and self.batch % self.microbatch:
+            raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
+        if self.reference and self.normalise == "none":
+            raise UserError("--reference is read for --normalise, which is none: drop one of them")
 
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", epochs=2, warmup=5, normalise_samples=32,
-                    response_tokens=12),
-    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14, pooling="mean",
-                      bidirectional=14, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
-    "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"), genres=("movies",),
-                     pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, embedding_lr=1.0, epochs=4,
-                     normalise="none"),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), epochs=2, lr=3e-5, members=3),
-}  # fmt: skip
+    "smoke": Config(
+        preset="smoke",
+        out=Path("runs/smoke/rm"),
+        data="toy",
+        warmup=5,
+        normalise_samples=32,
+        response_tokens=12,
+    ),
+    "smollm2": Config(
+        preset="smollm2",
+        out=Path("runs/smollm2/rm"),
+        genres=("movies",),
+        train_layers=14,
+        pooling="mean",
+        bidirectional=14,
+        dropout=0.1,
+        lowercase=0.0,
+        batch=32,
+        lr=1e-4,
+        epochs=3,
+    ),
+    "minilm": Config(
+        preset="minilm",
+        out=Path("runs/minilm/rm"),
+        init=Path("runs/minilm/base"),
+        genres=("movies",),
+        pooling="mean",
+        dropout=0.1,
+        lowercase=0.0,
+        batch=32,
+        lr=1e-4,
+        embedding_lr=1.0,
+        epochs=4,
+        normalise="none",
+    ),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), lr=3e-5, members=3, microbatch=8),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Item:
-    """A training example: one rated text, or (ids_b given) a pair of which `target` is the vote share of the first."""
+class Training:
+    """What the model learns from: judged items in their own spelling and in lower case, and the raters' fit."""
 
-    ids: list[int]
-    target: float
-    ids_b: list[int] | None = None
-
-
-def items_of(records: list, tokenizer: Tokenizer, context: int) -> list[Item]:
-    """Token ids of what the model will read: the same sequences as in stage 1."""
-    encode = lambda prompt, text: data.encode_example(tokenizer, prompt, text, context)[0]
-    if isinstance(records[0], data.Preference):
-        return [Item(encode(r.prompt, r.chosen), r.share, encode(r.prompt, r.rejected)) for r in records]
-    return [Item(encode(r.prompt, r.response), r.rating) for r in records]
+    items: list[data.Judged]
+    lowered: list[data.Judged]
+    raters: dict
 
 
-def settle(records: list, how: str) -> tuple[list, dict]:
-    """(the records with the targets that `how` (--raters) makes of their judgements, what it found of each rater)."""
-    if how == "mean":  # as they were read, all ratings kept: pairs of them are soft targets
-        return records, {}
-    choices = isinstance(records[0], data.Preference)
-    if choices and how == "model" and not all(r.votes for r in records):
-        bare = next(r for r in records if not r.votes)
-        raise UserError(f"--raters model needs votes by rater ({{rater: a, b or tie}}), and the pair {bare.chosen[:30]!r} has "
-                        "none: use --raters mean or majority")  # fmt: skip
-    units = [(r.votes or (r.share,)) if choices else r.ratings for r in records]
-    targets, found = preference.settle(units, [r.raters for r in records], how, choices)
-    field = "share" if choices else "rating"
-    return [
-        dataclasses.replace(r, **{field: t}) for r, t in zip(records, targets.tolist(), strict=True)
-    ], found
+def load_training(config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, context: int) -> Training:
+    """The training split, of one part, with the targets that --raters makes of the judgements."""
+    records = source.select("train", source.genres_among(config.genres)).records
+    records = [r for r in records if config.part in ("all", data.part_of(r))]
+    records, found = raters.with_targets(records, config.raters)
+    ledger = Counter()
+    items = data.encode_judged(tokenizer, records, context, config.too_long, ledger)
+    run.account(f"train (part {config.part})", ledger)
+    lowered = [data.encode_pair(tokenizer, lower(item.record), context) for item in items]
+    return Training(items, lowered, found)
 
 
-def lowered(record: data.Response | data.Preference) -> data.Response | data.Preference:
-    """The record with its texts in lower case, the prompt as it was."""
+def choose_loss(config: Config, source: data.Dataset) -> tuple[str, str]:
+    """(loss, normalisation of the scores) for this kind of judgements, 'auto' resolved."""
+    if source.kind not in ("rated", "preference"):
+        raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
+    rated = source.kind == "rated"
+    loss = config.loss if config.loss != "auto" else "regression" if rated else "pairwise"
+    if not rated and loss != "pairwise":
+        raise UserError(f"--loss {loss} needs ratings, but {source.name} holds choices: use --loss pairwise")
+    if rated and loss != "regression" and config.microbatch:
+        raise UserError("--microbatch splits a batch, of which --loss pairwise and both make pairs: drop one of them")
+    return loss, config.normalise if config.normalise != "auto" else "bias" if rated else "scale"
+
+
+def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
+    """The model whose weights every member starts from, and its tokenizer."""
+    tokenizer = Tokenizer.load(init)
+    checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
+    backbone = checkpoint.load_gpt(init)
+    kind = "gpt" if backbone.config.causal else "bert"
+    if config.backbone not in ("auto", kind):
+        raise UserError(f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init")
+    if config.bidirectional and kind == "bert":
+        raise UserError(f"{init} holds an encoder, which reads in both directions already: drop --bidirectional")
+    return tokenizer, backbone
+
+
+def lower(record: data.Response | data.Preference) -> data.Response | data.Preference:
+    """The record with its texts in lower case; the prompt stays as it is."""
     names = ("chosen", "rejected") if isinstance(record, data.Preference) else ("response",)
     return dataclasses.replace(record, **{name: getattr(record, name).lower() for name in names})
 
 
-def score(model, sequences: list[list[int]], pad: int, machine: hardware.Machine, precision: str) -> Tensor:
-    """Scores [len(sequences)] on the CPU, in the given order."""
-    scores = torch.empty(len(sequences))
+def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | None) -> RewardEnsemble:
+    """The ensemble: members share the backbone's start, and differ in their heads (and in their order of the data)."""
+    shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
+    model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
+    for k, member in enumerate(model.members):
+        seed_everything(config.seed + k)
+        member.reset_head()
+        member.backbone.load_state_dict(backbone.state_dict())
+        if mean_rating is not None:  # start at the average rating, so that only differences are left to learn
+            member.out.bias.data.fill_(mean_rating)
+    model.to(run.device).train()
+    train_last(model, config.train_layers, run.frozen_dtype)
+    run_blocks([model], config.gradient_checkpointing, config.compile)
+    return model
+
+
+def target_of(item: data.Judged) -> float:
+    """What the model learns of an item: the mean rating, or the share of the votes for the first text."""
+    return item.record.share if isinstance(item.record, data.Preference) else item.record.rating
+
+
+def item_loss(scores: Tensor, items: list[data.Judged]) -> Tensor:
+    """Mean loss of items whose scores are [b]; of pairs whose scores are [2 b], the first texts before the second ones."""
+    target = torch.tensor([target_of(item) for item in items], device=scores.device)
+    if items[0].ids_b is not None:
+        return preference.pairwise_loss(*scores.chunk(2), target)
+    return preference.regression_loss(scores, target)
+
+
+def rating_pairs_loss(
+    config: Config, run: Run, step: int, batch: list[data.Judged], mine: list[int], scores: Tensor
+) -> Tensor:
+    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored the items `mine`.
+
+    Scores of other ranks come as constants.  Each rank's gradient is then that of its own items, and the sum over ranks is
+    the gradient of one process [D17].
+    """
+    others = torch.zeros(len(batch), device=scores.device)
+    others[mine] = scores.detach().float()
+    everyone = run.sum_(others).index_put((torch.tensor(mine, device=scores.device),), scores.float())
+    ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
+    rng = np.random.default_rng([config.seed, step])
+    a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
+    share = torch.tensor(share, dtype=torch.float32, device=scores.device)
+    return preference.pairwise_loss(everyone[a], everyone[b], share)
+
+
+@torch.no_grad()
+def score_items(run: Run, model: RewardEnsemble, items: list[data.Judged], pad: int, members: int) -> list[float]:
+    """The mean score of the first `members` models for each item: of a text, or the margin between a pair's two."""
+    model.eval()
+    scores = score_sequences(run, model, [item.ids for item in items], pad, members)
+    if items[0].ids_b is not None:
+        scores = scores - score_sequences(run, model, [item.ids_b for item in items], pad, members)
+    model.train()
+    return scores.tolist()
+
+
+@torch.no_grad()
+def score_sequences(
+    run: Run, model: RewardEnsemble, sequences: list[list[int]], pad: int, members: int
+) -> Tensor:
+    """Scores [len(sequences)] on the CPU, in the given order; every rank reads a share and gets all."""
+    scores = torch.zeros(len(sequences), device=run.device)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for i in range(0, len(order), 64):
-        tokens, mask = data.collate([sequences[j] for j in order[i : i + 64]], pad)
-        with torch.no_grad(), machine.autocast(precision):
-            out = model(tokens.to(machine.device), mask.to(machine.device))
-        scores[order[i : i + 64]] = (out[0] if isinstance(out, tuple) else out).float().cpu()
-    return scores
+    for i in range(64 * run.rank, len(order), 64 * run.world):
+        rows = order[i : i + 64]
+        tokens, mask = data.collate([sequences[j] for j in rows], pad)
+        with run.autocast():
+            found, _ = model(tokens.to(run.device), mask.to(run.device), members)
+        scores[torch.tensor(rows, device=run.device)] = found.float()
+    return run.sum_(scores).cpu()
 
 
-def report(config: Config, source: data.Dataset, predictions: list[float], records: dict[str, list]) -> dict:
-    """The TEST split: the model, the baselines and the human ceilings on the same items."""
-    test = records["test"]
-    if source.kind == "preference":
-        pairs = np.array([r.share for r in test])
-        longer = [len(r.chosen) - len(r.rejected) for r in test]
-        return {"test": {"n": len(test), "accuracy": agreement(predictions, pairs)},
-                "baselines": {"longer text": {"accuracy": agreement(longer, pairs)}}}  # fmt: skip
-    truth, texts = [r.rating for r in test], [r.response for r in test]
-    measure = lambda scores: {
-        "pearson": stats.pearson(scores, truth),
-        "spearman": stats.spearman(scores, truth),
-        "pair_accuracy": stats.pair_accuracy(scores, truth),
-        "pair_accuracy_1": stats.pair_accuracy(scores, truth, min_gap=1.0),
-    }
-    found = {"longer text": baselines.longer_text(texts), "VADER lexicon": baselines.vader_lexicon(texts)}
-    if config.part == "all":  # learners are compared on the same training items
-        fit = [
-            x
-            for split in ("train", "val")
-            for x in ([r.response for r in records[split]], [r.rating for r in records[split]])
-        ]
-        found["TF-IDF + ridge"] = baselines.tfidf_ridge(*fit, texts)
-        found["TF-IDF + ridge, with characters"] = baselines.tfidf_ridge(*fit, texts, characters=True)
-    return {
-        "test": {"n": len(test)}
-        | measure(predictions)
-        | {"calibration": stats.calibration(predictions, truth)},
-        "baselines": {
-            name: measure(scores) if scores is not None else None for name, scores in found.items()
-        },
-        "humans": preference.human_ceiling([r.ratings for r in test], np.random.default_rng(config.seed)),
-    }
+def load_reference(config: Config, init: Path, records: list, context: int) -> tuple[Path, Tokenizer, list]:
+    """(folder, tokenizer, prompts) of the policy whose samples scores are normalised on.  Checked before training."""
+    remedy = "name a language model with --reference, or leave scores on the raters' scale with --normalise none"
+    is_gpt = checkpoint.shape_of(init).causal
+    folder = checkpoint.resolve(config.reference or (init if is_gpt else config.out.parent / "sft"), remedy)
+    tokenizer = checkpoint.writer(folder)[2]
+    room = min(context, checkpoint.shape_of(folder).context) - config.response_tokens
+    prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long, Counter())
+    return folder, tokenizer, prompts
 
 
-def agreement(margins, shares: np.ndarray) -> float:
-    """How often the sign of a margin agrees with the majority; a margin of 0 counts a half, tied votes do not count."""
-    margins, decided = np.sign(np.asarray(margins, dtype=float)), shares != 0.5
-    right = margins * np.sign(shares - 0.5)
-    return float(((right[decided] + 1) / 2).mean()) if decided.any() else 0.5
-
-
-def print_report(found: dict) -> None:
-    rows = {"reward model": found["test"]} | found["baselines"]
-    if "humans" in found:
-        h = found["humans"]
-        rows["one human (against the others)"] = {"pearson": h["one_pearson"], "pair_accuracy": h["one_pair_accuracy"],
-                                                  "pair_accuracy_1": h["one_pair_accuracy_1"]}  # fmt: skip
-        rows["half the humans (against the rest)"] = {"pearson": h["half_pearson"]}
-    columns = [
-        c
-        for c in ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy")
-        if c in found["test"]
-    ]
-    print(
-        f"\n{'test split, ' + str(found['test']['n']) + ' items':36s}" + "".join(f"{c:>17s}" for c in columns)
-    )
-    for name, row in rows.items():
-        cells = ["not installed" if row is None else f"{row[c]:.3f}" if c in row else "" for c in columns]
-        print(f"{name:36s}" + "".join(f"{cell:>17s}" for cell in cells))
-    if "calibration" in found["test"]:
-        c = found["test"]["calibration"]
-        print(
-            f"calibration: people = {c['slope']:.2f} x score {c['intercept']:+.2f}, rmse {c['rmse']:.2f} points"
-        )
-
-
-def reference_samples(
+@torch.no_grad()
+def normalise_scores(
     config: Config,
-    reference: Path,
-    own: Tokenizer,
+    run: Run,
+    model: RewardEnsemble,
     tokenizer: Tokenizer,
+    reference: Path,
+    reference_tokenizer: Tokenizer,
     prompts: list[list[int]],
-    machine: hardware.Machine,
-) -> list[list[int]]:
-    """Continuations by the reference policy, as train_ppo.py will see them: prompts in its `own` tokens, prompt and response
-    returned in those of `tokenizer`."""
-    ref = checkpoint.load_gpt(reference).to(machine.device).eval()
+    mode: str,
+) -> None:
+    """Set each member's gain and bias such that samples of the reference policy average 0 [D14].
+
+    The samples are drawn as train_ppo.py will draw them.
+    """
+    policy = checkpoint.load_gpt(reference).to(run.device).eval()
+    pad = reference_tokenizer.pad
+    sampling = Sampling(config.response_tokens, config.temperature, reference_tokenizer.eot, pad)
     picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
-    found = []
+    sequences = []
     for i in range(0, len(picks), 64):
-        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], own.pad, side="left")
-        responses, keep = generate(ref, queries.to(machine.device), query_mask.to(machine.device), config.response_tokens,
-                                   config.temperature, own.eot, own.pad)  # fmt: skip
-        found += [
-            prompts[j] + row[k].tolist() for j, row, k in zip(picks[i : i + 64], responses, keep, strict=True)
-        ]
-    return [data.translate(ids, own, tokenizer) for ids in found]
+        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], pad, side="left")
+        texts = generate(policy, queries, query_mask, sampling)
+        rows = zip(texts.tokens.cpu(), texts.mask.cpu(), strict=True)
+        sequences += [data.translate(row[real].tolist(), reference_tokenizer, tokenizer) for row, real in rows]
+    model.eval()
+    for k, member in enumerate(model.members):
+        scores = score_sequences(run, member, sequences, tokenizer.pad)
+        gain, bias = preference.fit_affine(scores, mode)
+        member.gain.fill_(gain)
+        member.bias.fill_(bias)
+        run.print(f"member {k}: scores x {gain:.3f} {bias:+.3f}, so that the reference policy's samples average 0")
 
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    out = config.out
-    todo = run.claim(out, config, config.resume, config.overwrite)
-    if todo == "skip":
-        print(f"{out} is complete: nothing to do (--overwrite to run it again)")
-        return
+    run = Run("rm", config)
 
-    # Setup: data, a trained model as backbone of each member, optimiser.
-    init = checkpoint.resolve(
-        config.init or out.parent / "sft",
-        "run train_sft.py first, or name one with --init, such as minirlhf.checkpoint import makes",
-    )
-    machine = hardware.setup_machine(config.seed)
-    precision = hardware.pick_precision(config.precision)
+    # Setup: data, a trained model as backbone of each member, optimisers.
+    remedy = "run train_sft.py first, or name one with --init, such as minirlhf.checkpoint import makes"
+    init = checkpoint.resolve(config.init or config.out.parent / "sft", remedy)
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
-    if source.kind not in ("rated", "preference"):
-        raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
-    loss_kind = (
-        config.loss if config.loss != "auto" else "regression" if source.kind == "rated" else "pairwise"
-    )
-    if source.kind == "preference" and loss_kind != "pairwise":
-        raise UserError(
-            f"--loss {loss_kind} needs ratings, but {source.name} holds choices: use --loss pairwise"
-        )
-    tokenizer, init_config = Tokenizer.load(init), checkpoint.load_config(init)
-    checkpoint.check_tokenizer(init_config, tokenizer)
-    backbone = checkpoint.load_gpt(init)
-    kind = "gpt" if backbone.config.causal else "bert"
-    if config.backbone not in ("auto", kind):
-        raise UserError(
-            f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init"
-        )
-    if config.bidirectional and kind == "bert":
-        raise UserError(
-            f"{init} holds an encoder, all of whose blocks read in both directions: leave --bidirectional out"
-        )
-    shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
-    mode = config.normalise if config.normalise != "auto" else "bias" if source.kind == "rated" else "scale"
-
+    if not run.begin(source, init=init):
+        return
+    loss_kind, normalise = choose_loss(config, source)
+    tokenizer, backbone = load_backbone(config, init)
+    context = backbone.config.context
     home = source.genres_among([config.genre])
     records = {split: source.select(split, home).records for split in ("train", "val", "test")}
-    part = lambda rows: [r for r in rows if config.part in ("all", data.part_of(r))]
-    train_records = part(source.select("train", source.genres_among(config.genres)).records)
-    train_records, raters = settle(train_records, config.raters)
-    records["train"], _ = settle(
-        records["train"], config.raters
-    )  # for the baselines, which learn from the same targets
-    spellings = [
-        items_of([change(r) for r in train_records], tokenizer, shape.context)
-        for change in (lambda r: r, lowered)
-    ]
-    encoded = {id(r): pair for r, pair in zip(train_records, zip(*spellings, strict=True), strict=True)}
-    held = {split: items_of(records[split], tokenizer, shape.context) for split in ("val", "test")}
+    run.account(source.describe(), source.ledger)
+    training = load_training(config, run, source, tokenizer, context)
+    held_out = {}
+    for split in ("val", "test"):
+        ledger = Counter()
+        held_out[split] = data.encode_judged(tokenizer, records[split], context, config.too_long, ledger)
+        records[split] = [item.record for item in held_out[split]]
+        run.account(split, ledger)
+    samples_from = load_reference(config, init, records["val"], context) if normalise != "none" else None
 
-    def schedule_of(member: int) -> list[tuple[int, list]]:
-        """(member, records of a batch), every epoch's."""
-        lengths = [len(encoded[id(r)][0].ids) for r in train_records]
-        epochs = [
-            data.batches(len(lengths), config.batch, config.seed + member, e, lengths)
-            for e in range(config.epochs)
-        ]
-        return [(member, [train_records[i] for i in picks]) for batches in epochs for picks in batches]
-
-    schedule = [entry for member in range(config.members) for entry in schedule_of(member)]
+    schedule = []  # (member, places in training.items) of every step
+    lengths = [len(item.ids) for item in training.items]
+    for k in range(config.members):
+        for epoch in range(config.epochs):
+            order = data.batches(len(lengths), config.batch, config.seed + k, epoch, lengths)
+            schedule += [(k, picks) for picks in order]
     per_member = len(schedule) // config.members
-    model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
-    for k, member in enumerate(model.members):
-        hardware.seed_everything(config.seed + k)  # members differ in head and in data order
-        member.reset_head()
-        member.backbone.load_state_dict(backbone.state_dict())
-        if source.kind == "rated":  # start at the average rating, so that only differences are left to learn
-            member.out.bias.data.fill_(float(np.mean([r.rating for r in train_records])))
-    model.to(machine.device).train()
-    train_last(model, config.train_layers, hardware.frozen_dtype(precision))
-    run_blocks([model], config.gradient_checkpointing, config.compile)
-    new_optimizer = lambda k: optim.adamw(
-        [model.members[k]], config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr
-    )
+    rated = source.kind == "rated"
+    mean_rating = float(np.mean([target_of(item) for item in training.items])) if rated else None
+    model = make_model(config, run, backbone, mean_rating)
+    settings = (config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr)
+    optimizers = [optim.adamw([member], *settings) for member in model.members]
+    run.about["head"] = {"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"}
+    run.resume(tokenizer, model, **{f"optimizer{k}": optimizer for k, optimizer in enumerate(optimizers)})
+    run.print(f"{loss_kind} loss; {len(schedule)} steps; {run.precision} on {run.device}")
+    raters.print_weakest(training.raters)
 
-    step, seconds = 0, 0.0
-    optimizer = new_optimizer(0)
-    trainer_state = checkpoint.load_trainer(out) if todo == "resume" else None
-    if trainer_state is not None:
-        tensors, state = trainer_state
-        step, seconds = state["step"], state["seconds"]
-        model.load_state_dict(checkpoint.load_state(out))
-        if step % per_member:
-            optimizer = new_optimizer(step // per_member)
-            checkpoint.unpack_optimizer(optimizer, tensors, state["optimizer"], "optimizer.")
-    if mode != "none":  # what the reference policy will continue, at the end
-        remedy = "name a language model with --reference, or leave scores on the raters' own scale with --normalise none"
-        reference = checkpoint.resolve(
-            config.reference or (init if kind == "gpt" else out.parent / "sft"), remedy
-        )
-        reference_tokenizer = Tokenizer.load(reference)
-        prompts = data.prompts_of(records["val"], reference_tokenizer, config.prompt_tokens)
-        longest = max(map(len, prompts)) + config.response_tokens
-        if longest > shape.context:
-            raise UserError(f"{source.name}: prompt and response of a reference sample reach {longest} tokens, over the "
-                            f"context of {shape.context}: lower --response-tokens or --prompt-tokens")  # fmt: skip
-    log = run.MetricLogger(out, machine, config.tensorboard, keep_until=step)
-    if machine.rank == 0:
-        print(source.describe())
-        print(f"{len(train_records)} items to learn from (part {config.part}), {loss_kind} loss; {len(schedule)} steps; "
-              f"{precision} on {machine.device}")  # fmt: skip
-        if raters:  # first its reliability or its slope
-            weakest = sorted(raters.items(), key=lambda r: next(iter(r[1].values())))[:5]
-            print(f"weakest of {len(raters)} raters:", "; ".join(f"{who}: " + ", ".join(f"{k} {v:.2f}" for k, v in what.items())
-                                                                for who, what in weakest))  # fmt: skip
+    # The loop: one optimiser step per iteration; validation four times per member.
+    for step in run.loop(len(schedule)):
+        k, picks = schedule[step]
+        step_of_member = step - k * per_member
+        optimizer = optimizers[k]
+        lr = config.lr * optim.warmup_linear(step_of_member, per_member, config.warmup)
+        optim.set_lr(optimizer, lr)
 
-    def save(complete: bool, **more) -> None:
-        tensors, state = checkpoint.pack_optimizer(optimizer, "optimizer.")
-        if machine.rank == 0:
-            about = run.describe("rm", shape, config, step, complete, tokenizer,
-                                      head={"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"},
-                                      data={"name": source.name, "sha256": source.sha256}, **more)  # fmt: skip
-            checkpoint.save(out, step, model.state_dict(), about, tokenizer,
-                            {"tensors": tensors, "state": {"optimizer": state, "step": step, "seconds": seconds}})  # fmt: skip
+        # 1. Gradients.  Each microbatch's mean is weighted by its share of the batch, so that parts add up to the mean
+        #    over microbatches and ranks [D17].
+        in_lower_case = run.same_on_all_ranks(lambda: torch.rand(len(picks)) < config.lowercase, step).tolist()
+        batch = [
+            (training.lowered if low else training.items)[i] for i, low in zip(picks, in_lower_case, strict=True)
+        ]
+        mine = list(range(run.rank, len(batch), run.world))
+        size = config.microbatch or len(batch)
+        total = torch.zeros((), device=run.device)
+        for rows in [mine[i : i + size] for i in range(0, len(mine), size)]:
+            items = [batch[i] for i in rows]
+            sequences = [item.ids for item in items] + [item.ids_b for item in items if item.ids_b is not None]
+            tokens, mask = data.collate(sequences, tokenizer.pad)
+            with run.autocast():
+                scores = model.members[k](tokens.to(run.device), mask.to(run.device))
+            loss = torch.zeros((), device=run.device)
+            if loss_kind in ("regression", "both") or not rated:
+                loss = loss + item_loss(scores, items) * (len(items) / len(batch))
+            total += loss.detach()
+            if loss_kind in ("pairwise", "both") and rated and len(batch) > 1:
+                pairs_loss = rating_pairs_loss(config, run, step, batch, rows, scores)
+                total += pairs_loss.detach() / run.world  # every rank has the whole of it
+                loss = loss + pairs_loss
+            if loss.requires_grad:  # a lone rated text makes no pair
+                loss.backward()
 
-    def held_out(split: str) -> list[float]:
-        """The ensemble's scores of a split: of the texts, or margins of the pairs."""
-        items = held[split]
-        scores = score(model.eval(), [i.ids for i in items], tokenizer.pad, machine, precision)
-        if items[0].ids_b is not None:
-            scores = scores - score(model, [i.ids_b for i in items], tokenizer.pad, machine, precision)
-        model.train()
-        return scores.tolist()
+        # 2. Step.
+        norm = run.take_step(optimizer, config.max_grad_norm, "reward model")
+        metrics = {"train/loss": run.sum_(total).item(), "train/grad_norm": norm, "lr": lr, "member": k}
 
-    # The loop: one optimiser step an iteration; validation four times a member.
-    bar = tqdm(schedule[step:], initial=step, total=len(schedule), disable=machine.rank > 0)
-    with run.Interrupt() as interrupt:
-        for k, batch in bar:
-            start = time.perf_counter()
-            hardware.seed_everything(config.seed, step, 0)  # [D21]
-            # Drawn before the seeds of the ranks part: how a text is read does not depend on who reads it.
-            low = (torch.rand(len(batch)) < config.lowercase).tolist()
-            if machine.rank:
-                hardware.seed_everything(config.seed, step, machine.rank)  # dropout
-            if step == k * per_member and step:
-                optimizer = new_optimizer(k)
-            at = step - k * per_member
-            factor = min(1.0, (at + 1) / max(1, config.warmup)) * (1 - at / per_member)
-            optim.set_lr(optimizer, config.lr * factor)
+        # 3. Validation, of the members trained so far.
+        last = step_of_member + 1 == per_member
+        quarter = max(1, per_member // 4)
+        validate = last or (step_of_member + 1) % quarter == 0 and per_member - step_of_member > quarter
+        if validate:
+            predictions = score_items(run, model, held_out["val"], tokenizer.pad, k + 1)
+            metrics |= reward_report.validation_measure(source.kind, predictions, records["val"])
+            measured = ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
+            run.print(f"step {step + 1}: {measured}")
+        if last:
+            optimizer.state.clear()  # this member is done: its moments need no memory
+        run.log(step + 1, metrics, "loss {train/loss:.3f}")
+        run.checkpoint(step + 1, due=validate)
 
-            # 1. Loss.  A rank's mean is weighted by its share of the batch, so that ranks add up to the mean [D17].
-            mine = batch[machine.rank :: machine.world]
-            loss = torch.zeros((), device=machine.device)
-            if mine:
-                items = [
-                    encoded[id(r)][lower]
-                    for r, lower in zip(mine, low[machine.rank :: machine.world], strict=True)
-                ]
-                sequences = [i.ids for i in items] + [i.ids_b for i in items if i.ids_b is not None]
-                tokens, mask = data.collate(sequences, tokenizer.pad)
-                with machine.autocast(precision):
-                    scores = model.members[k](tokens.to(machine.device), mask.to(machine.device))
-                if loss_kind in ("regression", "both"):
-                    target = torch.tensor([i.target for i in items], device=machine.device)
-                    loss = loss + preference.regression_loss(scores, target)
-                if source.kind == "preference":
-                    share = torch.tensor([i.target for i in items], device=machine.device)
-                    loss = loss + preference.pairwise_loss(*scores.chunk(2), share)
-                elif loss_kind in ("pairwise", "both") and len(mine) > 1:
-                    ratings = [r.ratings if config.raters == "mean" else r.rating for r in mine]
-                    a, b, share = preference.pairs_from_ratings(
-                        ratings, np.random.default_rng(step), 4 * len(mine)
-                    )
-                    share = torch.tensor(share, dtype=torch.float32, device=machine.device)
-                    loss = loss + preference.pairwise_loss(scores[a], scores[b], share)
-                loss = loss * (len(mine) / len(batch))
-                if loss.requires_grad:  # a lone rated text makes no pair
-                    loss.backward()
-
-            # 2. Step.
-            norm = optim.take_step(machine, optimizer, config.max_grad_norm)
-            step += 1
-            hardware.trim_freed_memory(step)
-            total = loss.detach().clone()
-            machine.sum_([total])
-            metrics = {
-                "train/loss": total.item(),
-                "train/grad_norm": norm.item(),
-                "lr": config.lr * factor,
-                "member": k,
-            }
-
-            # 3. Validation.
-            quarter = (
-                at + 1 == per_member
-                or (at + 1) % max(1, per_member // 4) == 0
-                and per_member - at > per_member // 4
-            )
-            if quarter:
-                predicted = held_out("val")
-                if source.kind == "rated":
-                    metrics["val/pearson"] = stats.pearson(predicted, [r.rating for r in records["val"]])
-                else:
-                    metrics["val/accuracy"] = agreement(
-                        predicted, np.array([r.share for r in records["val"]])
-                    )
-                tqdm.write(
-                    f"step {step}: "
-                    + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
-                )
-            seconds += time.perf_counter() - start
-            log.log(step, metrics | {"time/seconds": seconds})
-            bar.set_postfix_str(f"loss {metrics['train/loss']:.3f}")
-            stop = interrupt.agreed(machine)
-            if quarter or stop:
-                save(complete=False)
-            if stop:
-                raise UserError(
-                    f"stopped at step {step} of {len(schedule)}; the same command with --resume goes on from {out}"
-                )
-
-    # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
-    if machine.rank == 0:
-        found = report(config, source, held_out("test"), records) | ({"raters": raters} if raters else {})
-        hardware.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
-        if mode != "none":
-            samples = reference_samples(config, reference, reference_tokenizer, tokenizer, prompts, machine)
-            for member in model.members:
-                gain, bias = preference.fit_affine(
-                    score(member.eval(), samples, tokenizer.pad, machine, precision), mode
-                )
-                member.gain.fill_(gain)
-                member.bias.fill_(bias)
+    # The report on test texts, on the raters' own scale; then the transform that PPO will see [D14].
+    predictions = score_items(run, model, held_out["test"], tokenizer.pad, config.members)
+    seed_everything(config.seed, len(schedule))  # whether the last step was run or resumed from [D21]
+    if samples_from is not None:
+        normalise_scores(config, run, model, tokenizer, *samples_from, normalise)
+    if run.rank == 0:
+        report = reward_report.reward_report(source.kind, predictions, records, config.part, config.seed)
+        results = report | ({"raters": training.raters} if training.raters else {}) | {"seconds": run.elapsed}
         scale = getattr(records["test"][0], "scale", None)
-        save(complete=True, results=found | {"seconds": seconds}, normalise={"mode": mode, "scale": scale})
-        print_report(found)
-        if mode != "none":
-            print(f"scores x {gain:.3f} {bias:+.3f}: the reference policy's samples average 0")
-        print(f"{seconds:.0f} s; model in {out}")
+        run.save(run.step, complete=True, results=results, normalise={"mode": normalise, "scale": scale})
+        reward_report.print_report(report)
+        run.print(f"{run.elapsed:.0f} s; model in {config.out}")
 
 
 if __name__ == "__main__":

@@ -66,8 +66,9 @@ def save(
     config: dict,
     tokenizer: Tokenizer,
     trainer: dict | None = None,
+    best: bool = False,
 ) -> Path:
-    """Write OUT/step-XXXXXX, flip `latest`, then remove all other steps but the one `best` leads to -> the folder.
+    """Write OUT/step-XXXXXX, flip `best` (if it is the best) and `latest`, then remove the other steps -> the folder.
 
     Killed at any moment it leaves the old checkpoint or the new one, whole; where the disk is full it leaves the old one
     and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON}.
@@ -88,6 +89,8 @@ def save(
             f"{out}: the checkpoint of step {step} cannot be written ({reason}): make room"
         ) from None
     _replace(out, name, new)
+    if best:
+        point(out, "best", name)
     for file in ("model.safetensors", "config.json", "tokenizer.tiktoken", "tokenizer.json"):
         if (out / name / file).exists():  # WordPiece has no ranks
             point(out, file, f"latest/{file}")

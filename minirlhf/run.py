@@ -200,8 +200,8 @@ class Run:
         self.logger = MetricLogger(self.out, self.rank, self.config.tensorboard, self.step)
         return self.counters
 
-    def save(self, step: int, complete: bool = False, **about: Any) -> None:
-        """Write the checkpoint of `step`; `about` goes into its config.json."""
+    def save(self, step: int, complete: bool = False, best: bool = False, **about: Any) -> None:
+        """Write the checkpoint of `step`, the best so far or not; `about` goes into its config.json."""
         tensors: dict[str, Tensor] = {}
         optimizers: dict[str, dict] = {}
         for name, part in self.parts.items():
@@ -218,7 +218,7 @@ class Run:
         )
         if self.rank == 0:
             trainer = {"tensors": tensors, "state": state}
-            checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer)
+            checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer, best)
         self.saved_step = step
 
     # --------------------------------------------------------------------------------------------- the process
@@ -342,14 +342,14 @@ class Run:
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
         self.bar.set_postfix_str(note.format(**metrics), refresh=False)
 
-    def checkpoint(self, step: int, due: bool) -> None:
+    def checkpoint(self, step: int, due: bool, best: bool = False) -> None:
         """Save if it is due or if the run was asked to stop; then stop, unless this step was the last.
 
         All ranks leave at the same step, or some would wait for the others for ever.
         """
         stop = self.machine.any(bool(self.stop_signal))
         if due or stop:
-            self.save(step)
+            self.save(step, best=best)
         if stop and step < self.total:
             message = f"stopped at step {step} of {self.total}; the same command with --resume goes on from {self.out}"
             raise Stopped(message, self.stop_signal or signal.SIGTERM)

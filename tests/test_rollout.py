@@ -146,8 +146,8 @@ def test_D4_ratio_is_one_until_the_first_step(seed, micro, more):
         new, _ = response_logprobs(model, wider[rows], wider_mask[rows], 4 + more, 0.8)
         assert (new - old[rows]).abs().max() <= 1e-6 * (1 + old.abs().max())
         _, stats = policy_loss(new, old[rows], torch.randn_like(new), mask[rows], 0.2)
-        assert stats["clipfrac"] == 0
-        assert stats["approxkl"] < 1e-10
+        assert stats["policy/clipfrac_avg"] == 0
+        assert stats["policy/approxkl_avg"] < 1e-10
 
 
 def test_D8_values_are_read_before_the_token():
