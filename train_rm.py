@@ -26,7 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import UserError, checkpoint, data, optim, preference, run
-from minirlhf.measure import baselines, stats
+from minirlhf.feedback.raters import combine_raters
+from minirlhf.measure.reward_report import print_report, reward_report, validation_measure
 from minirlhf.model import RewardEnsemble, run_blocks, train_last
 from minirlhf.rollout import generate
 from minirlhf.support import cli, hardware
@@ -181,7 +182,7 @@ def settle(records: list, how: str) -> tuple[list, dict]:
         raise UserError(f"--raters model needs votes by rater ({{rater: a, b or tie}}), and the pair {bare.chosen[:30]!r} has "
                         "none: use --raters mean or majority")  # fmt: skip
     units = [(r.votes or (r.share,)) if choices else r.ratings for r in records]
-    targets, found = preference.settle(units, [r.raters for r in records], how, choices)
+    targets, found = combine_raters(units, [r.raters for r in records], how, choices)
     field = "share" if choices else "rating"
     return [
         dataclasses.replace(r, **{field: t}) for r, t in zip(records, targets.tolist(), strict=True)
@@ -204,73 +205,6 @@ def score(model, sequences: list[list[int]], pad: int, machine: hardware.Machine
             out = model(tokens.to(machine.device), mask.to(machine.device))
         scores[order[i : i + 64]] = (out[0] if isinstance(out, tuple) else out).float().cpu()
     return scores
-
-
-def report(config: Config, source: data.Dataset, predictions: list[float], records: dict[str, list]) -> dict:
-    """The TEST split: the model, the baselines and the human ceilings on the same items."""
-    test = records["test"]
-    if source.kind == "preference":
-        pairs = np.array([r.share for r in test])
-        longer = [len(r.chosen) - len(r.rejected) for r in test]
-        return {"test": {"n": len(test), "accuracy": agreement(predictions, pairs)},
-                "baselines": {"longer text": {"accuracy": agreement(longer, pairs)}}}  # fmt: skip
-    truth, texts = [r.rating for r in test], [r.response for r in test]
-    measure = lambda scores: {
-        "pearson": stats.pearson(scores, truth),
-        "spearman": stats.spearman(scores, truth),
-        "pair_accuracy": stats.pair_accuracy(scores, truth),
-        "pair_accuracy_1": stats.pair_accuracy(scores, truth, min_gap=1.0),
-    }
-    found = {"longer text": baselines.longer_text(texts), "VADER lexicon": baselines.vader_lexicon(texts)}
-    if config.part == "all":  # learners are compared on the same training items
-        fit = [
-            x
-            for split in ("train", "val")
-            for x in ([r.response for r in records[split]], [r.rating for r in records[split]])
-        ]
-        found["TF-IDF + ridge"] = baselines.tfidf_ridge(*fit, texts)
-        found["TF-IDF + ridge, with characters"] = baselines.tfidf_ridge(*fit, texts, characters=True)
-    return {
-        "test": {"n": len(test)}
-        | measure(predictions)
-        | {"calibration": stats.calibration(predictions, truth)},
-        "baselines": {
-            name: measure(scores) if scores is not None else None for name, scores in found.items()
-        },
-        "humans": preference.human_ceiling([r.ratings for r in test], np.random.default_rng(config.seed)),
-    }
-
-
-def agreement(margins, shares: np.ndarray) -> float:
-    """How often the sign of a margin agrees with the majority; a margin of 0 counts a half, tied votes do not count."""
-    margins, decided = np.sign(np.asarray(margins, dtype=float)), shares != 0.5
-    right = margins * np.sign(shares - 0.5)
-    return float(((right[decided] + 1) / 2).mean()) if decided.any() else 0.5
-
-
-def print_report(found: dict) -> None:
-    rows = {"reward model": found["test"]} | found["baselines"]
-    if "humans" in found:
-        h = found["humans"]
-        rows["one human (against the others)"] = {"pearson": h["one_pearson"], "pair_accuracy": h["one_pair_accuracy"],
-                                                  "pair_accuracy_1": h["one_pair_accuracy_1"]}  # fmt: skip
-        rows["half the humans (against the rest)"] = {"pearson": h["half_pearson"]}
-    columns = [
-        c
-        for c in ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy")
-        if c in found["test"]
-    ]
-    print(
-        f"\n{'test split, ' + str(found['test']['n']) + ' items':36s}" + "".join(f"{c:>17s}" for c in columns)
-    )
-    for name, row in rows.items():
-        cells = ["not installed" if row is None else f"{row[c]:.3f}" if c in row else "" for c in columns]
-        print(f"{name:36s}" + "".join(f"{cell:>17s}" for cell in cells))
-    if "calibration" in found["test"]:
-        c = found["test"]["calibration"]
-        print(
-            f"calibration: people = {c['slope']:.2f} x score {c['intercept']:+.2f}, rmse {c['rmse']:.2f} points"
-        )
 
 
 def reference_samples(
@@ -491,12 +425,7 @@ def main() -> None:
             )
             if quarter:
                 predicted = held_out("val")
-                if source.kind == "rated":
-                    metrics["val/pearson"] = stats.pearson(predicted, [r.rating for r in records["val"]])
-                else:
-                    metrics["val/accuracy"] = agreement(
-                        predicted, np.array([r.share for r in records["val"]])
-                    )
+                metrics |= validation_measure(source.kind, predicted, records["val"])
                 tqdm.write(
                     f"step {step}: "
                     + ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
@@ -514,7 +443,9 @@ def main() -> None:
 
     # The report on test texts, read on the raters' own scale; then the transform that PPO will see [D14].
     if machine.rank == 0:
-        found = report(config, source, held_out("test"), records) | ({"raters": raters} if raters else {})
+        found = reward_report(source.kind, held_out("test"), records, config.part, config.seed) | (
+            {"raters": raters} if raters else {}
+        )
         hardware.seed_everything(config.seed, step)  # whether the last step was run or resumed from [D21]
         if mode != "none":
             samples = reference_samples(config, reference, reference_tokenizer, tokenizer, prompts, machine)
