@@ -25,7 +25,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from minirlhf import data, preference  # noqa: E402
+from minirlhf import data  # noqa: E402
+from minirlhf.feedback.raters import combine_raters  # noqa: E402
 from minirlhf.measure import baselines, stats  # noqa: E402
 from minirlhf.support.files import write_atomically  # noqa: E402
 
@@ -71,7 +72,7 @@ def compare(path: Path, clean: list[data.Response]) -> dict:
     truth, found = [means[r.response] for r in train], {}
     held = [r.response for r in val], [r.rating for r in val], [r.response for r in test]
     for how in WAYS:
-        said, raters = preference.settle([r.ratings for r in train], [r.raters for r in train], how)
+        said, raters = combine_raters([r.ratings for r in train], [r.raters for r in train], how)
         predicted = baselines.tfidf_ridge([r.response for r in train], said, *held)
         rmse = float(np.sqrt(np.mean((said - truth) ** 2)))
         found[how] = {"pearson": stats.pearson(said, truth), "rmse": rmse, "raters": raters,

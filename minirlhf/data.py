@@ -507,7 +507,7 @@ def main() -> None:
     parser.add_argument("--data-dir", help="folder of the built-in dataset (left out: the user's cache)")
     parser.add_argument("-n", type=int, default=3, help="examples shown")
     args = parser.parse_args()
-    from minirlhf.preference import krippendorff_alpha
+    from minirlhf.measure.agreement import krippendorff_alpha
     from minirlhf.tokenizer import Tokenizer
 
     tok = Tokenizer.load(args.tokenizer) if args.tokenizer else None
@@ -519,7 +519,8 @@ def main() -> None:
         alpha = krippendorff_alpha([list(r.ratings) for r in records], level="interval")
         raters = f"{sum(len(r.ratings) for r in records) / len(records):.1f} raters each"
         print(
-            f"\n{genre or 'ratings'}: {len(records):,} items, {raters}, agreement (Krippendorff's alpha) {alpha:.3f}"
+            f"\n{genre or 'ratings'}: {len(records):,} items, {raters}, agreement (Krippendorff's alpha) "
+            + ("-" if alpha is None else f"{alpha:.3f}")
         )
         bars = Counter(round(r.rating) for r in records)
         for value in range(round(records[0].scale[0]), round(records[0].scale[1]) + 1):

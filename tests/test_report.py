@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from minirlhf import UserError, preference
+from minirlhf import UserError
 from minirlhf.measure import stats
+from minirlhf.measure.agreement import human_ceiling
 from minirlhf.support import cli
 from minirlhf.tools import evaluate, report
 
@@ -44,7 +45,7 @@ def measured(rng, texts=60):
             "VADER lexicon": None,
             "TF-IDF + ridge": measure(noisy(2)),
         },
-        "humans": preference.human_ceiling(raters, rng),
+        "humans": human_ceiling(raters, rng),
         "seconds": 119.7,
     }
 

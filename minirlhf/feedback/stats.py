@@ -9,7 +9,7 @@ from statistics import mean, median
 
 from minirlhf.feedback.store import CHOICES, Store
 from minirlhf.measure.stats import pearson, wilson
-from minirlhf.preference import krippendorff_alpha
+from minirlhf.measure.agreement import krippendorff_alpha
 
 SIDE = {"a": -1, "tie": 0, "b": 1}  # x strength: a choice on a scale of -2..2, on which `bad` has no place
 

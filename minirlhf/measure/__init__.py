@@ -1,1 +1,1 @@
-"""How good is it?  Correlations, intervals, agreement between raters, and the baselines that a reward model must beat."""
+"""How good is it?  Correlations, intervals, agreement between people, baselines, a reward model's report."""

@@ -1,6 +1,7 @@
 """What a reward model must beat on the same test texts: length, a sentiment lexicon, TF-IDF + ridge.
 
-Each gives one score a text, higher is better, or None where the library it needs (extra `[dev]`) is missing.
+Each returns one score per text, higher is better, or None where the library it needs (extra `[dev]`) is
+missing.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,12 @@ ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # ridge strengths tried on the 
 
 
 def longer_text(texts: Sequence[str]) -> list[float]:
-    """Pick the longer one [D15]: characters."""
+    """Characters of each text: the baseline that prefers the longer one [D15]."""
     return [float(len(text)) for text in texts]
 
 
 def vader_lexicon(texts: Sequence[str]) -> list[float] | None:
-    """Compound sentiment, -1..1, of VADER's own analyser: a lexicon with rules (Hutto & Gilbert 2014)."""
+    """Compound sentiment in -1..1 by VADER's own analyser: a lexicon with rules (Hutto & Gilbert 2014)."""
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
@@ -33,10 +34,11 @@ def tfidf_ridge(
     test_texts: Sequence[str],
     characters: bool = False,
 ) -> list[float] | None:
-    """Predicted ratings of test_texts: ridge regression on the TF-IDF (1 + log tf) of words and word pairs.
+    """Predicted ratings of test_texts, by ridge regression on the TF-IDF (1 + log tf) of words and word
+    pairs.
 
-    Its strength is the one with the best Pearson's r on the validation split. `characters` adds n-grams of 2
-    to 5 characters within words: three times slower, and stronger on short texts.
+    The strength of the ridge is the one with the best Pearson's r on the validation split.  `characters` adds
+    n-grams of 2 to 5 characters within words: three times slower, and stronger on short texts.
     """
     try:
         from scipy.sparse import hstack

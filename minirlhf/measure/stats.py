@@ -1,7 +1,8 @@
-"""Measures of scores, of comparisons and of text. Pure numpy: no model, tokenizer or config.
+"""Measures of scores, of comparisons and of text.  Pure numpy: no model, tokenizer or config.
 
-Empty and constant input gives a defined number (a correlation with a constant is 0.0, never nan), so that a
-degenerate run still has a full table; scores that are not finite stop with a UserError.
+A degenerate run still has a full table: a correlation with a constant is 0.0, never nan.  What was not
+measured at all, such as the accuracy over no pairs, is None.  Scores that are not finite stop with a
+UserError.
 """
 
 import math
@@ -30,7 +31,8 @@ def _both(x, y) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wilson(wins: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of the rate wins / n [D24]; `wins` may hold halves (ties); n = 0: (0, 1)."""
+    """(low, high) of the rate wins / n: Wilson's score interval [D24].  `wins` may hold halves (ties); n = 0
+    gives (0, 1)."""
     if n == 0:
         return 0.0, 1.0
     rate, shrink = wins / n, 1 + z * z / n
@@ -40,15 +42,19 @@ def wilson(wins: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def win_rate(a, b) -> tuple[float, float, float]:
-    """(rate, low, high) of a[i] > b[i], a tie counting a half [D24]; 95 % interval; no pairs: (.5, 0, 1)."""
+    """(rate, low, high) of a[i] > b[i], with its 95 % interval; a tie counts a half [D24].  No pairs give
+    (0.5, 0, 1)."""
     a, b = _both(a, b)
     wins = float((a > b).sum() + 0.5 * (a == b).sum())
     return (wins / a.size if a.size else 0.5, *wilson(wins, a.size))
 
 
 def bootstrap_interval(values, rng: np.random.Generator, n: int = 1000) -> tuple[float, float]:
-    """95 % interval of the mean from n resamples, by PROMPT [D24]: `values` is (prompts,) or (prompts,
-    samples): samples of one prompt are not independent, so whole rows are drawn. No values: (0, 0)."""
+    """95 % interval of the mean, from n resamples by PROMPT [D24].  No values give (0, 0).
+
+    `values` is [prompts] or [prompts, samples]: samples of one prompt are not independent, so whole rows are
+    drawn.
+    """
     array = np.asarray(values, dtype=np.float64)
     rows = finite(array.mean(axis=1) if array.ndim == 2 else array, "bootstrap values")
     if rows.size == 0:
@@ -80,28 +86,33 @@ def ranks(x) -> np.ndarray:
 
 
 def spearman(x, y) -> float:
-    """Rank correlation: Pearson's r of the ranks; 0.0 where either is constant."""
+    """Rank correlation in -1..1: Pearson's r of the ranks; 0.0 where either is constant."""
     return pearson(ranks(x), ranks(y))
 
 
-def pair_accuracy(pred, truth, min_gap: float = 0.0) -> float:
-    """Share of all pairs that `pred` orders as `truth` does: pairs of equal truth, or of truth less than
-    `min_gap` apart, are skipped, a tie of `pred` counts a half. No pairs: 0.0."""
+def pair_accuracy(pred, truth, min_gap: float = 0.0) -> float | None:
+    """Share of all pairs of items that `pred` orders as `truth` does; None where there is no pair.
+
+    Pairs whose truth is equal, or less than `min_gap` apart, are skipped.  A tie of `pred` counts a half.
+    """
     pred, truth = _both(pred, truth)
     order = np.argsort(truth)
     pred, truth = pred[order], truth[order]
-    # The partners above item i are a suffix: one slice a row, so memory stays O(n) and a pair is met once.
+    # The partners above item i are a suffix: one slice per item, so memory stays O(n) and a pair is met once.
     gap = min_gap - GAP_SLACK
     first = np.searchsorted(truth, truth + max(gap, 0.0), "left" if gap > 0 else "right")
     rows = ((pred[j:], p) for p, j in zip(pred, first, strict=True))
     hits = sum(np.count_nonzero(above > p) + np.count_nonzero(above >= p) for above, p in rows) / 2
     pairs = int((truth.size - first).sum())
-    return float(hits / pairs) if pairs else 0.0
+    return float(hits / pairs) if pairs else None
 
 
 def calibration(pred, truth, bins: int = 10) -> dict:
-    """Does a predicted 1.5 mean that people say 1.5? `bins`: [(mean pred, mean truth, n)] of equal counts,
-    pred rising; truth ~ slope * pred + intercept (1, 0 if calibrated; slope 0 if pred is constant); rmse."""
+    """{bins, slope, intercept, rmse}: does a predicted 1.5 mean that people say 1.5?
+
+    `bins` is [(mean pred, mean truth, n)] of groups of equal size, pred rising.  truth ~ slope * pred +
+    intercept is the line of least squares: (1, 0) where calibrated, slope 0 where pred is constant.
+    """
     pred, truth = _both(pred, truth)
     if pred.size == 0:
         return {"bins": [], "slope": 0.0, "intercept": 0.0, "rmse": 0.0}
@@ -117,8 +128,10 @@ def calibration(pred, truth, bins: int = 10) -> dict:
 
 
 def distinct_n(sequences: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Unique n-grams / total n-grams over all responses; 0.0 where none is n long. Falls as the text
-    grows: compare equal amounts of it."""
+    """Unique n-grams / total n-grams over all responses; 0.0 where no response has n elements.
+
+    It falls as the amount of text grows: compare equal amounts.
+    """
     # A tensor's elements hash by identity, each one "unique": tensors become lists.
     lists = [s.tolist() if hasattr(s, "tolist") else s for s in sequences]
     grams = [tuple(s[i : i + n]) for s in lists for i in range(len(s) - n + 1)]

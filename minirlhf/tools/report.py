@@ -133,7 +133,7 @@ def cell(row: dict, key: str, form: str) -> str:
 def peers(report: dict) -> dict[str, dict | None]:
     """What a reward model is measured beside, on the same texts: baselines (None: not installed) and people."""
     people = lambda prefix: {
-        key.removeprefix(prefix): value for key, value in report.get("humans", {}).items()
+        key.removeprefix(prefix): value for key, value in (report.get("humans") or {}).items()
     }
     return report.get("baselines", {}) | {"one human": people("one_"), "half the humans": people("half_")}
 

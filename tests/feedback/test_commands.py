@@ -17,7 +17,7 @@ from minirlhf.feedback.rate import rate, visible
 from minirlhf.feedback.sample import choose
 from minirlhf.feedback.stats import print_stats, summarise
 from minirlhf.feedback.store import Policy, Store
-from minirlhf.preference import krippendorff_alpha
+from minirlhf.measure.agreement import krippendorff_alpha
 from tests.feedback.conftest import make_items
 
 ROOT = Path(__file__).resolve().parents[2]
