@@ -30,7 +30,7 @@ from minirlhf import UserError, checkpoint, data, optim, ppo
 from minirlhf.masked import whiten
 from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, run_blocks, store_blocks, train_last
 from minirlhf.rewards import RewardReader, Scorer, load_rewards
-from minirlhf.rollout import Sampling, Texts, by_microbatch, generate, response_logprobs, response_values
+from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
 from minirlhf.support.cli import Above0, AtLeast0, Count, Real, Share, parse_config, run_script
 from minirlhf.tokenizer import Tokenizer
@@ -151,40 +151,13 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(
-        preset="smoke",
-        out=Path("runs/smoke/ppo"),
-        data="toy",
-        iterations=4,
-        batch=16,
-        minibatch=8,
-        epochs=2,
-        response_tokens=12,
-    ),
-    "smollm2": Config(
-        preset="smollm2",
-        out=Path("runs/smollm2/ppo"),
-        iterations=40,
-        batch=64,
-        train_layers=14,
-        lr=1e-4,
-        value_lr=1e-4,
-        save_every=20,
-    ),
-    "gpt2": Config(
-        preset="gpt2",
-        out=Path("runs/gpt2/ppo"),
-        iterations=1000,
-        epochs=4,
-        batch=512,
-        minibatch=64,
-        microbatch=16,
-        lr=1e-5,
-        value_lr=1e-5,
-        kl_target=6.0,
-        response_tokens=48,
-    ),
-}
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8, epochs=2,
+                    response_tokens=12),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64, train_layers=14,
+                      lr=1e-4, value_lr=1e-4, save_every=20),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512, minibatch=64,
+                   microbatch=16, lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
+}  # fmt: skip
 
 
 def load_reader(path: Path | None, remedy: str) -> RewardReader | None:
@@ -230,36 +203,6 @@ def load_prompts(
     prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long, ledger)
     run.account(f"prompts ({split} split)", ledger)
     return prompts
-
-
-def record_texts(
-    config: Config,
-    run: Run,
-    iteration: int,
-    show: bool,
-    texts: Texts,
-    tokenizer: Tokenizer,
-    per_text: dict[str, torch.Tensor],
-    kl_coef: float,
-) -> None:
-    """Print three episodes as lm-human-preferences does, and write all to samples.jsonl, when it is time."""
-    write = bool(config.save_samples) and iteration % config.save_samples == 0
-    if run.rank > 0 or not (show or write):
-        return
-    names = {"objective/scores": "score", "objective/kl": "kl", "objective/rm_scores": "rm"}
-    names |= {"objective/rm_disagreement": "disagreement", "objective/judge": "judge"}
-    columns = {column: per_text[name].tolist() for name, column in names.items() if name in per_text}
-    prompts, responses = texts.decode(tokenizer)
-    rows = [
-        {"prompt": prompt, "response": response} | {column: values[i] for column, values in columns.items()}
-        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-    ]
-    if write:
-        run.logger.write("samples", iteration, rows)
-    for row in rows[:3] if show else []:
-        total = row["score"] - kl_coef * row["kl"]
-        run.print(f"  {row['prompt']!r} -> {row['response']!r}")
-        run.print(f"    score {row['score']:+.2f}  kl {row['kl']:.1f}  total {total:+.2f}")
 
 
 def main() -> None:
@@ -425,7 +368,7 @@ def main() -> None:
             )
         run.log(iteration + 1, metrics, "score {objective/scores:.2f} kl {objective/kl:.1f}")
         due = (iteration + 1) % config.save_every == 0
-        record_texts(config, run, iteration + 1, due, texts, tokenizer, per_text, kl_coef)
+        run.record_texts(iteration + 1, texts, per_text, kl_coef, show=due, every=config.save_samples)
         run.checkpoint(iteration + 1, due)
 
     run.save(config.iterations, complete=True, results={"seconds": run.elapsed})

@@ -27,7 +27,7 @@ from torch import Tensor
 from minirlhf import UserError, checkpoint, data, optim, preference
 from minirlhf.feedback import raters
 from minirlhf.measure import reward_report
-from minirlhf.model import GPT, RewardEnsemble, run_blocks, train_last
+from minirlhf.model import GPT, RewardEnsemble, RewardModel, run_blocks, train_last
 from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
@@ -124,43 +124,15 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(
-        preset="smoke",
-        out=Path("runs/smoke/rm"),
-        data="toy",
-        warmup=5,
-        normalise_samples=32,
-        response_tokens=12,
-    ),
-    "smollm2": Config(
-        preset="smollm2",
-        out=Path("runs/smollm2/rm"),
-        genres=("movies",),
-        train_layers=14,
-        pooling="mean",
-        bidirectional=14,
-        dropout=0.1,
-        lowercase=0.0,
-        batch=32,
-        lr=1e-4,
-        epochs=3,
-    ),
-    "minilm": Config(
-        preset="minilm",
-        out=Path("runs/minilm/rm"),
-        init=Path("runs/minilm/base"),
-        genres=("movies",),
-        pooling="mean",
-        dropout=0.1,
-        lowercase=0.0,
-        batch=32,
-        lr=1e-4,
-        embedding_lr=1.0,
-        epochs=4,
-        normalise="none",
-    ),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", warmup=5, normalise_samples=32,
+                    response_tokens=12),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14, pooling="mean",
+                      bidirectional=14, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
+    "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"), genres=("movies",),
+                     pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, embedding_lr=1.0, epochs=4,
+                     normalise="none"),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), lr=3e-5, members=3, microbatch=8),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +144,9 @@ class Training:
     raters: dict
 
 
-def load_training(config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, context: int) -> Training:
+def load_training(
+    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, context: int
+) -> Training:
     """The training split, of one part, with the targets that --raters makes of the judgements."""
     records = source.select("train", source.genres_among(config.genres)).records
     records = [r for r in records if config.part in ("all", data.part_of(r))]
@@ -193,7 +167,9 @@ def choose_loss(config: Config, source: data.Dataset) -> tuple[str, str]:
     if not rated and loss != "pairwise":
         raise UserError(f"--loss {loss} needs ratings, but {source.name} holds choices: use --loss pairwise")
     if rated and loss != "regression" and config.microbatch:
-        raise UserError("--microbatch splits a batch, of which --loss pairwise and both make pairs: drop one of them")
+        raise UserError(
+            "--microbatch splits a batch, of which --loss pairwise and both make pairs: drop one of them"
+        )
     return loss, config.normalise if config.normalise != "auto" else "bias" if rated else "scale"
 
 
@@ -204,9 +180,13 @@ def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
     backbone = checkpoint.load_gpt(init)
     kind = "gpt" if backbone.config.causal else "bert"
     if config.backbone not in ("auto", kind):
-        raise UserError(f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init")
+        raise UserError(
+            f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init"
+        )
     if config.bidirectional and kind == "bert":
-        raise UserError(f"{init} holds an encoder, which reads in both directions already: drop --bidirectional")
+        raise UserError(
+            f"{init} holds an encoder, which reads in both directions already: drop --bidirectional"
+        )
     return tokenizer, backbone
 
 
@@ -264,35 +244,37 @@ def rating_pairs_loss(
 
 
 @torch.no_grad()
-def score_items(run: Run, model: RewardEnsemble, items: list[data.Judged], pad: int, members: int) -> list[float]:
-    """The mean score of the first `members` models for each item: of a text, or the margin between a pair's two."""
-    model.eval()
-    scores = score_sequences(run, model, [item.ids for item in items], pad, members)
+def score_items(run: Run, members: list[RewardModel], items: list[data.Judged], pad: int) -> list[float]:
+    """The members' mean score of each item: of a text, or the margin between a pair's two texts."""
+    scores = score_sequences(run, members, [item.ids for item in items], pad)
     if items[0].ids_b is not None:
-        scores = scores - score_sequences(run, model, [item.ids_b for item in items], pad, members)
-    model.train()
+        scores = scores - score_sequences(run, members, [item.ids_b for item in items], pad)
     return scores.tolist()
 
 
 @torch.no_grad()
-def score_sequences(
-    run: Run, model: RewardEnsemble, sequences: list[list[int]], pad: int, members: int
-) -> Tensor:
-    """Scores [len(sequences)] on the CPU, in the given order; every rank reads a share and gets all."""
-    scores = torch.zeros(len(sequences), device=run.device)
+def score_sequences(run: Run, members: list[RewardModel], sequences: list[list[int]], pad: int) -> Tensor:
+    """The members' mean scores [len(sequences)] on the CPU; each rank reads a share, and all get all."""
+    found = torch.zeros(len(sequences), device=run.device)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for member in members:
+        member.eval()
     for i in range(64 * run.rank, len(order), 64 * run.world):
         rows = order[i : i + 64]
-        tokens, mask = data.collate([sequences[j] for j in rows], pad)
+        tokens, mask = (x.to(run.device) for x in data.collate([sequences[j] for j in rows], pad))
         with run.autocast():
-            found, _ = model(tokens.to(run.device), mask.to(run.device), members)
-        scores[torch.tensor(rows, device=run.device)] = found.float()
-    return run.sum_(scores).cpu()
+            scores = torch.stack([member(tokens, mask) for member in members]).mean(0)
+        found[torch.tensor(rows, device=run.device)] = scores.float()
+    for member in members:
+        member.train()
+    return run.sum_(found).cpu()
 
 
 def load_reference(config: Config, init: Path, records: list, context: int) -> tuple[Path, Tokenizer, list]:
     """(folder, tokenizer, prompts) of the policy whose samples scores are normalised on.  Checked before training."""
-    remedy = "name a language model with --reference, or leave scores on the raters' scale with --normalise none"
+    remedy = (
+        "name a language model with --reference, or leave scores on the raters' scale with --normalise none"
+    )
     is_gpt = checkpoint.shape_of(init).causal
     folder = checkpoint.resolve(config.reference or (init if is_gpt else config.out.parent / "sft"), remedy)
     tokenizer = checkpoint.writer(folder)[2]
@@ -325,14 +307,17 @@ def normalise_scores(
         queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], pad, side="left")
         texts = generate(policy, queries, query_mask, sampling)
         rows = zip(texts.tokens.cpu(), texts.mask.cpu(), strict=True)
-        sequences += [data.translate(row[real].tolist(), reference_tokenizer, tokenizer) for row, real in rows]
-    model.eval()
+        sequences += [
+            data.translate(row[real].tolist(), reference_tokenizer, tokenizer) for row, real in rows
+        ]
     for k, member in enumerate(model.members):
-        scores = score_sequences(run, member, sequences, tokenizer.pad)
+        scores = score_sequences(run, [member], sequences, tokenizer.pad)
         gain, bias = preference.fit_affine(scores, mode)
         member.gain.fill_(gain)
         member.bias.fill_(bias)
-        run.print(f"member {k}: scores x {gain:.3f} {bias:+.3f}, so that the reference policy's samples average 0")
+        run.print(
+            f"member {k}: scores x {gain:.3f} {bias:+.3f}, so that the reference policy's samples average 0"
+        )
 
 
 def main() -> None:
@@ -375,7 +360,8 @@ def main() -> None:
     run.about["head"] = {"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"}
     run.resume(tokenizer, model, **{f"optimizer{k}": optimizer for k, optimizer in enumerate(optimizers)})
     run.print(f"{loss_kind} loss; {len(schedule)} steps; {run.precision} on {run.device}")
-    raters.print_weakest(training.raters)
+    if training.raters:
+        run.print(raters.describe_weakest(training.raters))
 
     # The loop: one optimiser step per iteration; validation four times per member.
     for step in run.loop(len(schedule)):
@@ -387,16 +373,19 @@ def main() -> None:
 
         # 1. Gradients.  Each microbatch's mean is weighted by its share of the batch, so that parts add up to the mean
         #    over microbatches and ranks [D17].
-        in_lower_case = run.same_on_all_ranks(lambda: torch.rand(len(picks)) < config.lowercase, step).tolist()
+        in_lower_case = (run.same_on_all_ranks(torch.rand, step, len(picks)) < config.lowercase).tolist()
         batch = [
-            (training.lowered if low else training.items)[i] for i, low in zip(picks, in_lower_case, strict=True)
+            (training.lowered if low else training.items)[i]
+            for i, low in zip(picks, in_lower_case, strict=True)
         ]
         mine = list(range(run.rank, len(batch), run.world))
         size = config.microbatch or len(batch)
         total = torch.zeros((), device=run.device)
         for rows in [mine[i : i + size] for i in range(0, len(mine), size)]:
             items = [batch[i] for i in rows]
-            sequences = [item.ids for item in items] + [item.ids_b for item in items if item.ids_b is not None]
+            sequences = [item.ids for item in items] + [
+                item.ids_b for item in items if item.ids_b is not None
+            ]
             tokens, mask = data.collate(sequences, tokenizer.pad)
             with run.autocast():
                 scores = model.members[k](tokens.to(run.device), mask.to(run.device))
@@ -420,7 +409,7 @@ def main() -> None:
         quarter = max(1, per_member // 4)
         validate = last or (step_of_member + 1) % quarter == 0 and per_member - step_of_member > quarter
         if validate:
-            predictions = score_items(run, model, held_out["val"], tokenizer.pad, k + 1)
+            predictions = score_items(run, model.members[: k + 1], held_out["val"], tokenizer.pad)
             metrics |= reward_report.validation_measure(source.kind, predictions, records["val"])
             measured = ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
             run.print(f"step {step + 1}: {measured}")
@@ -430,7 +419,7 @@ def main() -> None:
         run.checkpoint(step + 1, due=validate)
 
     # The report on test texts, on the raters' own scale; then the transform that PPO will see [D14].
-    predictions = score_items(run, model, held_out["test"], tokenizer.pad, config.members)
+    predictions = score_items(run, model.members, held_out["test"], tokenizer.pad)
     seed_everything(config.seed, len(schedule))  # whether the last step was run or resumed from [D21]
     if samples_from is not None:
         normalise_scores(config, run, model, tokenizer, *samples_from, normalise)

@@ -103,44 +103,21 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(
-        preset="smoke",
-        out=Path("runs/smoke/sft"),
-        data="toy",
-        vocab=400,
-        n_layer=2,
-        n_head=2,
-        n_embd=64,
-        epochs=2,
-        warmup=5,
-    ),
-    "smollm2": Config(
-        preset="smollm2",
-        out=Path("runs/smollm2/sft"),
-        init=Path("runs/smollm2/base"),
-        genres=("movies",),
-        train_layers=14,
-        dropout=0.0,
-        epochs=1,
-        final_epochs=1,
-        lr=1e-4,
-        warmup=20,
-    ),
-    "gpt2": Config(
-        preset="gpt2",
-        out=Path("runs/gpt2/sft"),
-        tokenizer="gpt2",
-        context=1024,
-        n_layer=12,
-        n_head=12,
-        n_embd=768,
-        epochs=3,
-        batch=64,
-        microbatch=8,
-        lr=3e-4,
-    ),
-}
-OF_A_NEW_MODEL = ("tokenizer", "vocab", "context", "n_layer", "n_head", "n_embd")  # options that --init overrides
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2, n_embd=64,
+                    epochs=2, warmup=5),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/sft"), init=Path("runs/smollm2/base"), genres=("movies",),
+                      train_layers=14, dropout=0.0, epochs=1, final_epochs=1, lr=1e-4, warmup=20),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12, n_head=12,
+                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
+}  # fmt: skip
+OF_A_NEW_MODEL = (
+    "tokenizer",
+    "vocab",
+    "context",
+    "n_layer",
+    "n_head",
+    "n_embd",
+)  # options that --init overrides
 
 
 def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: list) -> tuple[GPT, Tokenizer]:
@@ -179,10 +156,14 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
     """Sum of -log p over the learnt tokens of the examples."""
     device = model.wte.weight.device
     tokens, mask = data.collate([ids for ids, _ in examples], pad)
-    learnt = data.collate([[int(learn) for learn in loss_mask] for _, loss_mask in examples], 0)[0].bool()[:, 1:]
+    learnt = data.collate([[int(learn) for learn in loss_mask] for _, loss_mask in examples], 0)[0].bool()[
+        :, 1:
+    ]
     where = learnt.reshape(-1).nonzero().squeeze(1).to(device)
     tokens = tokens.to(device)
-    hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[where]  # [N, C]; a token without a next one predicts nothing
+    hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[
+        where
+    ]  # [N, C]; a token without a next one predicts nothing
     targets = tokens[:, 1:].flatten()[where]
     if optim.fuse_head(fused_head, len(hidden), model.config.vocab_size):
         logprobs, _ = linear_token_logprobs(hidden, model.head_weight, targets)
@@ -192,17 +173,24 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
 
 
 @torch.no_grad()
-def bits_per_byte(model: GPT, examples: list[Example], tokenizer: Tokenizer, run: Run, fused_head: str) -> float:
+def bits_per_byte(
+    model: GPT, examples: list[Example], tokenizer: Tokenizer, run: Run, fused_head: str
+) -> float:
     """Validation loss that no tokenizer can flatter: -log2 p of all learnt tokens, per UTF-8 byte that they stand for.
 
     The bytes are those of what is learnt, not of the whole text, which the context may have cut.
     """
-    learnt = [[t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot] for ids, mask in examples]
+    learnt = [
+        [t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot]
+        for ids, mask in examples
+    ]
     n_bytes = sum(len(tokenizer.encoding.decode_bytes(ids)) for ids in learnt)
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     ordered = sorted(examples, key=lambda example: len(example[0]))
-    for i in range(64 * run.rank, len(ordered), 64 * run.world):  # each rank takes its share, and all get the sum
+    for i in range(
+        64 * run.rank, len(ordered), 64 * run.world
+    ):  # each rank takes its share, and all get the sum
         with run.autocast():
             total += loss_sum(model, ordered[i : i + 64], tokenizer.pad, fused_head)
     model.train()
@@ -225,7 +213,9 @@ def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
     overridden = [name for name in OF_A_NEW_MODEL if name in cli.given()]
     if config.init and overridden:
-        raise UserError(f"--{overridden[0].replace('_', '-')} is of a new model, but --init brings its own: drop one")
+        raise UserError(
+            f"--{overridden[0].replace('_', '-')} is of a new model, but --init brings its own: drop one"
+        )
     run = Run("sft", config)
 
     # Setup: data, tokenizer, model, optimiser.

@@ -12,22 +12,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import runpy
 import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
-from minirlhf.support.files import fsync, read_json, sha256_of
+from minirlhf.support import steps
+from minirlhf.support.files import read_json, sha256_of
 from minirlhf.support.hardware import versions
 from minirlhf.tokenizer import Tokenizer
 
@@ -56,9 +55,6 @@ def settings_of(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-# ------------------------------------------------------------------------------------------------- writing
-
-
 def save(
     out: Path,
     step: int,
@@ -68,122 +64,26 @@ def save(
     trainer: dict | None = None,
     best: bool = False,
 ) -> Path:
-    """Write OUT/step-XXXXXX, flip `best` (if it is the best) and `latest`, then remove the other steps -> the folder.
+    """Write OUT/step-XXXXXX and make `latest` (and `best`, if it is) lead there; other steps go -> the folder.
 
     Killed at any moment it leaves the old checkpoint or the new one, whole; where the disk is full it leaves the old one
     and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON}.
     """
-    out, name = Path(out), f"step-{step:06d}"
-    new = out / f".{name}.{uuid.uuid4().hex[:8]}"
-    try:
-        new.mkdir(parents=True)
-        _write(new, state, config, tokenizer, trainer)
-        if (out / "metrics.jsonl").is_file():
-            shutil.copyfile(out / "metrics.jsonl", new / "metrics.jsonl")
-        for path in [*new.iterdir(), new]:
-            fsync(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(new, ignore_errors=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{out}: the checkpoint of step {step} cannot be written ({reason}): make room"
-        ) from None
-    _replace(out, name, new)
-    if best:
-        point(out, "best", name)
-    for file in ("model.safetensors", "config.json", "tokenizer.tiktoken", "tokenizer.json"):
-        if (out / name / file).exists():  # WordPiece has no ranks
-            point(out, file, f"latest/{file}")
-    point(out, "latest", name)
-    sweep(out)
-    return out / name
 
+    def write(new: Path) -> None:
+        parts = [("model", state, "config.json", config)]
+        if trainer:
+            parts.append(("trainer", trainer["tensors"], "trainer.json", trainer["state"]))
+        for name, tensors, json_file, document in parts:
+            digest = steps.write_tensors(tensors, new / f"{name}.safetensors")
+            (new / json_file).write_text(
+                json.dumps(document | {"sha256": digest}, indent=1), encoding="utf-8"
+            )
+        tokenizer.save(new)
+        if (Path(out) / "metrics.jsonl").is_file():
+            shutil.copyfile(Path(out) / "metrics.jsonl", new / "metrics.jsonl")
 
-def _write(new: Path, state: dict, config: dict, tokenizer: Tokenizer, trainer: dict | None) -> None:
-    """The files of one checkpoint; each JSON file holds the checksum of the tensors beside it."""
-    parts = [("model.safetensors", state, "config.json", config)]
-    if trainer:
-        parts.append(("trainer.safetensors", trainer["tensors"], "trainer.json", trainer["state"]))
-    for tensor_file, tensors, json_file, document in parts:
-        save_file(_apart(tensors), new / tensor_file, {"format": "pt"})  # transformers looks for this tag
-        document = document | {"sha256": sha256_of(new / tensor_file)}
-        (new / json_file).write_text(json.dumps(document, indent=1), encoding="utf-8")
-    tokenizer.save(new)
-
-
-def _replace(out: Path, name: str, new: Path) -> None:
-    """Make `new` the folder OUT/name.  Links that lead to an old folder of that name never lead nowhere."""
-    final = out / name
-    if not final.exists():
-        os.rename(new, final)
-        return
-    # One folder cannot replace another at once: the links lead to a copy made of hard links meanwhile.
-    followers = [
-        link for link in ("best", "latest") if (out / link).is_symlink() and _step_of(out, link) == name
-    ]
-    shutil.copytree(final, f"{new}.old", copy_function=os.link)
-    for link in followers:
-        point(out, link, f"{new.name}.old")
-    os.rename(final, f"{new}.gone")
-    os.rename(new, final)
-    for link in followers:
-        point(out, link, name)
-
-
-def _step_of(out: Path, link: str) -> str:
-    """'step-000120' for a link that leads to that folder, or to a stand-in for it such as .step-000120.1a2b3c4d.old."""
-    return (out / link).resolve().name.removeprefix(".").partition(".")[0]
-
-
-def sweep(out: Path) -> None:
-    """Remove every step folder that no link leads to, and what killed saves left behind."""
-    linked = {(out / link).resolve().name for link in ("best", "latest")}
-    for path in [path for path in out.glob("*step-*") if path.is_dir() and path.name not in linked]:
-        # Renamed first: a folder that bears a step's name is whole.
-        shutil.rmtree(path.rename(out / f".gone-step-{uuid.uuid4().hex[:8]}"), ignore_errors=True)
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors contiguous and on the CPU; copied only where memory is shared, which safetensors refuses.
-
-    A copy of all optimisers' states would be a run's peak of memory.
-    """
-    found, seen = {}, set()
-    for name, value in tensors.items():
-        value = value.detach().cpu().contiguous()
-        storage = value.untyped_storage()
-        shared = storage.data_ptr() in seen or storage.nbytes() != value.nbytes
-        found[name] = value.clone() if shared else value
-        seen.add(storage.data_ptr())
-    return found
-
-
-def point(out: Path, name: str, target: int | str) -> None:
-    """Make the symlink OUT/name lead to the saved step `target`, or to a relative path, at once.
-
-    A folder in the link's place (a copy of OUT made with links followed) is moved away first.
-    """
-    link, temporary = Path(out, name), Path(out, f".{name}.tmp")
-    temporary.unlink(missing_ok=True)
-    os.symlink(f"step-{target:06d}" if isinstance(target, int) else target, temporary)
-    _move_away(link)
-    os.replace(temporary, link)
-    fsync(Path(out))
-
-
-def _move_away(link: Path) -> None:
-    if link.is_dir() and not link.is_symlink():
-        link.rename(link.with_name(f".gone-step-{uuid.uuid4().hex[:8]}"))
-
-
-def forget(out: Path) -> None:
-    """A run starts again in OUT: from here on nothing of the old one can be taken for it."""
-    for name in ("latest", "best"):
-        _move_away(out / name)
-        (out / name).unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------------- reading
+    return steps.write_step(Path(out), step, write, best)
 
 
 def resolve(path: str | Path, remedy: str = "train that stage first or fix the path") -> Path:
@@ -196,17 +96,11 @@ def resolve(path: str | Path, remedy: str = "train that stage first or fix the p
                     f"{path}: a Hugging Face folder: python -m minirlhf.checkpoint import {path} OUT"
                 )
             return folder
-    if steps := whole_steps(Path(path)):
+    if found := steps.whole_steps(Path(path)):
         raise UserError(
-            f"{path}: holds {steps[-1]} but no link `latest`: name {path}/{steps[-1]}, or make the link"
+            f"{path}: holds {found[-1]} but no link `latest`: name {path}/{found[-1]}, or make the link"
         )
     raise UserError(f"{path}: no checkpoint here (no config.json, no latest): {remedy}")
-
-
-def whole_steps(out: Path) -> list[str]:
-    """Names of the step folders in OUT, oldest first."""
-    names = [p.name for p in out.glob("step-*") if (p / "config.json").is_file() and p.name[5:].isdigit()]
-    return sorted(names, key=lambda name: int(name[5:]))
 
 
 def load_config(path: str | Path) -> dict:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, checkpoint, data, optim
+from minirlhf.rollout import Texts
+from minirlhf.support import claims, logs, steps
 from minirlhf.support.cli import Count, Seed
 from minirlhf.support.files import Lock
 from minirlhf.support.hardware import (
@@ -34,15 +36,6 @@ from minirlhf.support.hardware import (
     trim_freed_memory,
 )
 from minirlhf.support.logs import MetricLogger
-
-NOT_SETTINGS = {
-    "out",
-    "resume",
-    "overwrite",
-    "tensorboard",
-    "data_dir",
-    "save_samples",
-}  # they change no result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,39 +102,17 @@ class Run:
 
     def _claim(self) -> str:
         """'start', 'resume' or 'complete'."""
-        out, config = self.out, self.config
-        if config.overwrite:
+        if self.config.overwrite:
             return "start"
-        if not (out / "latest" / "config.json").is_file():
-            if steps := checkpoint.whole_steps(out):
-                raise UserError(
-                    f"{out} holds {steps[-1]}, but its link `latest` leads to no checkpoint: "
-                    f"ln -sfn {steps[-1]} {out}/latest and --resume goes on; --overwrite starts again"
-                )
-            return "start"
-        saved = checkpoint.load_config(out)
-        if saved.get("stage") != self.stage:
-            raise UserError(f"{out} holds a checkpoint of stage {saved.get('stage')}: choose another --out")
-        before, now = saved.get("training", {}), checkpoint.settings_of(config)
-        other = sorted(k for k in now.keys() - NOT_SETTINGS if before.get(k, now[k]) != now[k])
-        if other:
-            change = ", ".join(f"{k} ({before[k]}, now {now[k]})" for k in other)
-            raise UserError(f"{out} holds a run with another {change}: choose a new --out, or --overwrite")
-        if saved.get("complete"):
-            return "complete"
-        step = saved.get("step")
-        if not config.resume:
-            raise UserError(
-                f"{out} holds an unfinished run (step {step}): --resume goes on, --overwrite starts again"
+        whole = (self.out / "latest" / "config.json").is_file()
+        self.saved = checkpoint.load_config(self.out) if whole else None
+        settings = checkpoint.settings_of(self.config)
+        state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume)
+        if state == "resume" and self.saved.get("world", self.world) != self.world:
+            self.print(
+                f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other random draws"
             )
-        if not (out / "latest" / "trainer.json").is_file():
-            raise UserError(
-                f"{out} holds step {step} without trainer.json, so it cannot be resumed: "
-                f"give it as --init of a new run, or --overwrite"
-            )
-        if saved.get("world", self.world) != self.world and self.rank == 0:
-            print(f"{out}: begun with {saved['world']} processes, now {self.world}: random draws will differ")
-        return "resume"
+        return state
 
     def begin(self, source: data.Dataset, **checkpoints: Path | None) -> bool:
         """Whether there is work to do.  Records the data and the checkpoints that this run starts from.
@@ -152,17 +123,12 @@ class Run:
         for name, path in checkpoints.items():
             if path is not None:
                 self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
-        if self.state != "start":
-            before = checkpoint.load_config(self.out).get("inputs", {})
-            for name, now in self.inputs.items():
-                if before.get(name, now) != now and not name.endswith("_path"):
-                    raise UserError(
-                        f"{self.out} was made from another {name} (sha256 {before[name][:12]}, now {now[:12]}): "
-                        f"choose a new --out, or --overwrite"
-                    )
         self.about |= {"data": {"name": source.name, "sha256": source.sha256}}
+        if self.state != "start":
+            claims.compare_inputs(self.out, self.saved, self.inputs)
         if self.state == "complete":
-            checkpoint.sweep(self.out)
+            if self.rank == 0:
+                steps.sweep(self.out)
             self.print(f"{self.out} is complete: nothing to do (--overwrite to run it again)")
         return self.state != "complete"
 
@@ -196,7 +162,7 @@ class Run:
             self.step = self.saved_step = state["step"]
             self.seconds = state["seconds"]
         elif self.rank == 0:
-            checkpoint.forget(self.out)
+            steps.forget(self.out)
         self.logger = MetricLogger(self.out, self.rank, self.config.tensorboard, self.step)
         return self.counters
 
@@ -275,11 +241,11 @@ class Run:
         """Make this step's randomness a function of (seed, step, rank) [D21]."""
         seed_everything(self.config.seed, step, self.rank)
 
-    def same_on_all_ranks(self, draw: Callable[[], Any], step: int) -> Any:
-        """draw(), a random choice that must not depend on the rank."""
+    def same_on_all_ranks(self, draw: Callable, step: int, *args: Any) -> Any:
+        """draw(*args), a random choice that must not depend on the rank."""
         if self.rank:
             seed_everything(self.config.seed, step, 0)
-        drawn = draw()
+        drawn = draw(*args)
         if self.rank:
             self.seed_step(step)
         return drawn
@@ -341,6 +307,24 @@ class Run:
         self.step = step
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
         self.bar.set_postfix_str(note.format(**metrics), refresh=False)
+
+    def record_texts(
+        self,
+        step: int,
+        texts: Texts,
+        per_text: dict[str, Tensor],
+        kl_coef: float,
+        show: bool,
+        every: int | None,
+    ) -> None:
+        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three of them if asked to."""
+        write = bool(every) and step % every == 0
+        if self.rank == 0 and (show or write):
+            rows = logs.sample_rows(*texts.decode(self.tokenizer), per_text)
+            if write:
+                self.logger.write("samples", step, rows)
+            if show:
+                self.print(logs.show_rows(rows[:3], kl_coef))
 
     def checkpoint(self, step: int, due: bool, best: bool = False) -> None:
         """Save if it is due or if the run was asked to stop; then stop, unless this step was the last.

@@ -10,7 +10,7 @@ answers near the ordinary.
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -45,6 +45,34 @@ class RatingFit:
     slope: np.ndarray  # [J] 1 like the others, 0 without regard to the text, below 0 with the scale inverted
     noise: np.ndarray  # [J] standard deviation
     trace: list[float]  # log-posterior after each step
+
+
+def with_targets(records: list, method: str) -> tuple[list, dict[str, dict[str, float]]]:
+    """(the records with `method`'s target as their rating or share, what it found of each rater).
+
+    'mean' returns the records as they are: all ratings stay, and pairs made of them are soft targets.
+    Raises UserError where the method needs to know who voted and the data does not say.
+    """
+    if method == "mean":
+        return records, {}
+    votes = hasattr(records[0], "share")
+    if votes and method == "model" and not all(record.votes for record in records):
+        bare = next(record for record in records if not record.votes)
+        raise UserError(
+            f"--raters model needs votes by rater ({{rater: a, b or tie}}), and the pair {bare.chosen[:30]!r} "
+            "has none: use --raters mean or majority"
+        )
+    units = [record.votes or (record.share,) if votes else record.ratings for record in records]
+    targets, found = combine_raters(units, [record.raters for record in records], method, votes)
+    field = "share" if votes else "rating"
+    return [replace(record, **{field: t}) for record, t in zip(records, targets.tolist(), strict=True)], found
+
+
+def describe_weakest(found: dict[str, dict[str, float]], count: int = 5) -> str:
+    """One line on the raters whose reliability (or slope) is lowest."""
+    weakest = sorted(found.items(), key=lambda rater: next(iter(rater[1].values())))[:count]
+    lines = [f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in what.items()) for name, what in weakest]
+    return f"weakest of {len(found)} raters: " + "; ".join(lines)
 
 
 def combine_raters(

@@ -8,8 +8,8 @@ from itertools import combinations
 from statistics import mean, median
 
 from minirlhf.feedback.store import CHOICES, Store
-from minirlhf.measure.stats import pearson, wilson
 from minirlhf.measure.agreement import krippendorff_alpha
+from minirlhf.measure.stats import pearson, wilson
 
 SIDE = {"a": -1, "tie": 0, "b": 1}  # x strength: a choice on a scale of -2..2, on which `bad` has no place
 

@@ -68,3 +68,31 @@ def lines_until(path: Path, step: int) -> list[str]:
         except (ValueError, TypeError, KeyError):
             continue
     return kept
+
+
+SAMPLE_COLUMNS = {
+    "objective/scores": "score",
+    "objective/rm_scores": "rm",
+    "objective/rm_disagreement": "disagreement",
+    "objective/judge": "judge",
+    "objective/kl": "kl",
+}
+
+
+def sample_rows(prompts: list[str], responses: list[str], per_text: dict[str, Tensor]) -> list[dict]:
+    """A rollout's texts and what each model said of them, one row per text."""
+    columns = {name: per_text[key].tolist() for key, name in SAMPLE_COLUMNS.items() if key in per_text}
+    return [
+        {"prompt": prompt, "response": response} | {name: values[i] for name, values in columns.items()}
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def show_rows(rows: list[dict], kl_coef: float) -> str:
+    """Episodes as lm-human-preferences prints them: query, response, score, KL, and what PPO maximises."""
+    lines = []
+    for row in rows:
+        total = row["score"] - kl_coef * row["kl"]
+        lines.append(f"  {row['prompt']!r} -> {row['response']!r}")
+        lines.append(f"    score {row['score']:+.2f}  kl {row['kl']:.1f}  total {total:+.2f}")
+    return "\n".join(lines)

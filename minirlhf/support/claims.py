@@ -1,0 +1,67 @@
+"""May a stage use a folder?  What it holds is compared with what is asked for, so that no run is lost or mistaken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minirlhf import UserError
+from minirlhf.support import steps
+
+NOT_SETTINGS = {
+    "out",
+    "resume",
+    "overwrite",
+    "tensorboard",
+    "data_dir",
+    "save_samples",
+}  # they change no result
+
+
+def claim(out: Path, saved: dict | None, stage: str, settings: dict[str, Any], resume: bool) -> str:
+    """'start', 'resume' or 'complete' for a stage with these settings in the folder `out`.
+
+    `saved` is the config.json that OUT/latest leads to, None if it leads to none.  Raises UserError where the folder holds
+    another run, or one that cannot be resumed.
+    """
+    if saved is None:
+        if found := steps.whole_steps(out):
+            raise UserError(
+                f"{out} holds {found[-1]}, but its link `latest` leads to no checkpoint: "
+                f"ln -sfn {found[-1]} {out}/latest and --resume goes on; --overwrite starts again"
+            )
+        return "start"
+    if saved.get("stage") != stage:
+        raise UserError(f"{out} holds a checkpoint of stage {saved.get('stage')}: choose another --out")
+    before = saved.get("training", {})
+    other = sorted(k for k in settings.keys() - NOT_SETTINGS if before.get(k, settings[k]) != settings[k])
+    if other:
+        change = ", ".join(f"{k} ({before[k]}, now {settings[k]})" for k in other)
+        raise UserError(f"{out} holds a run with another {change}: choose a new --out, or --overwrite")
+    if saved.get("complete"):
+        return "complete"
+    step = saved.get("step")
+    if not resume:
+        raise UserError(
+            f"{out} holds an unfinished run (step {step}): --resume goes on, --overwrite starts again"
+        )
+    if not (out / "latest" / "trainer.json").is_file():
+        raise UserError(
+            f"{out} holds step {step} without trainer.json, so it cannot be resumed: "
+            f"give it as --init of a new run, or --overwrite"
+        )
+    return "resume"
+
+
+def compare_inputs(out: Path, saved: dict, inputs: dict[str, str]) -> None:
+    """UserError where the run in OUT was made from other data, or other checkpoints, than it would be now.
+
+    `inputs` holds a sha256 by name; names that end in _path are only for people.
+    """
+    before = saved.get("inputs", {})
+    for name, now in inputs.items():
+        if not name.endswith("_path") and before.get(name, now) != now:
+            raise UserError(
+                f"{out} was made from another {name.replace('_', ' ')} "
+                f"(sha256 {before[name][:12]}, now {now[:12]}): choose a new --out, or --overwrite"
+            )

@@ -1,0 +1,71 @@
+"""Reward functions by name, called with care: they are other people's code, and may do anything."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+
+from minirlhf import UserError
+
+Reward = Callable[[list[str], list[str]], list[float]]
+
+
+def find(name: str) -> Reward:
+    module, function = name.split(":")
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except (Exception, SystemExit) as error:  # whatever the user's module raises while it loads
+        raise UserError(f"--reward {name}: {_reason(error)}; is {module} on PYTHONPATH?") from error
+    if not callable(found):
+        raise UserError(f"--reward {name}: no such function in {module}; check the spelling")
+    try:
+        inspect.signature(found).bind([], [])
+    except TypeError as error:
+        raise UserError(f"--reward {name}: {error}: want a function of (prompts, responses)") from None
+    except ValueError:  # some built-in functions have no signature to check
+        pass
+    return found
+
+
+def call(function: Reward, prompts: list[str], responses: list[str], name: str = "") -> list[float]:
+    """The function's rewards, checked: one finite number per response, else a UserError that names function and row.
+
+    The function gets copies: what it does to its arguments, now or later, changes nothing here.
+    """
+    name = name or f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
+    try:
+        result = function(list(prompts), list(responses))
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {name} failed: {_reason(error)}") from error
+    if isinstance(result, str | bytes | dict):
+        raise UserError(
+            f"--reward {name}: returned {type(result).__name__}, not a list of {len(responses)} numbers"
+        )
+    try:
+        values = list(result)
+    except (Exception, SystemExit):
+        raise UserError(f"--reward {name}: returned {type(result).__name__}, not a list of numbers") from None
+    if len(values) != len(responses):
+        raise UserError(f"--reward {name}: returned {len(values)} numbers for {len(responses)} responses")
+    return [_finite(value, name, row, responses[row]) for row, value in enumerate(values)]
+
+
+def _finite(value: object, name: str, row: int, response: str) -> float:
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        got, text = one_line(f"{value!r:.40}"), one_line(f"{response!r:.40}")
+        raise UserError(f"--reward {name}: row {row}: {got} is not a finite number (response {text})")
+    return number
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {error}")
+
+
+def one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:300]
