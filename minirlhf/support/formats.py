@@ -1,0 +1,417 @@
+"""Files to rows: the files of a source, their lines, and what the keys of a row say that it is.
+
+    kind         keys of a row
+    text         {text, genre?}, or each line of a .txt file
+    completion   {prompt, completion}, {prompt, response}, {messages}
+    labelled     {prompt, completion or response, label}
+    preference   {prompt, chosen, rejected}, {chosen, rejected}, {prompt, response_a, response_b, votes}
+    rated        {prompt?, response or text, rating or ratings, scale?, genre?}
+    prompt       {prompt}
+
+`ratings` is a list, or an object {rater: score}.  `votes` holds counts {a, b, tie}, or it is a list or an object
+{rater: "a", "b" or "tie"}.  In a list the places are people: the first entry of every row is from one rater.
+A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF.
+A column whose value is null counts as absent.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import re
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from minirlhf import UserError
+from minirlhf.support.ledger import account
+
+ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+TURN = "\n\nAssistant:"  # ends a transcript's prompt; the completion keeps its leading space
+VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each vote is worth to the first text
+Scale = tuple[float, float]
+Fields = dict[str, Any]  # of a Response or a Preference in data.py
+USUAL_SCALES = ((1, 5), (0, 4), (-4, 4))
+MAX_MESSAGES = 100  # about skipped rows
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+BLOCK = 1 << 20  # bytes per read
+# A small .gz file can hold terabytes.  Text shrinks 3 to 20 times; what grows 200 times and more is refused.
+MAX_BYTES, FREE_BYTES, MAX_RATIO = 2 << 30, 64 << 20, 200
+# Columns that hold content in one format or another: where a row has one that is not read, load() says so.
+CONTENT = {"answer", "chosen", "completion", "content", "input", "instruction", "label", "messages", "output"}
+CONTENT |= {"prompt", "question", "rating", "ratings", "rejected", "response", "response_a", "response_b"}
+CONTENT |= {"summary", "target", "text", "votes"}
+
+
+def check(ok: object, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def transcript(messages: Sequence[dict], answer: bool) -> str:
+    """The text of {role, content} messages in the layout of HH-RLHF, without the header of an opening assistant turn.
+
+    With `answer` it ends with the header of an assistant turn that is still to come.
+    """
+    text = "".join(ROLES[m["role"]] + m["content"] for m in messages)
+    return text.removeprefix(TURN) + TURN * answer
+
+
+# ---------------------------------------------------------------- a source as a whole
+
+
+@dataclass
+class Source:
+    """The rows of a file, a folder or a pipe, and what became of those that are left out (see ledger.py)."""
+
+    name: str
+    sources: list[str]
+    kind: str = ""
+    rows: list[Fields] = field(default_factory=list)
+    sha256: str = ""  # of the content, decompressed
+    ledger: Counter[str] = field(default_factory=Counter)
+    skipped: list[str] = field(default_factory=list)  # what was wrong with the first MAX_MESSAGES of them
+    note: str = ""  # the scale of ratings
+    remarks: list[str] = field(default_factory=list)  # columns and files that are not used
+
+
+def read(path: str | Path, skip_bad: bool, scale: Scale | None) -> Source:
+    """All rows of a source, of one kind and on one scale.
+
+    Raises UserError('file:line: field: reason') for a bad row, unless `skip_bad` counts it and goes on.
+    """
+    files, others = files_of(Path(path))
+    found = Source(shown(path), [*map(str, files)])
+    first, digest, remarks = None, hashlib.sha256(), Counter()
+    for file in files:
+        for number, line in lines_of(file, digest):
+            where = f"{shown(file)}:{number}"
+            found.ledger["rows"] += 1
+            try:
+                kind, fields, unused = parse(line, file.name.endswith(".txt"), scale)
+                first = first or (kind, fields.get("scale"))
+                _check_same(kind, fields.get("scale"), *first)
+            except UserError as error:
+                if not skip_bad:
+                    raise UserError(f"{where}: {error}") from None
+                found.ledger["skipped: malformed"] += 1
+                if len(found.skipped) < MAX_MESSAGES:
+                    found.skipped.append(f"{where}: {error}")
+                continue
+            remarks.update(unused)
+            if reason := _says_nothing(fields):
+                found.ledger[f"dropped: {reason}"] += 1
+            else:
+                found.rows.append(fields | {"where": where})
+    first_skipped = [f"the first skipped: {message}" for message in found.skipped[:1]]
+    check(found.rows, "; ".join([f"{found.name}: no usable row: {account(found.ledger)}", *first_skipped]))
+    found.kind, scale = first
+    found.sha256 = digest.hexdigest()
+    found.remarks = [f"{remark} ({n:,} rows)" for remark, n in sorted(remarks.items())]
+    if others:
+        names = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        found.remarks.append(f"passed over {len(others):,} other files: {names}")
+    if found.kind == "rated":
+        found.note = f" on the scale {scale}" if scale else f" on the scale {_infer_scale(found)} (inferred)"
+    return found
+
+
+def _says_nothing(fields: Fields) -> str | None:
+    """Why a row teaches nothing; None if it does."""
+    if "chosen" in fields:
+        return "identical pairs" if fields["chosen"].strip() == fields["rejected"].strip() else None  # [D15]
+    return None if (fields["prompt"] + fields["response"]).strip() else "empty texts"
+
+
+def _check_same(kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None) -> None:
+    check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source")
+    check(scale == first_scale, f"scale: {scale} after rows with {first_scale}: keep one scale in a source")
+
+
+def _infer_scale(found: Source) -> Scale:
+    """Record the first usual scale that holds all ratings on the rows."""
+    low = min(min(fields["ratings"]) for fields in found.rows)
+    high = max(max(fields["ratings"]) for fields in found.rows)
+    scale = next((s for s in USUAL_SCALES if s[0] <= low and high <= s[1]), None)
+    check(scale, f"{found.name}: rating: {low:g} to {high:g} is no usual scale: record `scale` on the rows")
+    for fields in found.rows:
+        fields["scale"] = scale
+    return scale
+
+
+# ---------------------------------------------------------------- files to lines
+
+
+def shown(path: object) -> str:
+    """A path as it can be printed in one line: control characters and bytes that are no text as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def files_of(path: Path) -> tuple[list[Path], list[str]]:
+    """(the files of a source, the names in a folder that are no such files).
+
+    A source is a file, a folder (its files by name, without those that begin with a dot), or a pipe of JSON lines.
+    Raises UserError for everything else.
+    """
+    try:
+        mode = path.stat().st_mode
+        inside = sorted(path.iterdir()) if stat.S_ISDIR(mode) else []
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file or folder (built in: vader, toy)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
+    known = path.name.endswith(SUFFIXES)
+    if stat.S_ISDIR(mode):
+        inside = [p for p in inside if not p.name.startswith(".")]
+        files = [p for p in inside if p.name.endswith(SUFFIXES) and not p.is_dir()]
+        check(files, f"{shown(path)}: the folder holds no {', '.join(SUFFIXES)} file")
+        return files, [shown(p.name) for p in inside if p not in set(files)]
+    device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+    check(
+        not device,
+        f"{shown(path)}: a terminal or a device, which holds no rows: pipe them in, or name a file",
+    )
+    check(
+        known or _is_stream(path, mode),
+        f"{shown(path)}: expected {', '.join(SUFFIXES)}, or a folder of them",
+    )
+    return [path], []
+
+
+def _is_stream(path: Path, mode: int) -> bool:
+    """Is it a pipe or a socket, or a file under the name /dev/stdin (`< file`) or /dev/fd/N?  None has a suffix."""
+    return not stat.S_ISREG(mode) or str(path).startswith(("/dev/", "/proc/"))
+
+
+def lines_of(file: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line that is not blank; `digest` is updated with all bytes, decompressed.
+
+    Raises UserError for a file that cannot be read, or that decompresses to more than a text would.
+    """
+    try:
+        with open(file, "rb") as raw:
+            for number, line in enumerate(_split(_blocks(file, raw, digest)), 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                if line and not line.isspace():
+                    yield number, line.rstrip(b"\r")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{shown(file)}: cannot be read: {_reason(error)}") from None
+
+
+def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:
+    """The bytes of a file, decompressed, in blocks; at most `limit` of them where the file's size does not tell."""
+    about, total = os.fstat(raw.fileno()), 0
+    zipped = file.name.endswith(".gz")
+    if not file.name.endswith(SUFFIXES):
+        zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+    limit = MAX_BYTES
+    if stat.S_ISREG(about.st_mode):
+        limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * about.st_size)) if zipped else about.st_size
+    stream = gzip.GzipFile(fileobj=raw) if zipped else raw
+    while block := stream.read(BLOCK):
+        total += len(block)
+        too_large = f"{shown(file)}: holds more than {limit:,} bytes: unpack or split it, and give that"
+        check(total <= limit, too_large)
+        digest.update(block)
+        yield block
+
+
+def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """All lines of these blocks.  A line may go over many of them."""
+    parts: list[bytes] = []
+    for block in blocks:
+        *whole, rest = block.split(b"\n")
+        if whole:
+            whole[0], parts = b"".join([*parts, whole[0]]), []
+        yield from whole
+        parts.append(rest)
+    yield b"".join(parts)
+
+
+# ---------------------------------------------------------------- lines to rows
+
+
+class Row:
+    """The columns of a row that are not null.  It remembers which of them were read."""
+
+    def __init__(self, line: bytes, plain: bool):
+        try:
+            columns = {"text": line.decode()} if plain else json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            form = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
+            raise UserError(f"row: not {form}: {error}") from None
+        check(isinstance(columns, dict), f"row: expected an object, got {columns!r:.40}")
+        self.columns = {key: value for key, value in columns.items() if value is not None}
+        self.read: set[str] = set()
+
+    def __contains__(self, field: str) -> bool:
+        return field in self.columns
+
+    def __getitem__(self, field: str) -> Any:
+        """The value of a column.  Raises UserError where there is none."""
+        check(field in self.columns, f"{field}: missing")
+        self.read.add(field)
+        return self.columns[field]
+
+    def text(self, field: str) -> str:
+        """The text of a column; of messages their transcript."""
+        value = self[field]
+        if isinstance(value, list):
+            roles = f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}"
+            check(value and all(map(_is_message, value)), roles)
+            value = transcript(value, answer=field == "prompt")
+        check(isinstance(value, str), f"{field}: expected text, got {value!r:.40}")
+        _check_characters(value, field)
+        return value
+
+    def optional_text(self, field: str) -> str:
+        return self.text(field) if field in self else ""
+
+    def by_rater(self, field: str) -> tuple[tuple[str, ...], Any]:
+        """(raters, their values) of a column {rater: value} without its nulls; ((), the column) if it is none."""
+        value = self[field]
+        if not isinstance(value, dict):
+            return (), value
+        given = {rater: v for rater, v in value.items() if v is not None}
+        for rater in given:
+            _check_characters(rater, f"{field}: the name of a rater")
+        return tuple(given), [*given.values()]
+
+    def unused(self) -> list[str]:
+        """Columns that look like content and were not read."""
+        return sorted(CONTENT & set(self.columns) - self.read)
+
+
+def _is_message(entry: object) -> bool:
+    return isinstance(entry, dict) and type(entry.get("content")) is str and str(entry.get("role")) in ROLES
+
+
+def _check_characters(text: str, field: str) -> None:
+    check(not re.search("[\ud800-\udfff]", text), f"{field}: half a surrogate pair")  # JSON can spell it
+
+
+def _are_numbers(values: object) -> bool:
+    """Is it a list of finite numbers?  NaN fails any comparison; a bool is no number here."""
+    return isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
+
+
+def parse(line: bytes, plain: bool, scale: Scale | None = None) -> tuple[str, Fields, list[str]]:
+    """(kind, fields of the record, remarks about what is not used) of one line of a .jsonl or (`plain`) a .txt file.
+
+    `scale` is that of ratings which record none.  Raises UserError("field: reason").
+    """
+    row, remarks = Row(line, plain), []
+    if "chosen" in row or "rejected" in row:
+        kind, fields = "preference", _pair(row)
+    elif "votes" in row or "response_a" in row:
+        kind, fields = "preference", _votes(row)
+    elif "rating" in row or "ratings" in row:
+        kind, fields = "rated", _rated(row, scale)
+    elif "messages" in row:
+        kind, fields = "completion", _conversation(row, remarks)
+    elif "completion" in row or "label" in row or ("prompt" in row and "response" in row):
+        kind, fields = _completion(row)
+    elif "text" in row:
+        kind, fields = (
+            "text",
+            {"prompt": "", "response": row.text("text"), "genre": row.optional_text("genre")},
+        )
+    else:
+        keys = f"{sorted(row.columns)}"
+        check("prompt" in row, f"keys: {keys:.200} match no format: see python -m minirlhf.data --help")
+        kind, fields = "prompt", {"prompt": row.text("prompt"), "response": ""}
+    return kind, fields, remarks + [f"column `{field}` is not used" for field in row.unused()]
+
+
+def _pair(row: Row) -> Fields:
+    chosen, rejected = row.text("chosen"), row.text("rejected")
+    # Messages that open with the user's turn hold the whole conversation, whatever `prompt` repeats of it.
+    whole = isinstance(row["chosen"], list) and chosen.startswith("\n\n")
+    if "prompt" in row and not whole:
+        return {"prompt": row.text("prompt"), "chosen": chosen, "rejected": rejected}
+    row.read.add("prompt")
+    cut = os.path.commonprefix([chosen, rejected]).rfind(TURN) + len(TURN)
+    check(cut >= len(TURN), f"prompt: missing, and chosen and rejected share no {TURN!r} to split at")
+    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+def _votes(row: Row) -> Fields:
+    prompt, a, b = (row.text(field) for field in ("prompt", "response_a", "response_b"))
+    raters, values = row.by_rater("votes") if "votes" in row else ((), None)
+    if isinstance(values, list) and values and all(isinstance(v, str) and v in VOTES for v in values):
+        votes = tuple(VOTES[v] for v in values)
+        share = sum(votes) / len(votes)
+    else:
+        counts = dict(zip(raters, values, strict=True)) if raters else {}
+        good = set(counts) <= set(VOTES) and all(type(n) is int and 0 <= n < 1e9 for n in counts.values())
+        wanted = '{"a": 2, "b": 1, "tie": 0}, or {rater: "a", "b" or "tie"}'
+        got = f"{row.columns.get('votes')!r:.40}"
+        check(good and any(counts.values()), f"votes: expected counts such as {wanted}, got {got}")
+        votes, raters = (), ()
+        share = sum(VOTES[v] * n for v, n in counts.items()) / sum(counts.values())
+    fields = {"prompt": prompt, "chosen": a, "rejected": b, "share": share, "votes": votes, "raters": raters}
+    if share < 0.5:
+        turned = tuple(1 - v for v in votes)
+        fields |= {"chosen": b, "rejected": a, "share": 1 - share, "votes": turned}
+    return fields
+
+
+def _rated(row: Row, scale: Scale | None) -> Fields:
+    field = "ratings" if "ratings" in row else "rating"
+    raters, values = row.by_rater(field) if field == "ratings" else ((), [row[field]])
+    check(_are_numbers(values) and values, f"{field}: expected finite numbers, got {row[field]!r:.40}")
+    if "scale" in row:
+        ends = row["scale"]
+        good = _are_numbers(ends) and len(ends) == 2 and ends[0] < ends[1]
+        check(good, f"scale: expected [low, high], got {ends!r:.40}")
+        scale = tuple(ends)
+    inside = not scale or scale[0] <= min(values) and max(values) <= scale[1]
+    check(inside, f"{field}: {row[field]!r:.40} is outside the scale {scale}")
+    return {
+        "prompt": row.optional_text("prompt"),
+        "response": row.text("response" if "response" in row else "text"),
+        "rating": sum(values) / len(values),
+        "ratings": tuple(values),
+        "scale": scale,
+        "genre": row.optional_text("genre"),
+        "raters": raters,
+    }
+
+
+def _conversation(row: Row, remarks: list[str]) -> Fields:
+    messages = row["messages"]
+    check(isinstance(messages, list), f"messages: expected a list, got {messages!r:.40}")
+    whole, last = row.text("messages"), messages[-1]
+    check(last["role"] == "assistant", "messages: the last turn must be the assistant's")
+    for message in messages:
+        weight = message.get("weight")
+        check(weight in (None, 0, 1), f"messages: weight: expected 0 or 1, got {weight!r:.40}")
+    prompt = whole.removesuffix(" " + last["content"])
+    if sum(message["role"] == "assistant" for message in messages) > 1:
+        remarks.append("earlier assistant turns are context: only the last turn is learnt")
+    if last.get("weight") == 0:
+        remarks.append("the last turn has weight 0: it is not learnt")
+        return {"prompt": prompt, "response": ""}
+    return {"prompt": prompt, "response": " " + last["content"]}
+
+
+def _completion(row: Row) -> tuple[str, Fields]:
+    answer = "response" if "response" in row and "completion" not in row else "completion"
+    fields = {"prompt": row.text("prompt"), "response": row.text(answer)}
+    if "label" not in row:
+        return "completion", fields
+    label = row["label"]
+    check(label in (False, True), f"label: expected true or false, got {label!r:.40}")
+    return "labelled", fields | {"label": bool(label)}

@@ -1,0 +1,112 @@
+"""What a source of data holds: counts, splits, ratings and agreement, and the first rows as the model would see them.
+
+    python -m minirlhf.data inspect vader
+    python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 128 -n 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+
+from minirlhf.data import (
+    Record,
+    Response,
+    account,
+    as_example,
+    encode_example,
+    encode_examples,
+    load,
+    split_of,
+)
+from minirlhf.measure.agreement import krippendorff_alpha
+from minirlhf.support import formats
+from minirlhf.support.cli import Count, CountOr0, Parser, number, run_script
+from minirlhf.tokenizer import Tokenizer
+
+MAX_LEVELS = 25  # more whole numbers on a scale are shown in BINS bins
+BINS = 20
+BAR = 50  # characters
+
+
+def visible(text: str) -> str:
+    """Text in one line, without the power to move the cursor or to recolour the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def histogram(records: list[Response]) -> list[str]:
+    """A line for each whole number on the scale, or for each of its bins: how many items have this mean rating."""
+    low, high = records[0].scale
+    if round(high) - round(low) < MAX_LEVELS:
+        names = {level: f"{level:4d}" for level in range(round(low), round(high) + 1)}
+        counts = Counter(round(r.rating) for r in records)
+    else:
+        width = (high - low) / BINS
+        names = {i: f"{low + i * width:g} to {low + (i + 1) * width:g}" for i in range(BINS)}
+        counts = Counter(min(BINS - 1, int((r.rating - low) / width)) for r in records)
+    longest, most = max(map(len, names.values())), max(counts.values())
+    return [
+        f"{name:>{longest}} {counts[level]:7,} {'#' * -(-BAR * counts[level] // most)}"
+        for level, name in names.items()
+    ]
+
+
+def ratings(records: list[Response], genre: str) -> list[str]:
+    """How many items and raters, how much they agree, and a histogram."""
+    per_item = sum(len(r.ratings) for r in records) / len(records)
+    alpha = "-"  # without two ratings of one item there is no agreement to speak of
+    if any(len(r.ratings) > 1 for r in records):
+        alpha = f"{krippendorff_alpha([list(r.ratings) for r in records], level='interval'):.3f}"
+    agreement = f"agreement (Krippendorff's alpha) {alpha}"
+    return [f"\n{genre or 'ratings'}: {len(records):,} items, {per_item:.1f} raters each, {agreement}"] + histogram(
+        records
+    )
+
+
+def example(record: Record, tokenizer: Tokenizer | None) -> str:
+    """A record as SFT sees it: its split, and what is learnt between [[ and ]]."""
+    prompt, completion = as_example(record)
+    pieces, joint = [prompt, "[[", completion, "<eot>"], ""
+    if tokenizer:
+        ids, mask = encode_example(tokenizer, prompt, completion, sys.maxsize)
+        names = {tokenizer.bos: "<bos>", tokenizer.eot: "<eot>"}
+        pieces, joint = [names.get(i) or tokenizer.decode([i]) for i in ids], "|"
+        pieces.insert(mask.index(True), "[[")
+    return f"{split_of(prompt, completion):6s}" + joint.join(map(visible, pieces)) + "]]"
+
+
+def main() -> None:
+    parser = Parser(
+        "python -m minirlhf.data",
+        description=f"{__doc__}\nThe keys of a row tell what it is.\n\n{formats.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the table of formats
+    )
+    parser.add_argument("command", choices=["inspect"])
+    parser.add_argument("source", help="vader, toy, a .jsonl, .jsonl.gz or .txt file, or a folder of such files")
+    parser.add_argument("--tokenizer", help="show examples in the tokens of a checkpoint, of gpt2 or of a .tiktoken file")
+    parser.add_argument("--context", type=number(Count), help="count what SFT would cut or drop at this many tokens")
+    parser.add_argument("--skip-bad", action="store_true", help="count malformed rows and go on")
+    parser.add_argument("--data-dir", help="folder that keeps the built-in dataset (default: the user's cache)")
+    parser.add_argument("-n", type=number(CountOr0), default=3, help="how many examples to show (default: 3)")
+    args = parser.parse_args()
+
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    data = load(args.source, args.skip_bad, data_dir=args.data_dir)
+    print(data.describe())
+    print("account:", account(data.ledger))
+    splits = Counter(split_of(*as_example(r)) for r in data.records)
+    print("splits:", ", ".join(f"{splits[name]:,} {name}" for name in ("train", "val", "test")))
+    if tokenizer and args.context:
+        ledger = data.ledger.copy()
+        encode_examples(tokenizer, data.records, args.context, ledger=ledger)
+        print(f"SFT at {args.context} tokens:", account(ledger))
+    for genre in sorted({r.genre for r in data.records}) if data.kind == "rated" else []:
+        print("\n".join(ratings(data.select(genres=[genre]).records, genre)))
+    print("\nexamples, what is learnt between [[ and ]]:")
+    for record in data.records[: args.n]:
+        print(example(record, tokenizer))
+
+
+if __name__ == "__main__":
+    run_script(main)
