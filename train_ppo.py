@@ -19,7 +19,6 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -160,6 +159,35 @@ PRESETS = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass
+class Models:
+    """The five models of RLHF; reward model and judge are optional and bring their own tokenizers."""
+
+    policy: GPT
+    ref: GPT
+    critic: ValueModel
+    reward: RewardReader | None
+    judge: RewardReader | None
+
+
+def load_models(
+    config: Config, run: Run, sft: Path, tokenizer: Tokenizer, reward: RewardReader | None
+) -> Models:
+    """All models on the device, without dropout [D5]; what is not trained is frozen."""
+    policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)
+    critic = make_critic(config, policy, reward, tokenizer)
+    judge = load_reader(config.monitor, "train one with train_rm.py")
+    frozen = [ref, *(reader.model for reader in (reward, judge) if reader)]
+    for model in (policy, critic, *frozen):
+        disable_dropout(model.to(run.device))
+        if config.train_layers is not None:
+            train_last(model, 0 if model in frozen else config.train_layers, run.frozen_dtype)
+    for model in frozen:
+        store_blocks(model.requires_grad_(False), run.frozen_dtype)
+    run_blocks([policy, critic], config.gradient_checkpointing, config.compile)
+    return Models(policy, ref, critic, reward, judge)
+
+
 def load_reader(path: Path | None, remedy: str) -> RewardReader | None:
     return RewardReader(*checkpoint.load_reward(checkpoint.resolve(path, remedy))) if path else None
 
@@ -180,28 +208,25 @@ def make_critic(config: Config, policy: GPT, reward: RewardReader | None, tokeni
     return critic
 
 
-def prepare_models(config: Config, run: Run, trained: list, frozen: list) -> None:
-    """Move all models to the device, without dropout [D5]; freeze what is not trained."""
-    for model in (*trained, *frozen):
-        disable_dropout(model.to(run.device))
-        if config.train_layers is not None:
-            train_last(model, 0 if model in frozen else config.train_layers, run.frozen_dtype)
-    for model in frozen:
-        store_blocks(model.requires_grad_(False), run.frozen_dtype)
-    run_blocks(trained, config.gradient_checkpointing, config.compile)
-
-
 def load_prompts(
-    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, contexts: list[int]
-) -> list[list[int]]:
-    """Prompts as token ids, from the split that PPO practises on; none whose response would not fit a context."""
+    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, models: Models
+) -> list:
+    """Prompts as token ids, from the split that PPO practises on; each leaves room for a response in every context."""
     split = config.split if config.split != "auto" else "val" if config.data in data.BUILT_IN else "all"
-    records = source.select(None if split == "all" else split, source.genres_among([config.genre])).records
+    chosen = source.select(None if split == "all" else split, source.genres_among([config.genre]))
+    contexts = [models.policy.config.context]
+    for name, reader in (("reward model", models.reward), ("judge", models.judge)):
+        if reader and reader.tokenizer.hash == tokenizer.hash:
+            contexts.append(reader.context)
+        elif reader:
+            run.print(
+                f"the {name} has another tokenizer: it reads texts anew, cut to its {reader.context} tokens"
+            )
     room = min(contexts) - config.response_tokens
-    run.account(source.describe(), source.ledger)
-    ledger = Counter()
-    prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long, ledger)
-    run.account(f"prompts ({split} split)", ledger)
+    prompts = data.encode_prompts(
+        tokenizer, chosen.records, config.prompt_tokens, room, config.too_long, chosen.ledger
+    )
+    run.account(f"prompts, {split} split", chosen.ledger)
     return prompts
 
 
@@ -209,47 +234,40 @@ def main() -> None:
     config = parse_config(PRESETS, __doc__)
     run = Run("ppo", config)
 
-    # Setup: the policy and its frozen reference; a reward model, a judge, and a value model.
-    sft_dir = checkpoint.resolve(
-        config.init or config.out.parent / "sft", "run train_sft.py first, or give --init"
-    )
+    # Setup: the policy and its frozen reference; a reward model, a judge, and a value model; prompts.
+    stages = config.out.parent
     rewards = load_rewards(list(config.reward))
-    reward_dir = (
-        config.reward_model or config.out.parent / "rm" if any(f is None for _, f, _ in rewards) else None
-    )
+    uses_rm = any(name == "rm" for name, _, _ in rewards)
+    sft = checkpoint.resolve(config.init or stages / "sft", "run train_sft.py first, or name one with --init")
+    reward_dir = (config.reward_model or stages / "rm") if uses_rm else None
     reward = load_reader(reward_dir, "run train_rm.py first, or name one with --reward-model")
-    judge = load_reader(config.monitor, "train one with train_rm.py")
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
-    if not run.begin(source, init=sft_dir, reward_model=reward_dir, monitor=config.monitor):
+    if not run.begin(source, init=sft, reward_model=reward_dir, monitor=config.monitor):
         return
-    if reward and config.disagreement_coef and len(reward.model.members) == 1:
-        raise UserError(f"--disagreement-coef: {reward_dir} has one member: train it with --members 3")
-    tokenizer = checkpoint.writer(sft_dir)[2]
-    policy, ref = checkpoint.load_gpt(sft_dir), checkpoint.load_gpt(sft_dir)
-    critic = make_critic(config, policy, reward, tokenizer)
-    prepare_models(
-        config, run, [policy, critic], [ref, *(reader.model for reader in (reward, judge) if reader)]
-    )
-    same_tokens = [
-        reader.context for reader in (reward, judge) if reader and reader.tokenizer.hash == tokenizer.hash
-    ]
-    prompts = load_prompts(config, run, source, tokenizer, [policy.config.context, *same_tokens])
+    tokenizer = checkpoint.writer(sft)[2]
+    models = load_models(config, run, sft, tokenizer, reward)
+    policy, ref, critic = models.policy, models.ref, models.critic
+    prompts = load_prompts(config, run, source, tokenizer, models)
 
+    # What is fixed for all iterations: this rank's share, the sampler's settings, the reward, the optimisers.
     local_batch = optim.exact_div(config.batch, run.world, f"--batch over {run.world} processes")
     local_minibatch = optim.exact_div(config.minibatch, run.world, f"--minibatch over {run.world} processes")
     microbatch = min(config.microbatch or local_minibatch, local_minibatch)
     fused = optim.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
+    forbidden = None if config.stop else tokenizer.eot
     sampling = Sampling(
-        config.response_tokens, config.temperature, tokenizer.eot, tokenizer.pad,
-        forbidden=None if config.stop else tokenizer.eot, fused_head=fused and config.stop,
-    )  # fmt: skip
-    scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
+        config.response_tokens,
+        config.temperature,
+        tokenizer.eot,
+        tokenizer.pad,
+        forbidden,
+        fused and config.stop,
+    )  # of all log-probabilities [D2] [D3]
+    scorer = Scorer(rewards, tokenizer, reward, models.judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
-    state = run.resume(
-        tokenizer, policy, {"kl_coef": config.kl_coef},
-        value=critic, policy_optimizer=policy_optimizer, value_optimizer=value_optimizer,
-    )  # fmt: skip
+    changing = {"value": critic, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
+    state = run.resume(tokenizer, policy, {"kl_coef": config.kl_coef}, **changing)  # [D21]
     run.print(f"{config.iterations} iterations of {config.batch} responses; {run.precision} on {run.device}")
 
     for iteration in run.loop(config.iterations):
@@ -259,27 +277,28 @@ def main() -> None:
         optim.set_lr(value_optimizer, config.value_lr * lr_factor)
 
         # 1. Rollout: the policy continues this rank's share of a batch of prompts.
-        with run.timed("rollout"), run.autocast():
-            order = data.cursor(len(prompts), config.batch, config.seed, iteration)
-            mine = order[run.rank * local_batch : (run.rank + 1) * local_batch]
-            queries, query_mask = data.collate([prompts[i] for i in mine], tokenizer.pad, side="left")
+        run.phase("rollout")
+        order = data.cursor(len(prompts), config.batch, config.seed, iteration)
+        mine = order[run.rank * local_batch : (run.rank + 1) * local_batch]
+        queries, query_mask = data.collate([prompts[i] for i in mine], tokenizer.pad, side="left")
+        with run.autocast():
             texts = generate(policy, queries, query_mask, sampling)
         response_mask = texts.response_mask  # [B, R]
 
-        # 2. Score: all models read the texts.  These are the forwards of the update, so the first ratio is 1 [D4] [D18].
-        with run.timed("score"), run.autocast(), torch.no_grad():
+        # 2. Score: all models read the texts, with the update's own forwards, so that the first ratio is 1 [D4] [D18].
+        run.phase("score")
+        with run.autocast(), torch.no_grad():
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
             ref_logprobs, _ = by_microbatch(response_logprobs, ref, texts, microbatch, sampling)  # [B, R]
             values = by_microbatch(
                 response_values, critic, texts, microbatch
-            )  # [B, R], each read before its token [D8]
+            )  # [B, R], before each token [D8]
             scores, score_parts = run.together(scorer, texts)  # [B]
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
         has_eos = texts.ended(tokenizer.eot)
-        penalty = (
-            -config.missing_eos_penalty if config.missing_eos == "replace" else config.missing_eos_penalty
-        )
-        scores = ppo.apply_missing_eos(scores, has_eos, penalty, config.missing_eos)  # [D9]
+        scores = ppo.apply_missing_eos(
+            scores, has_eos, config.missing_eos_penalty, config.missing_eos
+        )  # [D9]
 
         # 3. Rewards: minus kl_coef * k1 at every token, plus the score at the last real token [D1] [D7].
         token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
@@ -293,79 +312,53 @@ def main() -> None:
         if config.whiten_advantages:
             advantages = whiten(advantages, response_mask, sum_=run.machine.sum_)  # [D10]
 
-        # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's activations and
-        #    gradients are in memory at a time.
-        history, stopped_early = optim.History(), False
-        minibatches = [
-            rows for _ in range(config.epochs) for rows in torch.randperm(local_batch).split(local_minibatch)
-        ]
-        with run.timed("update"):
-            for minibatch in minibatches:
-                tokens = run.sum_(
-                    response_mask[minibatch].sum().float()
-                )  # of the whole minibatch, over all ranks [D17]
-                stats = optim.Sums()
+        # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's activations
+        #    and gradients are in memory at a time.
+        run.phase("update")
+        history = optim.History()
+        for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
+            tokens = run.sum_(
+                response_mask[minibatch].sum().float()
+            )  # of the minibatch, over all ranks [D17]
+            stats = history.new_step(tokens)
 
-                for rows in minibatch.split(microbatch):
-                    with run.autocast():
-                        new_logprobs, entropy = response_logprobs(policy, texts[rows], sampling)
-                    policy_loss, found = ppo.policy_loss(
-                        new_logprobs,
-                        logprobs[rows],
-                        advantages[rows],
-                        response_mask[rows],
-                        config.clip_range,
-                        tokens,
-                    )  # [D12]
-                    mean_entropy = entropy.sum() / tokens  # padding holds 0 [D22]
-                    loss = policy_loss - config.ent_coef * mean_entropy if config.ent_coef else policy_loss
-                    loss.backward()
-                    stats.add({"loss/policy_avg": policy_loss, "policy/entropy_avg": mean_entropy} | found)
-                if (
-                    config.max_approxkl
-                    and run.sum_(stats.values["policy/approxkl_avg"].clone()) > config.max_approxkl
-                ):
-                    policy_optimizer.zero_grad(set_to_none=True)
-                    history.add(stats, tokens)
-                    stopped_early = True
-                    break
-                run.take_step(policy_optimizer, config.max_grad_norm, "policy")
+            for rows in minibatch.split(microbatch):
+                old, mask = logprobs[rows], response_mask[rows]
+                with run.autocast():
+                    new, entropy = response_logprobs(policy, texts[rows], sampling)
+                policy_loss, found = ppo.policy_loss(
+                    new, old, advantages[rows], mask, config.clip_range, tokens
+                )  # [D12]
+                mean_entropy = entropy.sum() / tokens  # padding holds 0 [D22]
+                (policy_loss - config.ent_coef * mean_entropy).backward()
+                stats.add({"loss/policy_avg": policy_loss, "policy/entropy_avg": mean_entropy} | found)
+            if config.max_approxkl and stats.sum(run, "policy/approxkl_avg") > config.max_approxkl:
+                policy_optimizer.zero_grad(set_to_none=True)
+                break
+            run.take_step(policy_optimizer, config.max_grad_norm, "policy")
 
-                for rows in minibatch.split(microbatch):
-                    with run.autocast():
-                        new_values = response_values(critic, texts[rows])
-                    value_loss, clipped = ppo.value_loss(
-                        new_values,
-                        values[rows],
-                        returns[rows],
-                        response_mask[rows],
-                        config.clip_range_value,
-                        tokens,
-                    )  # [D12]
-                    value_loss.backward()
-                    stats.add({"loss/value_avg": value_loss, "val/clipfrac_avg": clipped})
-                run.take_step(value_optimizer, config.max_grad_norm, "value model")
-                history.add(stats, tokens)
+            for rows in minibatch.split(microbatch):
+                old, mask = values[rows], response_mask[rows]
+                with run.autocast():
+                    new = response_values(critic, texts[rows])
+                value_loss, clipped = ppo.value_loss(
+                    new, old, returns[rows], mask, config.clip_range_value, tokens
+                )  # [D12]
+                value_loss.backward()
+                stats.add({"loss/value_avg": value_loss, "val/clipfrac_avg": clipped})
+            run.take_step(value_optimizer, config.max_grad_norm, "value model")
 
         # 6. Metrics are means over real tokens [D22]; then the controller moves kl_coef, after its use [D11].
         per_text = (
             ppo.rollout_metrics(scores, logprobs, ref_logprobs, response_mask, has_eos, kl_coef) | score_parts
         )
+        explained = ppo.explained_variance(values, returns, response_mask, run.machine.sum_)
         metrics = history.means(run.machine) | run.means(per_text, config.batch)
-        metrics |= {
-            "val/explained_variance": ppo.explained_variance(
-                values, returns, response_mask, run.machine.sum_
-            ).item(),
-            "objective/kl_coef": kl_coef,
-            "lr": config.lr * lr_factor,
-            "optimizer_steps": len(history) - stopped_early,
-            "episode": (iteration + 1) * config.batch,
-        }
+        metrics |= {"val/explained_variance": explained.item(), "objective/kl_coef": kl_coef}
+        metrics |= {"lr": config.lr * lr_factor, "episode": (iteration + 1) * config.batch}
         if config.kl_target is not None:
-            kl = metrics["objective/kl"]
-            state["kl_coef"] = ppo.adapt_kl_coef(
-                kl_coef, kl, config.kl_target, config.batch, config.kl_horizon
-            )
+            kl, target = metrics["objective/kl"], config.kl_target
+            state["kl_coef"] = ppo.adapt_kl_coef(kl_coef, kl, target, config.batch, config.kl_horizon)
         run.log(iteration + 1, metrics, "score {objective/scores:.2f} kl {objective/kl:.1f}")
         due = (iteration + 1) % config.save_every == 0
         run.record_texts(iteration + 1, texts, per_text, kl_coef, show=due, every=config.save_samples)

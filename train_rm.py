@@ -16,7 +16,6 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -148,12 +147,12 @@ def load_training(
     config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, context: int
 ) -> Training:
     """The training split, of one part, with the targets that --raters makes of the judgements."""
-    records = source.select("train", source.genres_among(config.genres)).records
-    records = [r for r in records if config.part in ("all", data.part_of(r))]
+    chosen = source.select("train", source.genres_among(config.genres))
+    records = [r for r in chosen.records if config.part in ("all", data.part_of(r))]
+    chosen.ledger["left: other part"] += len(chosen.records) - len(records)
     records, found = raters.with_targets(records, config.raters)
-    ledger = Counter()
-    items = data.encode_judged(tokenizer, records, context, config.too_long, ledger)
-    run.account(f"train (part {config.part})", ledger)
+    items = data.encode_judged(tokenizer, records, context, config.too_long, chosen.ledger)
+    run.account(f"train, part {config.part}", chosen.ledger)
     lowered = [data.encode_pair(tokenizer, lower(item.record), context) for item in items]
     return Training(items, lowered, found)
 
@@ -279,7 +278,7 @@ def load_reference(config: Config, init: Path, records: list, context: int) -> t
     folder = checkpoint.resolve(config.reference or (init if is_gpt else config.out.parent / "sft"), remedy)
     tokenizer = checkpoint.writer(folder)[2]
     room = min(context, checkpoint.shape_of(folder).context) - config.response_tokens
-    prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long, Counter())
+    prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long)
     return folder, tokenizer, prompts
 
 
@@ -334,15 +333,14 @@ def main() -> None:
     tokenizer, backbone = load_backbone(config, init)
     context = backbone.config.context
     home = source.genres_among([config.genre])
-    records = {split: source.select(split, home).records for split in ("train", "val", "test")}
-    run.account(source.describe(), source.ledger)
     training = load_training(config, run, source, tokenizer, context)
+    records = {"train": raters.with_targets(source.select("train", home).records, config.raters)[0]}
     held_out = {}
     for split in ("val", "test"):
-        ledger = Counter()
-        held_out[split] = data.encode_judged(tokenizer, records[split], context, config.too_long, ledger)
+        part = source.select(split, home)
+        held_out[split] = data.encode_judged(tokenizer, part.records, context, config.too_long, part.ledger)
         records[split] = [item.record for item in held_out[split]]
-        run.account(split, ledger)
+        run.account(split, part.ledger)
     samples_from = load_reference(config, init, records["val"], context) if normalise != "none" else None
 
     schedule = []  # (member, places in training.items) of every step

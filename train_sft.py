@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -224,19 +223,18 @@ def main() -> None:
     init = checkpoint.resolve(config.init, remedy) if config.init else None
     if not run.begin(source, init=init):
         return
-    home = source.genres_among([config.genre])
-    records = {
-        "train": source.select("train", source.genres_among(config.genres)).records,
-        "final": source.select("train", home).records,
-        "val": source.select("val", home).records,
+    genres = source.genres_among(config.genres), source.genres_among([config.genre])
+    splits = {
+        "train": source.select("train", genres[0]),
+        "final": source.select("train", genres[1]),
+        "val": source.select("val", genres[1]),
     }
-    model, tokenizer = load_model(config, run, init, records["final"])
-    run.account(source.describe(), source.ledger)
+    model, tokenizer = load_model(config, run, init, splits["final"].records)
     examples = {}
-    for split, rows in records.items():
-        ledger = Counter()
-        examples[split] = data.encode_examples(tokenizer, rows, model.config.context, config.too_long, ledger)
-        run.account(split, ledger)
+    for name, part in splits.items():
+        context, rows = model.config.context, part.records
+        examples[name] = data.encode_examples(tokenizer, rows, context, config.too_long, part.ledger)
+        run.account(name, part.ledger)
     schedule = batches_of(config, examples)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     state = run.resume(

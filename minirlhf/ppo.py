@@ -53,14 +53,14 @@ def shape_rewards(
 def apply_missing_eos(scores: Tensor, has_eos: Tensor, penalty: float, mode: str) -> Tensor:
     """Scores [B] of responses that never ended, has_eos [B] bool; two conventions and neither [D9].
 
-    'replace': the score becomes `penalty`, usually -1 (lmhp, N+). 'subtract': `penalty` is taken off the
-    score (TRL's missing_eos_penalty). 'none': left alone. An EOS on the last allowed token is an EOS.
+    'replace': the score becomes -penalty (lmhp, N+: -1).  'subtract': `penalty` is taken off the score (TRL's
+    missing_eos_penalty).  'none': left alone.  An EOS on the last allowed token is an EOS.
     """
     if mode == "none":
         return scores
     if mode not in ("replace", "subtract"):
         raise ValueError(f"missing-EOS mode must be 'replace', 'subtract' or 'none', not {mode!r}")
-    return torch.where(has_eos, scores, penalty if mode == "replace" else scores - penalty)
+    return torch.where(has_eos, scores, -penalty if mode == "replace" else scores - penalty)
 
 
 def policy_loss(

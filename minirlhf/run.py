@@ -10,11 +10,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, checkpoint, data, optim
 from minirlhf.rollout import Texts
-from minirlhf.support import claims, logs, steps
+from minirlhf.support import claims, ledger, logs, steps
 from minirlhf.support.cli import Count, Seed
 from minirlhf.support.files import Lock
 from minirlhf.support.hardware import (
@@ -94,7 +94,8 @@ class Run:
         self.step, self.saved_step, self.seconds = 0, 0, 0.0
         self.inputs: dict[str, Any] = {}
         self.about: dict[str, Any] = {}  # what config.json says beside the usual
-        self.times: dict[str, float] = {}
+        self.times: dict[str, float] = {}  # of the running step, by metric name
+        self.current_phase, self.phase_began = None, 0.0
         self.stop_signal = 0
         seed_everything(config.seed)
 
@@ -122,8 +123,10 @@ class Run:
         self.inputs = {"data": source.sha256}
         for name, path in checkpoints.items():
             if path is not None:
+                checkpoint.refuse_stale(path, "init", checkpoints["init"])
                 self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
-        self.about |= {"data": {"name": source.name, "sha256": source.sha256}}
+        self.about["data"] = {"name": source.name, "sha256": source.sha256}
+        self.print(source.describe())
         if self.state != "start":
             claims.compare_inputs(self.out, self.saved, self.inputs)
         if self.state == "complete":
@@ -132,10 +135,10 @@ class Run:
             self.print(f"{self.out} is complete: nothing to do (--overwrite to run it again)")
         return self.state != "complete"
 
-    def account(self, what: str, ledger: dict[str, int]) -> None:
+    def account(self, what: str, counts: Counter[str]) -> None:
         """Print what became of every row, and record it in config.json."""
-        self.about.setdefault("rows", {})[what] = dict(ledger)
-        self.print(f"{what}: {data.account(ledger)}")
+        self.about.setdefault("rows", {})[what] = dict(counts)
+        self.print(f"{what}: {ledger.account(counts)}")
 
     def resume(self, tokenizer, model: nn.Module, counters: dict | None = None, **parts: Any) -> dict:
         """Load the last checkpoint, if the run goes on, and open the logs -> the counters.
@@ -250,14 +253,15 @@ class Run:
             self.seed_step(step)
         return drawn
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to the metric time/NAME."""
-        start = time.perf_counter()
-        yield
+    def phase(self, name: str | None) -> None:
+        """From here on, seconds count for the metric time/NAME (None: for none)."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.times[f"time/{name}"] = self.times.get(f"time/{name}", 0.0) + time.perf_counter() - start
+        now = time.perf_counter()
+        if self.current_phase:
+            key = f"time/{self.current_phase}"
+            self.times[key] = self.times.get(key, 0.0) + now - self.phase_began
+        self.current_phase, self.phase_began = name, now
 
     def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float, name: str) -> float:
         """optim.take_step -> the gradient's norm; where it is not finite, nothing moves and the run ends in one line."""
@@ -304,6 +308,7 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
         """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress bar."""
+        self.phase(None)
         self.step = step
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
         self.bar.set_postfix_str(note.format(**metrics), refresh=False)

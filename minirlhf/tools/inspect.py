@@ -1,7 +1,7 @@
 """What a source of data holds: counts, splits, ratings and agreement, and the first rows as the model would see them.
 
-    python -m minirlhf.data inspect vader
-    python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 128 -n 5
+python -m minirlhf.data inspect vader
+python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 128 -n 5
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def ratings(records: list[Response], genre: str) -> list[str]:
     if any(len(r.ratings) > 1 for r in records):
         alpha = f"{krippendorff_alpha([list(r.ratings) for r in records], level='interval'):.3f}"
     agreement = f"agreement (Krippendorff's alpha) {alpha}"
-    return [f"\n{genre or 'ratings'}: {len(records):,} items, {per_item:.1f} raters each, {agreement}"] + histogram(
-        records
-    )
+    return [
+        f"\n{genre or 'ratings'}: {len(records):,} items, {per_item:.1f} raters each, {agreement}"
+    ] + histogram(records)
 
 
 def example(record: Record, tokenizer: Tokenizer | None) -> str:
@@ -83,11 +83,19 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the table of formats
     )
     parser.add_argument("command", choices=["inspect"])
-    parser.add_argument("source", help="vader, toy, a .jsonl, .jsonl.gz or .txt file, or a folder of such files")
-    parser.add_argument("--tokenizer", help="show examples in the tokens of a checkpoint, of gpt2 or of a .tiktoken file")
-    parser.add_argument("--context", type=number(Count), help="count what SFT would cut or drop at this many tokens")
+    parser.add_argument(
+        "source", help="vader, toy, a .jsonl, .jsonl.gz or .txt file, or a folder of such files"
+    )
+    parser.add_argument(
+        "--tokenizer", help="show examples in the tokens of a checkpoint, of gpt2 or of a .tiktoken file"
+    )
+    parser.add_argument(
+        "--context", type=number(Count), help="count what SFT would cut or drop at this many tokens"
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count malformed rows and go on")
-    parser.add_argument("--data-dir", help="folder that keeps the built-in dataset (default: the user's cache)")
+    parser.add_argument(
+        "--data-dir", help="folder that keeps the built-in dataset (default: the user's cache)"
+    )
     parser.add_argument("-n", type=number(CountOr0), default=3, help="how many examples to show (default: 3)")
     args = parser.parse_args()
 
