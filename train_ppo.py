@@ -5,11 +5,11 @@
     python train_ppo.py --reward rm --reward minirlhf.rewards:repetition:-0.5
     torchrun --nproc-per-node 8 train_ppo.py --out runs/big/ppo --init runs/big/sft --reward-model runs/big/rm
 
-PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the reward model's
-score arrives at the last token, and a penalty for leaving the reference model arrives at every token.  Deliberate
-departures:
-- the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy (Ziegler);
-- gradients of policy and value model are clipped apart, so that a large value loss cannot slow the policy down;
+PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the reward
+model's score arrives at the last token, and a penalty for leaving the reference model arrives at every token.
+Deliberate departures:
+- the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy;
+- gradients of policy and value model are clipped apart: a large value loss cannot slow the policy down;
 - the sampler draws from the whole distribution; there is no top-k or top-p to switch on [D2];
 - every step's randomness is a function of (seed, iteration, rank), so a resumed run is the same run [D21].
 
@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, optim, ppo
 from minirlhf.masked import whiten
-from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, run_blocks, store_blocks, train_last
+from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, run_blocks, store_blocks, train_last, zero_critic
 from minirlhf.rewards import RewardReader, Scorer, load_rewards
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
@@ -55,7 +56,7 @@ class Config(RunConfig):
     """Split of the data that becomes prompts.  auto: val of the built-in data, and all rows of your own."""
     value_init: Literal["auto", "reward", "sft"] = "auto"
     """Start of the value model: the reward model (Stiennon), or the SFT model with a zero head (Ziegler) [D13].
-    auto: the reward model where it reads the policy's own tokens from left to right, so that it can score a prefix."""
+    auto: the reward model, where it reads the policy's own tokens from left to right and so can score a prefix."""
 
     # Rollout
     iterations: Count = 72
@@ -67,27 +68,27 @@ class Config(RunConfig):
     response_tokens: Count = 24
     """Longest response in tokens (Ziegler: 24)."""
     temperature: Above0 = 1.0
-    """Temperature of the sampler and of every log-probability [D3] (Ziegler: 0.7, which is safer and less varied)."""
+    """Temperature of the sampler and of every log-probability [D3] (Ziegler: 0.7, safer and less varied)."""
     stop: bool = True
-    """Let responses end.  --no-stop takes the end-of-text token out of policy and reference: all have full length."""
+    """Let responses end.  --no-stop takes the end-of-text token out of policy and reference: full length for all."""
     save_samples: Count | None = None
     """Append the texts of every N-th rollout, with their scores, to OUT/samples.jsonl (rank 0's share)."""
 
     # Reward
     reward: tuple[str, ...] = ("rm",)
-    """What to maximise: rm, or package.module:function, each with an optional :WEIGHT; repeat it for a sum."""
+    """What to maximise: rm or package.module:function, with an optional :WEIGHT.  Repeat the option for a sum."""
     disagreement_coef: AtLeast0 = 0.0
-    """Subtract this times the standard deviation of the reward model's members, trained with --members 2 or more: what
-    only some of them like is likely their mistake (Coste et al. 2024)."""
+    """Subtract this times the standard deviation of the reward model's members (train_rm.py --members 3): what only
+    some of them like is likely their mistake (Coste et al. 2024)."""
     kl_coef: AtLeast0 = 0.1
     """Penalty in reward points per nat of KL to the reference (Ziegler: 0.15)."""
     kl_target: Above0 | None = None
-    """KL in nats per sequence to which kl_coef is adapted [D11] (Ziegler: 6).  Default: kl_coef stays fixed."""
+    """KL in nats per sequence that kl_coef is adapted to [D11] (Ziegler: 6).  Default: kl_coef stays fixed."""
     kl_horizon: Count = 10_000
     """Episodes over which the adaptive kl_coef moves (Ziegler: 10,000)."""
     missing_eos: Literal["none", "replace", "subtract"] = "subtract"
-    """What happens to the score of a response without EOS [D9]: it is replaced by minus the penalty (Ziegler), or the
-    penalty is subtracted (TRL).  With none, a policy can learn never to stop: one of our three seeds did."""
+    """What happens to the score of a response without EOS [D9]: it becomes minus the penalty (Ziegler), or the penalty
+    is subtracted (TRL).  With none, a policy can learn never to stop: one of our three seeds did."""
     missing_eos_penalty: Real = 1.0
     """Penalty in reward points for a response without EOS."""
     whiten_rewards: bool = False
@@ -95,11 +96,11 @@ class Config(RunConfig):
 
     # Update
     epochs: Count = 1
-    """Passes over each rollout (Ziegler: 4).  Here fresh samples gave more reward per nat than reusing old ones."""
+    """Passes over each rollout (Ziegler: 4).  Fresh samples gave more reward per nat here than reused ones."""
     minibatch: Count = 32
     """Responses per optimiser step, over all ranks."""
     microbatch: Count | None = None
-    """Most responses per forward pass on each rank.  Smaller values save memory; gradients are the same [D17]."""
+    """Most responses per forward pass on each rank.  Fewer save memory; gradients are the same [D17]."""
     lr: Above0 = 2e-4
     """Learning rate of the policy, linear to 0 over the iterations [D16]."""
     value_lr: Above0 = 4e-4
@@ -123,35 +124,29 @@ class Config(RunConfig):
     max_approxkl: Above0 | None = None
     """Leave the remaining minibatches of a rollout when one's approxkl passes this.  Default: never."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Never hold all logits of a microbatch; they are computed twice.  auto: where they would take over 128 MiB."""
+    """Never hold all logits of a microbatch, but compute them twice.  auto: where they would take over 128 MiB."""
     save_every: Count = 18
     """Iterations between checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
-            if getattr(self, small) and getattr(self, big) % getattr(self, small):
-                values = f"--{big} {getattr(self, big)} does not divide by --{small} {getattr(self, small)}"
-                raise UserError(values)
+            whole, part = getattr(self, big), getattr(self, small)
+            if part and whole % part:
+                raise UserError(f"--{big} {whole} does not divide by --{small} {part}")
         if not self.stop and self.fused_head == "on":
-            raise UserError(
-                "--no-stop takes a token out of the logits, which --fused-head on never holds: drop one"
-            )
+            raise UserError("--fused-head on never holds the logits that --no-stop takes a token out of: drop one")
         if not self.stop and self.missing_eos != "none":
-            raise UserError(
-                f"--no-stop leaves no end of text for --missing-eos {self.missing_eos}: add --missing-eos none"
-            )
+            raise UserError("--no-stop leaves no response an end of text to miss: add --missing-eos none")
         uses_rm = any(name == "rm" for name, _, _ in load_rewards(list(self.reward)))
         if not uses_rm and (self.reward_model or self.disagreement_coef or self.value_init == "reward"):
-            raise UserError(
-                "--reward names no rm, which --reward-model, --disagreement-coef and --value-init reward need"
-            )
+            raise UserError("--reward-model, --disagreement-coef and --value-init reward need --reward rm")
 
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8, epochs=2,
-                    response_tokens=12),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8,
+                    epochs=2, response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64, train_layers=14,
                       lr=1e-4, value_lr=1e-4, save_every=20),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512, minibatch=64,
@@ -159,74 +154,37 @@ PRESETS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass
-class Models:
-    """The five models of RLHF; reward model and judge are optional and bring their own tokenizers."""
-
-    policy: GPT
-    ref: GPT
-    critic: ValueModel
-    reward: RewardReader | None
-    judge: RewardReader | None
-
-
-def load_models(
-    config: Config, run: Run, sft: Path, tokenizer: Tokenizer, reward: RewardReader | None
-) -> Models:
-    """All models on the device, without dropout [D5]; what is not trained is frozen."""
-    policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)
-    critic = make_critic(config, policy, reward, tokenizer)
-    judge = load_reader(config.monitor, "train one with train_rm.py")
-    frozen = [ref, *(reader.model for reader in (reward, judge) if reader)]
-    for model in (policy, critic, *frozen):
-        disable_dropout(model.to(run.device))
-        if config.train_layers is not None:
-            train_last(model, 0 if model in frozen else config.train_layers, run.frozen_dtype)
-    for model in frozen:
-        store_blocks(model.requires_grad_(False), run.frozen_dtype)
-    run_blocks([policy, critic], config.gradient_checkpointing, config.compile)
-    return Models(policy, ref, critic, reward, judge)
-
-
-def load_reader(path: Path | None, remedy: str) -> RewardReader | None:
-    return RewardReader(*checkpoint.load_reward(checkpoint.resolve(path, remedy))) if path else None
-
-
 def make_critic(config: Config, policy: GPT, reward: RewardReader | None, tokenizer: Tokenizer) -> ValueModel:
     """A value model that starts as the reward model, or as the policy with a zero head [D13]."""
     same_tokens = reward is not None and reward.tokenizer.hash == tokenizer.hash
-    scores_prefixes = same_tokens and reward.model.members[0].backbone.config.reads_prefixes
     if config.value_init == "reward" and not same_tokens:
-        raise UserError(
-            "the reward model has another tokenizer than the policy: use --value-init sft or auto"
-        )
-    if config.value_init == "reward" or config.value_init == "auto" and scores_prefixes:
-        return critic_from(reward.model.members[0])
-    critic = ValueModel(policy.config)
-    critic.backbone.load_state_dict(policy.state_dict())
-    torch.nn.init.zeros_(critic.out.weight)
-    return critic
+        raise UserError("the reward model has another tokenizer than the policy: use --value-init sft or auto")
+    prefixes = same_tokens and reward.model.members[0].backbone.config.reads_prefixes
+    from_reward = config.value_init == "reward" or config.value_init == "auto" and prefixes
+    return critic_from(reward.model.members[0]) if from_reward else zero_critic(policy)
+
+
+def prepare(config: Config, run: Run, trained: list[nn.Module], frozen: list[nn.Module]) -> None:
+    """Move all models to the device, without dropout [D5]; freeze what is not trained."""
+    for model in (*trained, *frozen):
+        disable_dropout(model.to(run.device))
+        if config.train_layers is not None:
+            train_last(model, config.train_layers if model in trained else 0, run.frozen_dtype)
+    for model in frozen:
+        store_blocks(model.requires_grad_(False), run.frozen_dtype)
+    run_blocks(trained, config.gradient_checkpointing, config.compile)
 
 
 def load_prompts(
-    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, models: Models
-) -> list:
+    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, contexts: list[int]
+) -> list[list[int]]:
     """Prompts as token ids, from the split that PPO practises on; each leaves room for a response in every context."""
     split = config.split if config.split != "auto" else "val" if config.data in data.BUILT_IN else "all"
-    chosen = source.select(None if split == "all" else split, source.genres_among([config.genre]))
-    contexts = [models.policy.config.context]
-    for name, reader in (("reward model", models.reward), ("judge", models.judge)):
-        if reader and reader.tokenizer.hash == tokenizer.hash:
-            contexts.append(reader.context)
-        elif reader:
-            run.print(
-                f"the {name} has another tokenizer: it reads texts anew, cut to its {reader.context} tokens"
-            )
+    part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
     room = min(contexts) - config.response_tokens
-    prompts = data.encode_prompts(
-        tokenizer, chosen.records, config.prompt_tokens, room, config.too_long, chosen.ledger
-    )
-    run.account(f"prompts, {split} split", chosen.ledger)
+    length = config.prompt_tokens
+    prompts = data.encode_prompts(tokenizer, part.records, length, room, config.too_long, part.ledger)
+    run.account(f"prompts, {split} split", part.ledger)
     return prompts
 
 
@@ -235,39 +193,39 @@ def main() -> None:
     run = Run("ppo", config)
 
     # Setup: the policy and its frozen reference; a reward model, a judge, and a value model; prompts.
-    stages = config.out.parent
     rewards = load_rewards(list(config.reward))
-    uses_rm = any(name == "rm" for name, _, _ in rewards)
+    stages, uses_rm = config.out.parent, any(name == "rm" for name, _, _ in rewards)
     sft = checkpoint.resolve(config.init or stages / "sft", "run train_sft.py first, or name one with --init")
+    tokenizer = checkpoint.writer(sft)[2]
     reward_dir = (config.reward_model or stages / "rm") if uses_rm else None
-    reward = load_reader(reward_dir, "run train_rm.py first, or name one with --reward-model")
+    reward = RewardReader.load(reward_dir, "run train_rm.py first, or name one with --reward-model")
+    judge = RewardReader.load(config.monitor, "train one with train_rm.py")
     source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
     if not run.begin(source, init=sft, reward_model=reward_dir, monitor=config.monitor):
         return
-    tokenizer = checkpoint.writer(sft)[2]
-    models = load_models(config, run, sft, tokenizer, reward)
-    policy, ref, critic = models.policy, models.ref, models.critic
-    prompts = load_prompts(config, run, source, tokenizer, models)
+    policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)
+    critic = make_critic(config, policy, reward, tokenizer)
+    readers = [reader for reader in (reward, judge) if reader]
+    prepare(config, run, [policy, critic], [ref, *(reader.model for reader in readers)])
+    contexts = [policy.config.context, *(r.context for r in readers if r.tokenizer.hash == tokenizer.hash)]
+    prompts = load_prompts(config, run, source, tokenizer, contexts)
 
     # What is fixed for all iterations: this rank's share, the sampler's settings, the reward, the optimisers.
     local_batch = optim.exact_div(config.batch, run.world, f"--batch over {run.world} processes")
     local_minibatch = optim.exact_div(config.minibatch, run.world, f"--minibatch over {run.world} processes")
     microbatch = min(config.microbatch or local_minibatch, local_minibatch)
     fused = optim.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
+    # The sampler's settings are those of all log-probabilities [D2] [D3].
     forbidden = None if config.stop else tokenizer.eot
     sampling = Sampling(
-        config.response_tokens,
-        config.temperature,
-        tokenizer.eot,
-        tokenizer.pad,
-        forbidden,
-        fused and config.stop,
-    )  # of all log-probabilities [D2] [D3]
-    scorer = Scorer(rewards, tokenizer, reward, models.judge, config.disagreement_coef, config.microbatch)
+        config.response_tokens, config.temperature, tokenizer.eot, tokenizer.pad, forbidden, fused
+    )
+    scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
     changing = {"value": critic, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     state = run.resume(tokenizer, policy, {"kl_coef": config.kl_coef}, **changing)  # [D21]
+    sum_ = run.machine.sum_  # statistics are of all ranks
     run.print(f"{config.iterations} iterations of {config.batch} responses; {run.precision} on {run.device}")
 
     for iteration in run.loop(config.iterations):
@@ -303,35 +261,31 @@ def main() -> None:
         # 3. Rewards: minus kl_coef * k1 at every token, plus the score at the last real token [D1] [D7].
         token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
         if config.whiten_rewards:
-            token_rewards = whiten(
-                token_rewards, response_mask, shift_mean=False, sum_=run.machine.sum_
-            )  # [D10]
+            token_rewards = whiten(token_rewards, response_mask, shift_mean=False, sum_=sum_)  # [D10]
 
         # 4. Advantages; returns are taken before whitening [D8].
         advantages, returns = gae(token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam)
         if config.whiten_advantages:
-            advantages = whiten(advantages, response_mask, sum_=run.machine.sum_)  # [D10]
+            advantages = whiten(advantages, response_mask, sum_=sum_)  # [D10]
 
         # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's activations
         #    and gradients are in memory at a time.
         run.phase("update")
         history = optim.History()
         for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
-            tokens = run.sum_(
-                response_mask[minibatch].sum().float()
-            )  # of the minibatch, over all ranks [D17]
+            tokens = run.sum_(response_mask[minibatch].sum().float())  # real ones, over all ranks [D17]
             stats = history.new_step(tokens)
 
             for rows in minibatch.split(microbatch):
                 old, mask = logprobs[rows], response_mask[rows]
                 with run.autocast():
                     new, entropy = response_logprobs(policy, texts[rows], sampling)
-                policy_loss, found = ppo.policy_loss(
+                loss, found = ppo.policy_loss(
                     new, old, advantages[rows], mask, config.clip_range, tokens
                 )  # [D12]
                 mean_entropy = entropy.sum() / tokens  # padding holds 0 [D22]
-                (policy_loss - config.ent_coef * mean_entropy).backward()
-                stats.add({"loss/policy_avg": policy_loss, "policy/entropy_avg": mean_entropy} | found)
+                (loss - config.ent_coef * mean_entropy).backward()
+                stats.add({"loss/policy_avg": loss, "policy/entropy_avg": mean_entropy} | found)
             if config.max_approxkl and stats.sum(run, "policy/approxkl_avg") > config.max_approxkl:
                 policy_optimizer.zero_grad(set_to_none=True)
                 break
@@ -341,18 +295,16 @@ def main() -> None:
                 old, mask = values[rows], response_mask[rows]
                 with run.autocast():
                     new = response_values(critic, texts[rows])
-                value_loss, clipped = ppo.value_loss(
-                    new, old, returns[rows], mask, config.clip_range_value, tokens
-                )  # [D12]
-                value_loss.backward()
-                stats.add({"loss/value_avg": value_loss, "val/clipfrac_avg": clipped})
+                loss, clipped = ppo.value_loss(new, old, returns[rows], mask, config.clip_range_value, tokens)
+                loss.backward()
+                stats.add({"loss/value_avg": loss, "val/clipfrac_avg": clipped})
             run.take_step(value_optimizer, config.max_grad_norm, "value model")
 
         # 6. Metrics are means over real tokens [D22]; then the controller moves kl_coef, after its use [D11].
         per_text = (
             ppo.rollout_metrics(scores, logprobs, ref_logprobs, response_mask, has_eos, kl_coef) | score_parts
         )
-        explained = ppo.explained_variance(values, returns, response_mask, run.machine.sum_)
+        explained = ppo.explained_variance(values, returns, response_mask, sum_)
         metrics = history.means(run.machine) | run.means(per_text, config.batch)
         metrics |= {"val/explained_variance": explained.item(), "objective/kl_coef": kl_coef}
         metrics |= {"lr": config.lr * lr_factor, "episode": (iteration + 1) * config.batch}

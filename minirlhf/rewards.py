@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minirlhf import UserError, data
+from minirlhf import UserError, checkpoint, data
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
 from minirlhf.model import RewardEnsemble
 from minirlhf.rollout import Texts, by_microbatch
@@ -71,6 +72,11 @@ class RewardReader:
     model: RewardEnsemble
     tokenizer: Tokenizer
 
+    @classmethod
+    def load(cls, path: str | Path | None, remedy: str) -> RewardReader | None:
+        """The reward model of a checkpoint, on the CPU; None for None.  The remedy is for a missing one."""
+        return cls(*checkpoint.load_reward(checkpoint.resolve(path, remedy))) if path else None
+
     @property
     def context(self) -> int:
         return self.model.members[0].backbone.config.context
@@ -100,6 +106,8 @@ class Scorer:
         microbatch: int | None = None,
     ):
         """rewards: what load_rewards returns.  The judge's scores are reported and never optimised."""
+        if disagreement_coef and len(reward_model.model.members) == 1:
+            raise UserError("--disagreement-coef: the reward model has one member: train it with --members 3")
         self.rewards, self.tokenizer, self.microbatch = rewards, tokenizer, microbatch
         self.reward_model, self.judge, self.disagreement_coef = reward_model, judge, disagreement_coef
 
