@@ -6,14 +6,20 @@ Dimension key: B sequences, P prompt (left-padded), R response (right-padded), T
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import linear_token_logprobs, token_logprobs
 from minirlhf.model import GPT, KVCache, ValueModel
+from minirlhf.support import ragged
+from minirlhf.support.ragged import send
+
+if TYPE_CHECKING:
+    from minirlhf.tokenizer import Tokenizer
 
 COMPACT_BELOW = 0.75  # generate() drops the finished rows when at most this share of its batch still runs
 
@@ -38,15 +44,16 @@ class Texts:
     prompt_mask: Tensor  # [B, P] bool, True = real
     responses: Tensor  # [B, R] int64, right-padded
     response_mask: Tensor  # [B, R] bool, True = counts; the EOS counts
+    _host_mask: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, rows: Tensor | slice) -> Texts:
-        """The texts of some rows."""
-        return Texts(
-            self.prompts[rows], self.prompt_mask[rows], self.responses[rows], self.response_mask[rows]
-        )
+        """The texts of some rows: a slice, or indices on the CPU."""
+        here = rows if isinstance(rows, slice) else send(rows, self.prompts.device)
+        parts = (self.prompts, self.prompt_mask, self.responses, self.response_mask)
+        return Texts(*(x[here] for x in parts), self.host_mask[rows])
 
     @property
     def tokens(self) -> Tensor:
@@ -58,6 +65,13 @@ class Texts:
         """[B, T] bool, True = real."""
         return torch.cat([self.prompt_mask, self.response_mask], 1)
 
+    @property
+    def host_mask(self) -> Tensor:
+        """The mask on the CPU. Copied once from a GPU, which waits; all parts of these texts then share the copy."""
+        if self._host_mask is None:
+            self._host_mask = self.mask.cpu()
+        return self._host_mask
+
     def ended(self, eos: int) -> Tensor:
         """[B] bool: whether each response ended with EOS, rather than being cut off."""
         return ((self.responses == eos) & self.response_mask).any(1)
@@ -67,8 +81,8 @@ class Texts:
         """All texts of `parts`, in order. Narrower prompts are padded on the left, responses on the right."""
         P = max(part.prompts.shape[1] for part in parts)
         R = max(part.responses.shape[1] for part in parts)
-        left = lambda x: torch.nn.functional.pad(x, (P - x.shape[1], 0))
-        right = lambda x: torch.nn.functional.pad(x, (0, R - x.shape[1]))
+        left = lambda x: F.pad(x, (P - x.shape[1], 0))
+        right = lambda x: F.pad(x, (0, R - x.shape[1]))
         return Texts(
             torch.cat([left(part.prompts) for part in parts]),
             torch.cat([left(part.prompt_mask) for part in parts]),
@@ -76,15 +90,14 @@ class Texts:
             torch.cat([right(part.response_mask) for part in parts]),
         )
 
-    def decode(self, tokenizer) -> tuple[list[str], list[str]]:
-        """The prompts and the responses as strings, after one copy to the host."""
+    def decode(self, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+        """The prompts and the responses as strings, from one copy to the host."""
         P = self.prompts.shape[1]
         tokens, mask = torch.stack([self.tokens, self.mask.long()]).cpu()
-        mask = mask.bool()
-        prompts = [row[:P][real[:P]] for row, real in zip(tokens, mask, strict=True)]
-        responses = [row[P:][real[P:]] for row, real in zip(tokens, mask, strict=True)]
-        decode_all = lambda rows: [tokenizer.decode(row.tolist()) for row in rows]
-        return decode_all(prompts), decode_all(responses)
+        real = mask.bool()
+        prompts = [row[keep].tolist() for row, keep in zip(tokens[:, :P], real[:, :P], strict=True)]
+        responses = [row[keep].tolist() for row, keep in zip(tokens[:, P:], real[:, P:], strict=True)]
+        return [tokenizer.decode(ids) for ids in prompts], [tokenizer.decode(ids) for ids in responses]
 
 
 def forbid(logits: Tensor, token: int | None) -> Tensor:
@@ -97,13 +110,13 @@ def forbid(logits: Tensor, token: int | None) -> Tensor:
 def read_before(model: GPT | ValueModel, texts: Texts) -> Tensor:
     """The model's output at the token before each response token: hidden states [B, R, C], or values [B, R].
 
-    What stands off response_mask is never read, and the last block does little work for it.
+    What stands off response_mask is never read.
     """
     P = texts.prompts.shape[1]
-    tokens, mask = texts.tokens[:, :-1], texts.mask[:, :-1]
+    mask = texts.host_mask[:, :-1]  # the last token of all predicts nothing
     wanted = torch.zeros_like(mask)
     wanted[:, P - 1 :] = True
-    return model(tokens, mask, wanted=wanted)[:, P - 1 :]
+    return model(texts.tokens[:, :-1], mask, wanted=wanted)[:, P - 1 :]
 
 
 def response_logprobs(model: GPT, texts: Texts, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -113,16 +126,16 @@ def response_logprobs(model: GPT, texts: Texts, sampling: Sampling) -> tuple[Ten
     fp32 log-softmax [D18]. Under bf16 autocast the logits are rounded to bf16 before the log-softmax. With
     fused_head the logits never exist as a whole, unless a token is forbidden.
     """
-    real = texts.response_mask
-    hidden = read_before(model, texts)[real]  # [N, C]: no logits for padding
-    targets = texts.responses[real]
+    P, device = texts.prompts.shape[1], texts.responses.device
+    where = ragged.places(texts.host_mask[:, P:], device)  # the N real tokens: no logits for padding
+    hidden, targets = read_before(model, texts)[where], texts.responses[where]  # [N, C], [N]
     if sampling.fused_head and sampling.forbidden is None:
         logprobs, entropy = linear_token_logprobs(hidden, model.head_weight, targets, sampling.temperature)
     else:
         logits = forbid(model.logits(hidden), sampling.forbidden)
         logprobs, entropy = token_logprobs(logits, targets, sampling.temperature)
-    empty = torch.zeros(real.shape, dtype=logprobs.dtype, device=real.device)
-    return empty.masked_scatter(real, logprobs), empty.masked_scatter(real, entropy)
+    empty = torch.zeros(texts.responses.shape, dtype=logprobs.dtype, device=device)
+    return empty.index_put(where, logprobs), empty.index_put(where, entropy)
 
 
 def response_values(model: ValueModel, texts: Texts) -> Tensor:
@@ -194,18 +207,18 @@ def generate(
     the CPU; the texts are on the model's device. Finished rows leave the batch once they are a quarter of it.
     """
     device = model.wte.weight.device
-    prompts, prompt_mask = (x.to(device, non_blocking=True) for x in (prompts, prompt_mask))
-    B, P = prompts.shape
-    R = sampling.max_new
+    host_mask = prompt_mask.cpu()
+    prompts, prompt_mask = send(prompts, device), send(prompt_mask, device)
+    (B, P), R = prompts.shape, sampling.max_new
     cache = KVCache(model, B, P + R)
     responses = torch.full((B, R), sampling.pad, dtype=torch.long, device=device)
     lengths = torch.full((B,), R, dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)  # those still in the batch and in the cache
     running = torch.ones(B, dtype=torch.bool, device=device)
-    ask_every = 1 if device.type == "cpu" else 16  # asking a GPU how many rows still run makes the host wait
-    last = torch.zeros_like(prompt_mask)
+    ask_every = 1 if device.type == "cpu" else 16  # to ask a GPU how many rows still run is to wait for it
+    last = torch.zeros_like(host_mask)
     last[:, -1] = True
-    hidden = model(prompts, prompt_mask, cache, last)[:, -1]
+    hidden = model(prompts, host_mask, cache, last)[:, -1]
     for t in range(R):
         logits = forbid(model.logits(hidden), sampling.forbidden)
         token = sample(logits, sampling.temperature, rows, B, generator)
@@ -218,7 +231,7 @@ def generate(
             if n_running == 0:
                 break
             if n_running <= COMPACT_BELOW * len(rows):
-                kept = running.nonzero().squeeze(1)
+                kept = running.int().argsort(descending=True, stable=True)[:n_running]
                 cache.keep(kept)
                 rows, token, running = rows[kept], token[kept], running[kept]
         if t + 1 < R:

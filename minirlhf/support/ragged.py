@@ -1,0 +1,277 @@
+"""Batches of texts of different lengths, computed without their padding.  A reader of model.py may skip this file.
+
+Of a padded batch [B, T], linear layers see the N real tokens alone, as [N, C].  Attention needs rows and sees
+[rows, width]: every text starts at column 0, where causality hides the padding behind it.  On a CPU, short texts
+share rows, and a mask keeps them apart.  `lay_out` decides this; its Layout moves tensors between the shapes:
+
+    batch [B, T, ...]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
+                       <--restore--
+
+To compute indices from a mask on a GPU, the host would have to wait until the GPU has done all work it was given.
+So the mask is copied to the host once per forward pass (or is there already), all indices are computed there, and
+they are sent to the GPU without waiting.
+
+The second half holds what else makes a small model fast on a CPU: attention as plain products, dropout from random
+bytes, and a transposed product for large vocabularies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from minirlhf.model import KVCache
+
+MAX_SHORT = 96  # up to this many tokens plain products beat a CPU's fused attention; at 128 both are equal
+MAX_ROWS_TRANSPOSED = (
+    8  # up to this many rows (W @ h.T).T is 2 to 5 times faster than h @ W.T on a CPU in fp32
+)
+
+
+@dataclass
+class Layout:
+    """Where the real tokens of a batch are: in the padded batch, and in the rows that attention sees.
+
+    Lists of tokens have M >= N entries: those behind the N real ones repeat the first (see fill_up).
+    """
+
+    batch: int  # rows of attention
+    width: int  # columns of attention: the longest text's new tokens
+    length: int  # the longest text, with the tokens in the cache
+    n_real: int  # N
+    positions: Tensor  # [M] position of each token in its text
+    # [M] flat index of each token in the padded batch (None: it has no padding), and in attention's rows.
+    source: Tensor | None
+    place: Tensor | None
+    # [K] flat index in the padded batch of each result (None: all of a batch without padding); [K or more] which of
+    # the tokens these are (None: all).
+    target: Tensor | None
+    wanted: Tensor | None
+    lengths: Tensor | None  # [B] new tokens of each text; None: `width` everywhere
+    masks: dict[bool, Tensor | None]  # attention masks of causal blocks (True) and of others
+    cache: KVCache | None
+    cache_columns: (
+        Tensor | None
+    )  # [B, width] where the cache stores new tokens; None: at its end, in all rows
+    angles: tuple[Tensor, Tensor] | None = None  # cosines and sines [batch, width, D / 2] of rotary positions
+
+    def pick(self, x: Tensor) -> Tensor:
+        """Batch [B, T] -> tokens [M]."""
+        x = x.reshape(-1)
+        return x if self.source is None else x[self.source]
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """Tokens [M, ...] -> rows [batch, width, ...], 0 where there is no token."""
+        if self.place is not None:
+            empty = x.new_zeros(self.batch * self.width, *x.shape[1:])
+            x = empty.index_copy(0, self.place[: self.n_real], x[: self.n_real])
+        return x.view(self.batch, self.width, *x.shape[1:])
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """Rows [batch, width, ...] -> tokens [M, ...]."""
+        x = x.reshape(self.batch * self.width, *x.shape[2:])
+        return x if self.place is None else x.index_select(0, self.place)
+
+    def restore(self, x: Tensor, shape: torch.Size) -> Tensor:
+        """Results [K or more, C] -> batch [B, T, C], 0 where nothing was computed."""
+        if self.target is not None:
+            x = x.new_zeros(shape.numel(), x.shape[1]).index_copy(0, self.target, x[: len(self.target)])
+        return x.view(*shape, x.shape[1])
+
+
+def lay_out(
+    shape: torch.Size,
+    mask: Tensor | None,
+    wanted: Tensor | None,
+    cache: KVCache | None,
+    device: torch.device,
+    causal_kinds: set[bool],
+) -> Layout:
+    """The layout of a batch of this shape [B, T] on `device`.
+
+    mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, the kinds of
+    blocks that the model has.
+    """
+    batch, width = shape
+    past = 0 if cache is None else cache.longest
+    mask = None if mask is None else mask.cpu()
+    source = place = row = owner = lengths = cache_columns = None
+    if mask is None or mask.all():
+        n_real = batch * width
+        positions = torch.arange(width, device=device).repeat(batch)
+    else:
+        n_real = int(mask.sum())
+        source = fill_up(mask.reshape(-1).nonzero().squeeze(1))
+        row, positions = source // width, position_ids(mask).reshape(-1)[source]
+        lengths = mask.sum(1)
+        width = max(1, int(lengths.max()))
+        place = row * width + positions
+        if cache is None and is_short(device, width, width):
+            shared_rows, starts = pack(lengths.tolist())
+            if max(shared_rows) + 1 < batch:
+                batch = max(shared_rows) + 1
+                place = torch.tensor(shared_rows)[row] * width + torch.tensor(starts)[row] + positions
+                owner = torch.full((batch * width,), -1).index_copy(0, place, row).view(batch, width)
+
+    target = None if source is None else source[:n_real]
+    if wanted is not None:
+        wanted = wanted.cpu().reshape(-1)
+        wanted = (wanted if target is None else wanted[target]).nonzero().squeeze(1)
+        target = wanted if target is None else target[wanted]
+        wanted = fill_up(wanted)
+
+    on_device = lambda x: None if x is None else send(x, device)
+    source, place, row, positions, lengths = map(on_device, (source, place, row, positions, lengths))
+    if past:
+        start = cache.lengths.repeat_interleave(width) if row is None else cache.lengths[row]
+        positions = positions + start
+        if not cache.even or width > 1:
+            cache_columns = cache.lengths[:, None] + torch.arange(width, device=device)
+    return Layout(
+        batch=batch,
+        width=width,
+        length=past + width,
+        n_real=n_real,
+        positions=positions,
+        source=source,
+        place=place,
+        target=on_device(target),
+        wanted=on_device(wanted),
+        lengths=lengths,
+        masks={
+            causal: _attention_mask(causal, past, width, device, lengths, owner, cache_columns)
+            for causal in causal_kinds
+        },
+        cache=cache,
+        cache_columns=cache_columns,
+    )
+
+
+def _attention_mask(
+    causal: bool,
+    past: int,
+    width: int,
+    device: torch.device,
+    lengths: Tensor | None,
+    owner: Tensor | None,
+    cache_columns: Tensor | None,
+) -> Tensor | None:
+    """Which keys a query may see, [rows or 1, width or 1, keys]: bool, or for short texts 0 and -inf.
+
+    None: all keys, or all up to the query in a causal block.  owner [rows, width]: the text that each token belongs
+    to, where texts share rows.
+    """
+    column = torch.arange(past + width, device=device)
+    short = is_short(device, width, past + width)
+    mask = None
+    if past:
+        if cache_columns is not None:
+            mask = column <= cache_columns[:, :, None]
+    elif owner is not None:
+        mask = owner[:, :, None] == owner[:, None]
+        if causal:
+            mask = mask & (column <= column[:, None])
+    elif causal:
+        if short and width > 1:
+            mask = (column <= column[:, None])[None]
+    elif lengths is not None:  # a text without tokens sees its own padding, and is never read
+        mask = (column < lengths.clamp(min=1)[:, None])[:, None]
+    if mask is None or not short:
+        return mask
+    return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """Positions that count real tokens only [D6]: [0,0,1,1,1] -> [0,0,0,1,2].  mask [B, T] -> [B, T] int64."""
+    return mask.long().cumsum(1) - mask.long()
+
+
+def fill_up(index: Tensor) -> Tensor:
+    """index [N] -> [M]: the first entry is repeated at the end, up to a multiple of N / 16 to N / 32.
+
+    Tensors of a new size in every batch would fragment the heap.  It costs 3 % on average; nobody reads the results.
+    """
+    step = 1 << max(0, len(index).bit_length() - 5)
+    return torch.cat([index, index[:1].expand(-len(index) % step)])
+
+
+def pack(lengths: list[int]) -> tuple[list[int], list[int]]:
+    """(row, first column) of each text, where texts share rows as wide as the longest one.
+
+    First fit, the longest first: each text goes into the first row that has room for it.
+    """
+    width, room = max(lengths), []  # room: columns left in each row
+    rows, starts = [0] * len(lengths), [0] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        row = next((r for r, left in enumerate(room) if left >= lengths[i]), len(room))
+        if row == len(room):
+            room.append(width)
+        rows[i], starts[i] = row, width - room[row]
+        room[row] -= lengths[i]
+    return rows, starts
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; the host does not wait for the copy, and whatever uses x on the device runs after it."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()  # only copies from pinned memory return at once, whatever their size
+    return x.to(device, non_blocking=True)
+
+
+def places(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(rows, columns) [N] on `device` where mask [B, T] is True: x[places] equals x[mask].
+
+    For a mask on the CPU.  One on a GPU is copied to the host, which waits for it, as x[mask] does.
+    """
+    rows, columns = mask.cpu().nonzero().unbind(1)
+    return send(rows, device), send(columns, device)
+
+
+# ------------------------------------------------------------------------------------------ fast on a CPU
+
+
+def is_short(device: torch.device, queries: int, keys: int) -> bool:
+    """Whether attention runs as plain products: a CPU's fused attention is made for longer texts."""
+    return device.type == "cpu" and queries * keys <= MAX_SHORT**2
+
+
+def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """model.attend by plain products, with a mask of 0 and -inf.  Heads that share keys are rows of one product."""
+    H, B, T, D = q.shape
+    G, K = len(k), k.shape[2]
+    q = q.view(G, H // G, B, T, D).transpose(1, 2).reshape(G * B, H // G * T, D)
+    k, v = (x.reshape(G * B, K, D) for x in (k, v))
+    scores = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=1 / math.sqrt(D))
+    if mask is not None:
+        scores.view(G, B, H // G, T, K).add_(mask[:, None])
+    y = scores.softmax(-1) @ v
+    return y.view(G, B, H // G, T, D).transpose(1, 2).reshape(H, B, T, D)
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """F.dropout.  On a CPU p is rounded to 1/256, and an element costs one random byte.
+
+    There, drawing a float per element takes three times as long, which would be a tenth of a training step.
+    """
+    if x.device.type != "cpu":
+        return F.dropout(x, p, training)
+    drop = min(255, round(256 * p))
+    if not training or drop == 0:
+        return x
+    words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
+    keep = words.view(torch.uint8)[: x.numel()].view(x.shape) >= drop
+    return x * (keep * (256 / (256 - drop))).to(x.dtype)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., C] @ weight [V, C].T; few rows on a CPU are multiplied the other way round, which is faster there."""
+    plain = x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+    if plain and x.dim() == 2 and len(x) <= MAX_ROWS_TRANSPOSED:
+        return (weight @ x.T).T
+    return F.linear(x, weight)
