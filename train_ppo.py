@@ -5,9 +5,9 @@
     python train_ppo.py --reward rm --reward minirlhf.rewards:repetition:-0.5
     torchrun --nproc-per-node 8 train_ppo.py --out runs/big/ppo --init runs/big/sft --reward-model runs/big/rm
 
-PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the reward
-model's score arrives at the last token, and a penalty for leaving the reference model arrives at every token.
-Deliberate departures:
+PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the
+reward model's score arrives at the last token, and a penalty for leaving the reference model arrives at every
+token. Deliberate departures:
 - the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy;
 - gradients of policy and value model are clipped apart: a large value loss cannot slow the policy down;
 - the sampler draws from the whole distribution; there is no top-k or top-p to switch on [D2];
@@ -28,7 +28,16 @@ from torch import nn
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, optim, ppo
 from minirlhf.masked import whiten
-from minirlhf.model import GPT, ValueModel, critic_from, disable_dropout, run_blocks, store_blocks, train_last, zero_critic
+from minirlhf.model import (
+    GPT,
+    ValueModel,
+    critic_from,
+    disable_dropout,
+    run_blocks,
+    store_blocks,
+    train_last,
+    zero_critic,
+)
 from minirlhf.rewards import RewardReader, Scorer, load_rewards
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
@@ -55,8 +64,9 @@ class Config(RunConfig):
     split: Literal["auto", "train", "val", "test", "all"] = "auto"
     """Split of the data that becomes prompts.  auto: val of the built-in data, and all rows of your own."""
     value_init: Literal["auto", "reward", "sft"] = "auto"
-    """Start of the value model: the reward model (Stiennon), or the SFT model with a zero head (Ziegler) [D13].
-    auto: the reward model, where it reads the policy's own tokens from left to right and so can score a prefix."""
+    """Start of the value model: the reward model (Stiennon), or the SFT model with a zero head (Ziegler)
+    [D13]. auto: the reward model, where it reads the policy's own tokens from left to right and so can score
+    a prefix."""
 
     # Rollout
     iterations: Count = 72
@@ -70,25 +80,29 @@ class Config(RunConfig):
     temperature: Above0 = 1.0
     """Temperature of the sampler and of every log-probability [D3] (Ziegler: 0.7, safer and less varied)."""
     stop: bool = True
-    """Let responses end.  --no-stop takes the end-of-text token out of policy and reference: full length for all."""
+    """Let responses end.  --no-stop takes the end-of-text token out of policy and reference: full length for
+    all."""
     save_samples: Count | None = None
     """Append the texts of every N-th rollout, with their scores, to OUT/samples.jsonl (rank 0's share)."""
 
     # Reward
     reward: tuple[str, ...] = ("rm",)
-    """What to maximise: rm or package.module:function, with an optional :WEIGHT.  Repeat the option for a sum."""
+    """What to maximise: rm or package.module:function, with an optional :WEIGHT.  Repeat the option for a
+    sum."""
     disagreement_coef: AtLeast0 = 0.0
-    """Subtract this times the standard deviation of the reward model's members (train_rm.py --members 3): what only
-    some of them like is likely their mistake (Coste et al. 2024)."""
+    """Subtract this times the standard deviation of the reward model's members (train_rm.py --members 3):
+    what only some of them like is likely their mistake (Coste et al. 2024)."""
     kl_coef: AtLeast0 = 0.1
     """Penalty in reward points per nat of KL to the reference (Ziegler: 0.15)."""
     kl_target: Above0 | None = None
-    """KL in nats per sequence that kl_coef is adapted to [D11] (Ziegler: 6).  Default: kl_coef stays fixed."""
+    """KL in nats per sequence that kl_coef is adapted to [D11] (Ziegler: 6).  Default: kl_coef stays
+    fixed."""
     kl_horizon: Count = 10_000
     """Episodes over which the adaptive kl_coef moves (Ziegler: 10,000)."""
     missing_eos: Literal["none", "replace", "subtract"] = "subtract"
-    """What happens to the score of a response without EOS [D9]: it becomes minus the penalty (Ziegler), or the penalty
-    is subtracted (TRL).  With none, a policy can learn never to stop: one of our three seeds did."""
+    """What happens to the score of a response without EOS [D9]: it becomes minus the penalty (Ziegler), or
+    the penalty is subtracted (TRL).  With none, a policy can learn never to stop: one of our three seeds
+    did."""
     missing_eos_penalty: Real = 1.0
     """Penalty in reward points for a response without EOS."""
     whiten_rewards: bool = False
@@ -96,7 +110,8 @@ class Config(RunConfig):
 
     # Update
     epochs: Count = 1
-    """Passes over each rollout (Ziegler: 4).  Fresh samples gave more reward per nat here than reused ones."""
+    """Passes over each rollout (Ziegler: 4).  Fresh samples gave more reward per nat here than reused
+    ones."""
     minibatch: Count = 32
     """Responses per optimiser step, over all ranks."""
     microbatch: Count | None = None
@@ -124,7 +139,8 @@ class Config(RunConfig):
     max_approxkl: Above0 | None = None
     """Leave the remaining minibatches of a rollout when one's approxkl passes this.  Default: never."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Never hold all logits of a microbatch, but compute them twice.  auto: where they would take over 128 MiB."""
+    """Never hold all logits of a microbatch, but compute them twice.  auto: where they would take over 128
+    MiB."""
     save_every: Count = 18
     """Iterations between checkpoints."""
 
@@ -135,7 +151,9 @@ class Config(RunConfig):
             if part and whole % part:
                 raise UserError(f"--{big} {whole} does not divide by --{small} {part}")
         if not self.stop and self.fused_head == "on":
-            raise UserError("--fused-head on never holds the logits that --no-stop takes a token out of: drop one")
+            raise UserError(
+                "--fused-head on never holds the logits that --no-stop takes a token out of: drop one"
+            )
         if not self.stop and self.missing_eos != "none":
             raise UserError("--no-stop leaves no response an end of text to miss: add --missing-eos none")
         uses_rm = any(name == "rm" for name, _, _ in load_rewards(list(self.reward)))
@@ -158,7 +176,9 @@ def make_critic(config: Config, policy: GPT, reward: RewardReader | None, tokeni
     """A value model that starts as the reward model, or as the policy with a zero head [D13]."""
     same_tokens = reward is not None and reward.tokenizer.hash == tokenizer.hash
     if config.value_init == "reward" and not same_tokens:
-        raise UserError("the reward model has another tokenizer than the policy: use --value-init sft or auto")
+        raise UserError(
+            "the reward model has another tokenizer than the policy: use --value-init sft or auto"
+        )
     prefixes = same_tokens and reward.model.members[0].backbone.config.reads_prefixes
     from_reward = config.value_init == "reward" or config.value_init == "auto" and prefixes
     return critic_from(reward.model.members[0]) if from_reward else zero_critic(policy)
@@ -178,7 +198,8 @@ def prepare(config: Config, run: Run, trained: list[nn.Module], frozen: list[nn.
 def load_prompts(
     config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, contexts: list[int]
 ) -> list[list[int]]:
-    """Prompts as token ids, from the split that PPO practises on; each leaves room for a response in every context."""
+    """Prompts as token ids, from the split that PPO practises on; each leaves room for a response in every
+    context."""
     split = config.split if config.split != "auto" else "val" if config.data in data.BUILT_IN else "all"
     part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
     room = min(contexts) - config.response_tokens
@@ -243,7 +264,8 @@ def main() -> None:
             texts = generate(policy, queries, query_mask, sampling)
         response_mask = texts.response_mask  # [B, R]
 
-        # 2. Score: all models read the texts, with the update's own forwards, so that the first ratio is 1 [D4] [D18].
+        # 2. Score: all models read the texts, with the update's own forwards, so that the first ratio is 1
+        #    [D4] [D18].
         run.phase("score")
         with run.autocast(), torch.no_grad():
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
@@ -268,8 +290,8 @@ def main() -> None:
         if config.whiten_advantages:
             advantages = whiten(advantages, response_mask, sum_=sum_)  # [D10]
 
-        # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's activations
-        #    and gradients are in memory at a time.
+        # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's
+        #    activations and gradients are in memory at a time.
         run.phase("update")
         history = optim.History()
         for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):

@@ -5,10 +5,11 @@
     python train_rm.py --data choices.jsonl --loss pairwise --out runs/mine/rm
     python train_rm.py --part b --seed 2 --out runs/demo/judge      # a judge that shares no item with --part a
 
-The model is the SFT model with a two-layer MLP head; all weights are trained.  Ratings are learnt as regression on the mean
-score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both; choices are learnt as pairs [D15].
-Scores are then shifted so that the reference policy's own samples average 0 (and scaled, where the data are choices, whose
-scale is arbitrary) [D14].  The test split is read once, at the end, for the report: nothing is chosen on it.
+The model is the SFT model with a two-layer MLP head; all weights are trained.  Ratings are learnt as
+regression on the mean score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both;
+choices are learnt as pairs [D15]. Scores are then shifted so that the reference policy's own samples average
+0 (and scaled, where the data are choices, whose scale is arbitrary) [D14].  The test split is read once, at
+the end, for the report: nothing is chosen on it.
 
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
 """
@@ -50,28 +51,32 @@ class Config(RunConfig):
     part: Literal["all", "a", "b"] = "all"
     """Half of the training items (by a hash of the text), for two models that share none."""
     raters: Literal["mean", "majority", "model"] = "mean"
-    """How the judgements of several raters become one target.  mean: the mean rating, the share of the votes.  majority:
-    the median rating, the side with more votes.  model: a fit of all items and raters at once, in which each rater has a
-    bias, a slope and a noise (ratings) or a reliability (votes by rater): random answers get no weight, inverted ones a
-    negative weight.  Validation and test always use the mean."""
+    """How the judgements of several raters become one target.  mean: the mean rating, the share of the votes.
+    majority: the median rating, the side with more votes.  model: a fit of all items and raters at once, in
+    which each rater has a bias, a slope and a noise (ratings) or a reliability (votes by rater): random
+    answers get no weight, inverted ones a negative weight.  Validation and test always use the mean."""
     lowercase: Share = 0.5
-    """Share of the training texts that is read in lower case, another one each epoch: rare spellings then learn from
-    common ones."""
+    """Share of the training texts that is read in lower case, another one each epoch: rare spellings then
+    learn from common ones."""
 
     # Model
     init: Path | None = None
-    """Checkpoint of the backbone and its tokenizer: a language model, or an imported encoder.  Default: OUT/../sft."""
+    """Checkpoint of the backbone and its tokenizer: a language model, or an imported encoder.  Default:
+    OUT/../sft."""
     backbone: Literal["auto", "gpt", "bert"] = "auto"
     """What --init must be: a causal language model (gpt) or an encoder (bert).  auto: either."""
     pooling: Literal["last", "mean", "last+mean"] = "last+mean"
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Two layers, or one as in transformers' sequence classifiers: with --pooling last such a model can be exported."""
+    """Two layers, or one as in transformers' sequence classifiers: with --pooling last such a model can be
+    exported."""
     members: Annotated[int, cli.Range(1, 100)] = 1
-    """Number of models in the ensemble, which differ in their seeds: scores are means, disagreement is the spread."""
+    """Number of models in the ensemble, which differ in their seeds: scores are means, disagreement is the
+    spread."""
     bidirectional: CountOr0 = 0
-    """Let this many of the last blocks read in both directions (Dukic and Snajder 2024): whole texts are read better.  A
-    prefix then has no score, so PPO's critic cannot start from such a model; and transformers has no such model."""
+    """Let this many of the last blocks read in both directions (Dukic and Snajder 2024): whole texts are read
+    better.  A prefix then has no score, so PPO's critic cannot start from such a model; and transformers has
+    no such model."""
     dropout: ShareBelow1 = 0.2
     """Dropout, in place of the SFT model's."""
 
@@ -103,7 +108,8 @@ class Config(RunConfig):
     normalise: Literal["auto", "bias", "scale", "none"] = "auto"
     """Affine transform of the scores [D14].  auto: bias for ratings, scale for choices."""
     reference: Path | None = None
-    """Policy whose samples scores are normalised on.  Default: --init, or OUT/../sft where --init is an encoder."""
+    """Policy whose samples scores are normalised on.  Default: --init, or OUT/../sft where --init is an
+    encoder."""
     normalise_samples: Annotated[int, cli.Range(2, 1_000_000)] = 256
     """Number of these samples."""
     prompt_tokens: Count = 4
@@ -136,7 +142,8 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the model learns from: judged items in their own spelling and in lower case, and the raters' fit."""
+    """What the model learns from: judged items in their own spelling and in lower case, and the raters'
+    fit."""
 
     items: list[data.Judged]
     lowered: list[data.Judged]
@@ -196,7 +203,8 @@ def lower(record: data.Response | data.Preference) -> data.Response | data.Prefe
 
 
 def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | None) -> RewardEnsemble:
-    """The ensemble: members share the backbone's start, and differ in their heads (and in their order of the data)."""
+    """The ensemble: members share the backbone's start, and differ in their heads (and in their order of the
+    data)."""
     shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
     model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
     for k, member in enumerate(model.members):
@@ -217,7 +225,8 @@ def target_of(item: data.Judged) -> float:
 
 
 def item_loss(scores: Tensor, items: list[data.Judged]) -> Tensor:
-    """Mean loss of items whose scores are [b]; of pairs whose scores are [2 b], the first texts before the second ones."""
+    """Mean loss of items whose scores are [b]; of pairs whose scores are [2 b], the first texts before the
+    second ones."""
     target = torch.tensor([target_of(item) for item in items], device=scores.device)
     if items[0].ids_b is not None:
         return preference.pairwise_loss(*scores.chunk(2), target)
@@ -227,11 +236,11 @@ def item_loss(scores: Tensor, items: list[data.Judged]) -> Tensor:
 def rating_pairs_loss(
     config: Config, run: Run, step: int, batch: list[data.Judged], mine: list[int], scores: Tensor
 ) -> Tensor:
-    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored the items `mine`.
+    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored the
+    items `mine`.
 
-    Scores of other ranks come as constants.  Each rank's gradient is then that of its own items, and the sum over ranks is
-    the gradient of one process [D17].
-    """
+    Scores of other ranks come as constants.  Each rank's gradient is then that of its own items, and the sum
+    over ranks is the gradient of one process [D17]."""
     others = torch.zeros(len(batch), device=scores.device)
     others[mine] = scores.detach().float()
     everyone = run.sum_(others).index_put((torch.tensor(mine, device=scores.device),), scores.float())
@@ -270,7 +279,8 @@ def score_sequences(run: Run, members: list[RewardModel], sequences: list[list[i
 
 
 def load_reference(config: Config, init: Path, records: list, context: int) -> tuple[Path, Tokenizer, list]:
-    """(folder, tokenizer, prompts) of the policy whose samples scores are normalised on.  Checked before training."""
+    """(folder, tokenizer, prompts) of the policy whose samples scores are normalised on.  Checked before
+    training."""
     remedy = (
         "name a language model with --reference, or leave scores on the raters' scale with --normalise none"
     )
@@ -369,8 +379,8 @@ def main() -> None:
         lr = config.lr * optim.warmup_linear(step_of_member, per_member, config.warmup)
         optim.set_lr(optimizer, lr)
 
-        # 1. Gradients.  Each microbatch's mean is weighted by its share of the batch, so that parts add up to the mean
-        #    over microbatches and ranks [D17].
+        # 1. Gradients.  Each microbatch's mean is weighted by its share of the batch, so that parts add up to
+        #    the mean over microbatches and ranks [D17].
         in_lower_case = (run.same_on_all_ranks(torch.rand, step, len(picks)) < config.lowercase).tolist()
         batch = [
             (training.lowered if low else training.items)[i]

@@ -5,9 +5,9 @@
     python train_sft.py --data dialogues.jsonl --init runs/demo/sft --out runs/mine/sft
     torchrun --nproc-per-node 8 train_sft.py --preset gpt2 --data texts/ --out runs/big/sft
 
-Every text is one sequence: <|endoftext|> prompt completion <|endoftext|>.  The prompt is read but not learnt [D19]; plain
-text is all completion.  Sequences of like length share a batch and are not packed, so no text can look into another.  The
-checkpoint with the best validation loss is the stage's result.
+Every text is one sequence: <|endoftext|> prompt completion <|endoftext|>.  The prompt is read but not learnt
+[D19]; plain text is all completion.  Sequences of like length share a batch and are not packed, so no text
+can look into another.  The checkpoint with the best validation loss is the stage's result.
 
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
 """
@@ -69,8 +69,8 @@ class Config(RunConfig):
     epochs: Annotated[int, cli.Range(1, 100_000)] = 6
     """Passes over the training texts."""
     final_epochs: CountOr0 = 4
-    """How many of the epochs, the last ones, see --genre only.  More text comes first: many passes over little text
-    overfit."""
+    """How many of the epochs, the last ones, see --genre only.  More text comes first: many passes over
+    little text overfit."""
     batch: Count = 32
     """Texts per optimiser step, over all ranks."""
     microbatch: Count | None = None
@@ -82,7 +82,8 @@ class Config(RunConfig):
     weight_decay: AtLeast0 = 0.1
     """Weight decay of matrices; vectors have none."""
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.99)
-    """Adam's betas.  Steps are small (about 900 tokens): 0.99 averages their squared gradients over enough of them."""
+    """Adam's betas.  Steps are small (about 900 tokens): 0.99 averages their squared gradients over enough of
+    them."""
     adam_eps: Above0 = 1e-8
     """Adam's epsilon."""
     max_grad_norm: AtLeast0 = 1.0
@@ -90,7 +91,8 @@ class Config(RunConfig):
     patience: Count = 2
     """Stop after this many epochs without a better validation loss."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Never hold all logits of a batch; they are computed twice.  auto: where they would take over 128 MiB."""
+    """Never hold all logits of a batch; they are computed twice.  auto: where they would take over 128
+    MiB."""
     samples: Annotated[int, cli.Range(0, 1000)] = 5
     """Number of texts to sample and print at the end."""
 
@@ -175,7 +177,8 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
 def bits_per_byte(
     model: GPT, examples: list[Example], tokenizer: Tokenizer, run: Run, fused_head: str
 ) -> float:
-    """Validation loss that no tokenizer can flatter: -log2 p of all learnt tokens, per UTF-8 byte that they stand for.
+    """Validation loss that no tokenizer can flatter: -log2 p of all learnt tokens, per UTF-8 byte that they
+    stand for.
 
     The bytes are those of what is learnt, not of the whole text, which the context may have cut.
     """

@@ -1,8 +1,8 @@
 """Atomic, pickle-free checkpoints with checksums, and exact resume [D21].  A run's folder OUT holds:
 
-step-000120/   model.safetensors, config.json, tokenizer.*, metrics.jsonl so far; to resume: trainer.safetensors, .json
-latest, best   relative symlinks to whole step folders, so that OUT can be moved; `latest` is flipped last
-config.json …  links through `latest`: OUT itself reads as a checkpoint folder
+step-000120/   model.safetensors, config.json, tokenizer.*, metrics.jsonl so far; to resume:
+trainer.safetensors, .json latest, best   relative symlinks to whole step folders, so that OUT can be moved;
+`latest` is flipped last config.json …  links through `latest`: OUT itself reads as a checkpoint folder
 
     python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint
     python -m minirlhf.checkpoint export CKPT OUT    a checkpoint becomes a folder that transformers loads
@@ -37,7 +37,8 @@ DAMAGED = "take another step folder or train again"
 def describe(
     stage: str, shape: GPTConfig, config: Any, step: int, complete: bool, tokenizer: Tokenizer, **more: Any
 ) -> dict:
-    """A checkpoint's config.json: everything that is needed to load the model and to know where it came from."""
+    """A checkpoint's config.json: everything that is needed to load the model and to know where it came
+    from."""
     return {
         "stage": stage,
         "model": dataclasses.asdict(shape),
@@ -64,11 +65,11 @@ def save(
     trainer: dict | None = None,
     best: bool = False,
 ) -> Path:
-    """Write OUT/step-XXXXXX and make `latest` (and `best`, if it is) lead there; other steps go -> the folder.
+    """Write OUT/step-XXXXXX and make `latest` (and `best`, if it is) lead there; other steps go -> the
+    folder.
 
-    Killed at any moment it leaves the old checkpoint or the new one, whole; where the disk is full it leaves the old one
-    and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON}.
-    """
+    Killed at any moment it leaves the old checkpoint or the new one, whole; where the disk is full it leaves
+    the old one and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON}."""
 
     def write(new: Path) -> None:
         parts = [("model", state, "config.json", config)]
@@ -142,7 +143,8 @@ def fingerprint(path: str | Path) -> str:
 
 
 def refuse_stale(path: str | Path, name: str, source: str | Path) -> None:
-    """UserError where the checkpoint at `path` started from the folder `source`, which was trained again since."""
+    """UserError where the checkpoint at `path` started from the folder `source`, which was trained again
+    since."""
     inputs = load_config(path).get("inputs", {})
     before, now = inputs.get(name), fingerprint(source)
     if (
@@ -164,7 +166,8 @@ def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:
 
 
 def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict]:
-    """State of `opt` (AdamW: step, exp_avg, exp_avg_sq) as tensors '{prefix}{index}.{key}', all else for JSON."""
+    """State of `opt` (AdamW: step, exp_avg, exp_avg_sq) as tensors '{prefix}{index}.{key}', all else for
+    JSON."""
     state, groups = opt.state_dict()["state"], opt.state_dict()["param_groups"]
     tensors = {f"{prefix}{i}.{key}": value for i, slots in state.items() for key, value in slots.items()}
     return tensors, {"groups": groups, "keys": {i: list(slots) for i, slots in state.items()}}
@@ -188,7 +191,8 @@ def shape_of(path: str | Path) -> GPTConfig:
 
 
 def load_gpt(path: str | Path, **changes: Any) -> GPT:
-    """The language model of an SFT or PPO checkpoint, on the CPU, with changes to its GPTConfig (dropout, say)."""
+    """The language model of an SFT or PPO checkpoint, on the CPU, with changes to its GPTConfig (dropout,
+    say)."""
     return _fill(GPT(dataclasses.replace(shape_of(path), **changes)), path)
 
 

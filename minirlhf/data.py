@@ -2,9 +2,8 @@
 
     python -m minirlhf.data inspect vader|toy|PATH [--tokenizer CHECKPOINT] [--skip-bad]
 
-PATH is a .jsonl, .jsonl.gz or .txt file or a folder of them; the keys of a row tell what it is.  See docs/data.md, and
-minirlhf/support/formats.py, which reads the files.
-"""
+PATH is a .jsonl, .jsonl.gz or .txt file or a folder of them; the keys of a row tell what it is.  See
+docs/data.md, and minirlhf/support/formats.py, which reads the files."""
 
 from __future__ import annotations
 
@@ -137,9 +136,8 @@ class Dataset:
 def load(source: str | Path, skip_bad=False, scale: formats.Scale | None = None, data_dir=None) -> Dataset:
     """Read 'vader', 'toy', a file, a folder or a pipe.
 
-    `skip_bad` counts bad rows and goes on; `scale` is that of ratings that record none; `data_dir` is the folder that
-    keeps 'vader'.  Raises UserError('file:line: field: reason').
-    """
+    `skip_bad` counts bad rows and goes on; `scale` is that of ratings that record none; `data_dir` is the
+    folder that keeps 'vader'.  Raises UserError('file:line: field: reason')."""
     if source in BUILT_IN:
         module, function = BUILT_IN[source].split(":")
         return getattr(importlib.import_module(module), function)(data_dir)
@@ -241,9 +239,9 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Prompts in ids, each opened by the <bos> that opens every training text; the ledger counts all records.
 
-    A prompt is a record's own, or the first `prompt_tokens` tokens of a longer text without one.  It may have `room`
-    ids, <bos> included: what the context leaves beside the response.  Raises UserError where nothing is left.
-    """
+    A prompt is a record's own, or the first `prompt_tokens` tokens of a longer text without one.  It may have
+    `room` ids, <bos> included: what the context leaves beside the response.  Raises UserError where nothing
+    is left."""
     found, counts = [], Counter()
     for record in records:
         own, text = as_example(record)

@@ -1,12 +1,12 @@
 """A transformer in PyTorch, and the models with a scalar head that are built on it.
 
-Dimension key: B sequences, T tokens, V vocabulary, C channels, H heads, G key-value heads, D = C / H channels per
-head, N real tokens of a batch.  Padding is not computed: between attention layers a batch is [N, C], and its Layout
-(support/ragged.py) turns that into rows and back.
+Dimension key: B sequences, T tokens, V vocabulary, C channels, H heads, G key-value heads, D = C / H channels
+per head, N real tokens of a batch.  Padding is not computed: between attention layers a batch is [N, C], and
+its Layout (support/ragged.py) turns that into rows and back.
 
-One block, whose parts a config chooses.  The default is GPT-2's (Radford et al. 2019): learned positions, pre-norm
-blocks, GELU (tanh form), a head tied to the token embedding, and N(0, 0.02) weights, of which those that project
-into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other models make other choices:
+One block, whose parts a config chooses.  The default is GPT-2's (Radford et al. 2019): learned positions,
+pre-norm blocks, GELU (tanh form), a head tied to the token embedding, and N(0, 0.02) weights, of which those
+that project into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other models make other choices:
 
     Llama (Touvron et al. 2023)    norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
     Qwen2 (Yang et al. 2024)       the same, with biases on q, k and v
@@ -76,7 +76,8 @@ class GPTConfig:
 
 
 def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [..., T] -> cosines, sines [..., T, D / 2] of the angles by which channels turn (Su et al. 2021)."""
+    """positions [..., T] -> cosines, sines [..., T, D / 2] of the angles by which channels turn (Su et al.
+    2021)."""
     steps = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (steps / config.head_dim)
     if config.rope_scaling:  # Llama 3.1: slow channels turn slower still, so that a longer context fits
@@ -98,9 +99,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """softmax(q k' / sqrt D) v over the keys that each query may see -> [H, B, T, D].
 
-    Heads come first: q [H, B, T, D], k and v [G, B, K, D].  mask [B or 1, T or 1, K]: True = may see; None: all keys,
-    or all up to the query if causal.  The weights have no dropout: it would rule out the fused kernels.
-    """
+    Heads come first: q [H, B, T, D], k and v [G, B, K, D].  mask [B or 1, T or 1, K]: True = may see; None:
+    all keys, or all up to the query if causal.  The weights have no dropout: it would rule out the fused
+    kernels."""
     H, T, K = len(q), q.shape[2], k.shape[2]
     if ragged.is_short(q.device, T, K):
         return ragged.attend_short(q, k, v, mask)
@@ -271,8 +272,8 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V].
 
-        Under bf16 autocast they are rounded to bf16, by up to 0.03 between 8 and 16, before any fp32 log-softmax.
-        """
+        Under bf16 autocast they are rounded to bf16, by up to 0.03 between 8 and 16, before any fp32
+        log-softmax."""
         return ragged.linear(hidden, self.head_weight)
 
 
@@ -286,8 +287,8 @@ class ValueModel(nn.Module):
     """A GPT with a head that scores every prefix: values [B, T], where values[:, t] has read tokens 0..t.
 
     The head is a two-layer MLP, or without `mlp` one linear layer, as in transformers' sequence classifiers.
-    Pooling is what it sees of a prefix: the last token's hidden state, the mean over all real tokens, or both.
-    If the GPT is not causal, every value has read the whole text, and only the last one has a meaning.
+    Pooling is what it sees of a prefix: the last token's hidden state, the mean over all real tokens, or
+    both. If the GPT is not causal, every value has read the whole text, and only the last one has a meaning.
     """
 
     def __init__(self, config: GPTConfig, pooling: str = "last", mlp: bool = True):
@@ -309,8 +310,8 @@ class ValueModel(nn.Module):
     def values(self, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
         """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding, which may stand on either side.
 
-        wanted [B, T] bool: where values will be read; elsewhere they mean nothing.  mask, wanted: as in GPT.forward.
-        """
+        wanted [B, T] bool: where values will be read; elsewhere they mean nothing.  mask, wanted: as in
+        GPT.forward."""
         h = self.backbone(tokens, mask, wanted=None if "mean" in self.pooling else wanted).float()
         mask = ragged.send(mask, h.device)
         features = [h] if "last" in self.pooling else []
@@ -367,7 +368,8 @@ class RewardEnsemble(nn.Module):
 
 
 def critic_from(reward_model: RewardModel) -> ValueModel:
-    """A value model that starts as the reward model: V of a whole text is its score, scale included [D13] [D14]."""
+    """A value model that starts as the reward model: V of a whole text is its score, scale included [D13]
+    [D14]."""
     if not reward_model.backbone.config.reads_prefixes:
         raise UserError(
             "the reward model reads in both directions and cannot value a prefix: use --value-init sft or auto"
@@ -377,4 +379,12 @@ def critic_from(reward_model: RewardModel) -> ValueModel:
     with torch.no_grad():
         critic.out.weight.mul_(reward_model.gain)
         critic.out.bias.mul_(reward_model.gain).add_(reward_model.bias)
+    return critic
+
+
+def zero_critic(policy: GPT) -> ValueModel:
+    """A value model that starts as the policy with a zero head: every value is 0 [D13]."""
+    critic = ValueModel(policy.config)
+    critic.backbone.load_state_dict(policy.state_dict())
+    nn.init.zeros_(critic.out.weight)
     return critic

@@ -49,10 +49,11 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def take_step(
     machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name: str = "model"
 ) -> float:
-    """Sum gradients over the ranks, scale them down to `max_norm` (0: no clipping), step, and drop them -> their norm.
+    """Sum gradients over the ranks, scale them down to `max_norm` (0: no clipping), step, and drop them ->
+    their norm.
 
-    A norm that is not finite raises UserError before anything moves.  It is the norm of the sum, so all ranks agree.
-    """
+    A norm that is not finite raises UserError before anything moves.  It is the norm of the sum, so all ranks
+    agree."""
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     machine.sum_gradients(trained)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf).item()
@@ -67,7 +68,8 @@ def take_step(
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach 0 at step `total`."""
+    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach 0 at step
+    `total`."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
@@ -133,8 +135,8 @@ class History:
         return self.steps[-1][0]
 
     def means(self, machine: Machine) -> dict[str, float]:
-        """Means over all tokens of all steps and ranks [D22]; val/ratio_var, the variance of the steps' mean ratios; and
-        optimizer_steps, how many steps were taken.
+        """Means over all tokens of all steps and ranks [D22]; val/ratio_var, the variance of the steps' mean
+        ratios; and optimizer_steps, how many steps were taken.
 
         Only the last step may lack statistics: those of the value model, where it was left early.
         """

@@ -76,8 +76,8 @@ def policy_loss(
     All inputs [B, R] -> scalar loss, detached scalar statistics. Until the first optimiser step ratio is 1
     [D4]. `denominator` is the number of real tokens in the WHOLE minibatch, over all micro-batches and ranks:
     then losses and statistics of the parts simply add up to the minibatch's [D17]. Default: the real tokens
-    given here. Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens whose
-    clipped loss is the larger; `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
+    given here. Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens
+    whose clipped loss is the larger; `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
     """
     total = _total(response_mask, denominator)
     # Off the mask 0 goes in BEFORE exp: exp(NaN) would poison the gradient even of what is dropped later.
@@ -150,7 +150,8 @@ def rollout_metrics(
     has_eos: Tensor,
     kl_coef: float,
 ) -> dict[str, Tensor]:
-    """What a rollout looked like, by metric name: one number per sequence, [B] each, whose mean is logged [D22].
+    """What a rollout looked like, by metric name: one number per sequence, [B] each, whose mean is logged
+    [D22].
 
     objective/kl is in nats per sequence and uses k1; objective/kl_k3 has the same mean with less noise [D1].
     """

@@ -4,9 +4,8 @@
 
     function(prompts: list[str], responses: list[str]) -> list[float]
 
-which returns one finite number per response; higher is better.  Each may carry a weight: `--reward rm --reward
-minirlhf.rewards:repetition:-0.5`.  Four rules are shipped (minirlhf/measure/rules.py).
-"""
+which returns one finite number per response; higher is better.  Each may carry a weight: `--reward rm
+--reward minirlhf.rewards:repetition:-0.5`.  Four rules are shipped (minirlhf/measure/rules.py)."""
 
 from __future__ import annotations
 
@@ -43,9 +42,8 @@ def encode_for(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """texts in the model's own tokens: tokens, mask [B, T], and which of them were cut [B].
 
-    Texts of another tokenizer are decoded and encoded again, and cut at the end where they exceed the model's context, as
-    in its training.
-    """
+    Texts of another tokenizer are decoded and encoded again, and cut at the end where they exceed the model's
+    context, as in its training."""
     tokens, mask = texts.tokens, texts.mask
     if model_tokenizer.hash == tokenizer.hash:
         return tokens, mask, torch.zeros(len(texts), device=tokens.device)
@@ -60,7 +58,8 @@ def encode_for(
 def score_texts(
     model: RewardEnsemble, model_tokenizer: Tokenizer, texts: Texts, tokenizer: Tokenizer
 ) -> tuple[Tensor, Tensor]:
-    """Scores and disagreement [B] of texts that `tokenizer` encoded, by a model that may have another tokenizer."""
+    """Scores and disagreement [B] of texts that `tokenizer` encoded, by a model that may have another
+    tokenizer."""
     tokens, mask, _ = encode_for(model, model_tokenizer, texts, tokenizer)
     return model(tokens, mask)
 
@@ -135,7 +134,8 @@ class Scorer:
 
 
 def load_rewards(specs: list[str]) -> list[tuple[str, Reward | None, float]]:
-    """[(name, function, weight)] of `rm`, `rm:0.5`, `package.module:function`, `package.module:function:-0.5`.
+    """[(name, function, weight)] of `rm`, `rm:0.5`, `package.module:function`,
+    `package.module:function:-0.5`.
 
     The weight is 1 unless given.  The function of `rm` is None: Scorer has the model.
     """

@@ -67,7 +67,8 @@ class Texts:
 
     @property
     def host_mask(self) -> Tensor:
-        """The mask on the CPU. Copied once from a GPU, which waits; all parts of these texts then share the copy."""
+        """The mask on the CPU. Copied once from a GPU, which waits; all parts of these texts then share the
+        copy."""
         if self._host_mask is None:
             self._host_mask = self.mask.cpu()
         return self._host_mask

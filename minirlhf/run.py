@@ -1,6 +1,8 @@
-"""A stage's process and its folder: where it computes, what it started from, how it logs, saves, resumes and stops.
+"""A stage's process and its folder: where it computes, what it started from, how it logs, saves, resumes and
+stops.
 
-`Run` serves all three scripts alike.  It knows the folder and the process, and nothing of the algorithm's step:
+`Run` serves all three scripts alike.  It knows the folder and the process, and nothing of the algorithm's
+step:
 
     run = Run("ppo", config)                          # device, ranks, precision; OUT is free, unfinished or complete
     if not run.begin(source, init=sft_dir): return    # complete, from the same data and checkpoints: nothing to do
@@ -45,13 +47,15 @@ class RunConfig:
     out: Path = Path("runs/demo/stage")
     """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""
     data: str = "vader"
-    """Source of the texts: vader (built in), toy (generated), or a file or folder (.jsonl, .jsonl.gz, .txt)."""
+    """Source of the texts: vader (built in), toy (generated), or a file or folder (.jsonl, .jsonl.gz,
+    .txt)."""
     data_dir: Path | None = None
     """Cache folder of the built-in dataset.  Default: the user's cache."""
     skip_bad: bool = False
     """Skip and count malformed rows instead of stopping at the first."""
     too_long: Literal["error", "drop", "cut"] = "drop"
-    """What happens to a prompt that does not fit the context: stop, drop and count the row, or cut its beginning."""
+    """What happens to a prompt that does not fit the context: stop, drop and count the row, or cut its
+    beginning."""
     resume: bool = False
     """Continue from the newest checkpoint in OUT, bit for bit [D21]; start where there is none."""
     overwrite: bool = False
@@ -63,10 +67,11 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products.  auto: bf16 where the hardware multiplies it natively."""
     train_layers: Count | None = None
-    """Train only this many last blocks and what follows them.  Default: everything.  What is frozen is kept in
-    --precision and has no dropout."""
+    """Train only this many last blocks and what follows them.  Default: everything.  What is frozen is kept
+    in --precision and has no dropout."""
     gradient_checkpointing: bool = False
-    """Keep only each block's input for backward and compute the rest again: far less memory, a third more time."""
+    """Keep only each block's input for backward and compute the rest again: far less memory, a third more
+    time."""
     compile: bool = False
     """Compile the blocks with torch.compile; worth it in long runs only."""
 
@@ -79,7 +84,8 @@ class Run:
     """One stage's process and folder."""
 
     def __init__(self, stage: str, config: RunConfig):
-        """Finds device and ranks, locks OUT, and decides whether to start, to resume or that there is nothing to do.
+        """Finds device and ranks, locks OUT, and decides whether to start, to resume or that there is nothing
+        to do.
 
         Raises UserError where OUT holds another run, cannot be resumed, or is in use.
         """
@@ -143,8 +149,8 @@ class Run:
     def resume(self, tokenizer, model: nn.Module, counters: dict | None = None, **parts: Any) -> dict:
         """Load the last checkpoint, if the run goes on, and open the logs -> the counters.
 
-        `model` is what the next stage will read; `parts` are the other modules and optimizers that training changes.
-        """
+        `model` is what the next stage will read; `parts` are the other modules and optimizers that training
+        changes."""
         if self.rank == 0 and self.lock is None:
             self.lock = Lock(self.out)
             if self._claim() != self.state:
@@ -223,7 +229,8 @@ class Run:
         return self.seconds + running
 
     def loop(self, total: int, first: int | None = None) -> Iterator[int]:
-        """The steps still to do, 0-based, each with its own seeds and with Ctrl-C and SIGTERM held back until its end."""
+        """The steps still to do, 0-based, each with its own seeds and with Ctrl-C and SIGTERM held back until
+        its end."""
         self.started, self.total = time.perf_counter(), total
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         first = self.step if first is None else first
@@ -264,7 +271,8 @@ class Run:
         self.current_phase, self.phase_began = name, now
 
     def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float, name: str) -> float:
-        """optim.take_step -> the gradient's norm; where it is not finite, nothing moves and the run ends in one line."""
+        """optim.take_step -> the gradient's norm; where it is not finite, nothing moves and the run ends in
+        one line."""
         try:
             return optim.take_step(self.machine, optimizer, max_norm, name)
         except UserError as error:
@@ -281,9 +289,8 @@ class Run:
     def together(self, function: Callable, *args: Any) -> Any:
         """function(*args), after which all ranks go on, or none.
 
-        Where it raises UserError on any rank, finished steps are saved and all ranks stop.  The models must not have
-        changed since the last finished step.
-        """
+        Where it raises UserError on any rank, finished steps are saved and all ranks stop.  The models must
+        not have changed since the last finished step."""
         error = result = None
         try:
             result = function(*args)
@@ -307,7 +314,8 @@ class Run:
     # --------------------------------------------------------------------------------------------- the end of a step
 
     def log(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
-        """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress bar."""
+        """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress
+        bar."""
         self.phase(None)
         self.step = step
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
@@ -322,7 +330,8 @@ class Run:
         show: bool,
         every: int | None,
     ) -> None:
-        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three of them if asked to."""
+        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three of them if asked
+        to."""
         write = bool(every) and step % every == 0
         if self.rank == 0 and (show or write):
             rows = logs.sample_rows(*texts.decode(self.tokenizer), per_text)

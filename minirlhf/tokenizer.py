@@ -33,9 +33,10 @@ BYTES = [bytes([b]) for b in range(256)]
 class Tokenizer:
     """Text <-> ids. `bos` opens a text, `eot` ends it, `pad` fills batches; `vocab_size` is the model's.
 
-    Trained here: two specials after the ranks, and bos is eot. Imported: any ids whose order is that of the merges, the
-    model's own specials, perhaps more rows in the model than there are tokens, `normalize` ("NFC") before encoding;
-    `hf` is what only an export needs (Hugging Face's chat_template, pad_token, add_bos_token)."""
+    Trained here: two specials after the ranks, and bos is eot. Imported: any ids whose order is that of the
+    merges, the model's own specials, perhaps more rows in the model than there are tokens, `normalize`
+    ("NFC") before encoding; `hf` is what only an export needs (Hugging Face's chat_template, pad_token,
+    add_bos_token)."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = GPT2_PATTERN, specials: dict[str, int] | None = None,
                  eot: int | None = None, bos: int | None = None, pad: int | None = None, vocab_size: int | None = None,
@@ -44,8 +45,8 @@ class Tokenizer:
         self.specials = {"<|endoftext|>": n, "<|pad|>": n + 1} if specials is None else specials
         self.eot = n if eot is None else eot
         self.bos = self.eot if bos is None else bos
-        # [D6] Two ids: were pad eot, masking by id would mask the end and the model never learn to stop. Where a model
-        # has no id to spare, pad is eot all the same: masks here come from lengths.
+        # [D6] Two ids: were pad eot, masking by id would mask the end and the model never learn to stop.
+        # Where a model has no id to spare, pad is eot all the same: masks here come from lengths.
         spare = [i for i in self.specials.values() if i not in (self.eot, self.bos)] or [self.eot]
         self.pad = spare[0] if pad is None else pad
         tokens = {*ranks.values(), *self.specials.values()}
@@ -54,7 +55,8 @@ class Tokenizer:
         trained = {"eot": n, "bos": n, "pad": n + 1, "vocab_size": n + 2, "normalize": None}
         identity = [pattern, self.specials] + [self.about] * (self.about != trained)
         self.hash = hashlib.sha256(_lines(ranks) + json.dumps(identity).encode()).hexdigest()
-        # A vocabulary may lack bytes that its corpus never had. tiktoken wants all 256: these get ids beyond the model's.
+        # A vocabulary may lack bytes that its corpus never had. tiktoken wants all 256: these get ids beyond
+        # the model's.
         absent = [byte for byte in BYTES if byte not in ranks]
         whole = ranks | {byte: self.vocab_size + i for i, byte in enumerate(absent)}
         self.encoding = tiktoken.Encoding(
@@ -89,8 +91,8 @@ class Tokenizer:
         return [self.ranks[part] for word in parts for part in word]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without pad, bos, eot and the model's unused rows; bytes that are not UTF-8 (half a character)
-        show as U+FFFD."""
+        """Text of `ids` without pad, bos, eot and the model's unused rows; bytes that are not UTF-8 (half a
+        character) show as U+FFFD."""
         return self.encoding.decode([i for i in ids if i in self._tokens and i not in self._silent])
 
     def token_str(self, token: int) -> str:
@@ -190,8 +192,9 @@ class Tokenizer:
 
 
 class WordPiece:
-    """BERT's tokenizer behind the same names: the `tokenizers` package runs the tokenizer.json that came with the weights.
-    [CLS] opens a text, [SEP] ends it. What it drops (case, spacing) does not come back from `decode`."""
+    """BERT's tokenizer behind the same names: the `tokenizers` package runs the tokenizer.json that came with
+    the weights. [CLS] opens a text, [SEP] ends it. What it drops (case, spacing) does not come back from
+    `decode`."""
 
     def __init__(self, file: Path):
         try:
@@ -260,7 +263,8 @@ def _lines(ranks: dict[bytes, int]) -> bytes:
 
 
 def _read(file: Path, dense: bool) -> dict[bytes, int]:
-    """Parse .tiktoken; UserError unless the ranks rise, each token once. `dense`: 0..n-1, with all 256 single bytes."""
+    """Parse .tiktoken; UserError unless the ranks rise, each token once. `dense`: 0..n-1, with all 256 single
+    bytes."""
     ranks: dict[bytes, int] = {}
     last = -1
     for number, line in enumerate(file.read_bytes().splitlines() or [b""], 1):

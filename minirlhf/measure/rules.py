@@ -20,9 +20,8 @@ def repetition(prompts: list[str], responses: list[str]) -> list[float]:
 def sameness(prompts: list[str], responses: list[str]) -> list[float]:
     """How much a response resembles the rest of the batch, 0 to 1.
 
-    For each different word 2-gram of a response: the share of the OTHER responses that contain it; then the mean.
-    Policies that drift from their start fall back on a few phrases, whatever the prompt.
-    """
+    For each different word 2-gram of a response: the share of the OTHER responses that contain it; then the
+    mean. Policies that drift from their start fall back on a few phrases, whatever the prompt."""
     rows = [{*pairwise(response.lower().split())} for response in responses]
     held_by = Counter(chain.from_iterable(rows))
     others = max(1, len(rows) - 1)

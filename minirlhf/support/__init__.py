@@ -1,1 +1,2 @@
-"""What the reading path stands on and a reader may skip: options, files, machine, formats of rows, ragged batches."""
+"""What the reading path stands on and a reader may skip: options, files, machine, formats of rows, ragged
+batches."""

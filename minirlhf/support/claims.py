@@ -1,4 +1,5 @@
-"""May a stage use a folder?  What it holds is compared with what is asked for, so that no run is lost or mistaken."""
+"""May a stage use a folder?  What it holds is compared with what is asked for, so that no run is lost or
+mistaken."""
 
 from __future__ import annotations
 
@@ -21,9 +22,8 @@ NOT_SETTINGS = {
 def claim(out: Path, saved: dict | None, stage: str, settings: dict[str, Any], resume: bool) -> str:
     """'start', 'resume' or 'complete' for a stage with these settings in the folder `out`.
 
-    `saved` is the config.json that OUT/latest leads to, None if it leads to none.  Raises UserError where the folder holds
-    another run, or one that cannot be resumed.
-    """
+    `saved` is the config.json that OUT/latest leads to, None if it leads to none.  Raises UserError where the
+    folder holds another run, or one that cannot be resumed."""
     if saved is None:
         if found := steps.whole_steps(out):
             raise UserError(

@@ -5,8 +5,8 @@ A number's range is part of its type, so that no script has to check it again:
     lr: Above0 = 1e-3          # Annotated[float, Range(above=0)]
     epochs: Count = 6          # Annotated[int, Range(1, 10**9)]
 
-`parse_config` reads a dataclass of such options from the command line; `Parser` is argparse's, for the tools.  Both
-refuse a bad value with a UserError before anything is read or written.
+`parse_config` reads a dataclass of such options from the command line; `Parser` is argparse's, for the tools.
+Both refuse a bad value with a UserError before anything is read or written.
 
 Exit codes: 0 done; 2 a mistake of the user's; 130 stopped by Ctrl-C and 143 by SIGTERM; 1 a crash.
 """
@@ -37,7 +37,8 @@ HUGE = 10**9  # no count is larger: a list of so many entries would not fit in m
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers an option accepts: low <= x <= high, and above < x, x < below where given.  Never nan or infinite."""
+    """The numbers an option accepts: low <= x <= high, and above < x, x < below where given.  Never nan or
+    infinite."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -84,7 +85,8 @@ def _noun(base: type) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose mistakes are a UserError, so one line, and which accepts no abbreviated option."""
+    """argparse's parser whose mistakes are a UserError, so one line, and which accepts no abbreviated
+    option."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
@@ -94,7 +96,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_ranges(config: Any) -> None:
-    """Refuse a config with a number outside the range in its field's type; None passes, tuples are checked entry by entry."""
+    """Refuse a config with a number outside the range in its field's type; None passes, tuples are checked
+    entry by entry."""
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
         accepted = _range_of(kind)
         value = getattr(config, name)
@@ -122,8 +125,8 @@ def _range_of(kind: Any) -> Range | None:
 def parse_config(presets: dict[str, Config], description: str, argv: list[str] | None = None) -> Config:
     """The preset's dataclass with the command line on top, its numbers within their ranges.
 
-    Raises UserError for an unknown option (with the nearest known one), an unreadable value or a value out of range.
-    """
+    Raises UserError for an unknown option (with the nearest known one), an unreadable value or a value out of
+    range."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--") else [a])]
     chosen = next((b for a, b in zip(argv, [*argv[1:], ""], strict=False) if a == "--preset"), "demo")

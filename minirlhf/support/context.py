@@ -30,10 +30,9 @@ def fit(
 ) -> Fitted | None:
     """The ids of the texts, or None where the prompt leaves no room for one token of them.
 
-    Prompt and text are encoded apart, so that the prompt's ids are a prefix.  What exceeds the context is cut on the
-    right, <eot> with it.  With `too_long` "cut" the prompt loses its beginning instead, as far as that lets the longest
-    text fit; with "error" a prompt that leaves no room is a UserError.
-    """
+    Prompt and text are encoded apart, so that the prompt's ids are a prefix.  What exceeds the context is cut
+    on the right, <eot> with it.  With `too_long` "cut" the prompt loses its beginning instead, as far as that
+    lets the longest text fit; with "error" a prompt that leaves no room is a UserError."""
     bodies = [[*tok.encode(text), *[tok.eot] * eos] for text in texts]
     whole = [tok.bos, *tok.encode(prompt)]
     room = max(1, context - max(map(len, bodies))) if too_long == "cut" else context - 1

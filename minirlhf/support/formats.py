@@ -8,11 +8,10 @@
     rated        {prompt?, response or text, rating or ratings, scale?, genre?}
     prompt       {prompt}
 
-`ratings` is a list, or an object {rater: score}.  `votes` holds counts {a, b, tie}, or it is a list or an object
-{rater: "a", "b" or "tie"}.  In a list the places are people: the first entry of every row is from one rater.
-A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF.
-A column whose value is null counts as absent.
-"""
+`ratings` is a list, or an object {rater: score}.  `votes` holds counts {a, b, tie}, or it is a list or an
+object {rater: "a", "b" or "tie"}.  In a list the places are people: the first entry of every row is from one
+rater. A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF. A
+column whose value is null counts as absent."""
 
 from __future__ import annotations
 
@@ -56,7 +55,8 @@ def check(ok: object, message: str) -> None:
 
 
 def transcript(messages: Sequence[dict], answer: bool) -> str:
-    """The text of {role, content} messages in the layout of HH-RLHF, without the header of an opening assistant turn.
+    """The text of {role, content} messages in the layout of HH-RLHF, without the header of an opening
+    assistant turn.
 
     With `answer` it ends with the header of an assistant turn that is still to come.
     """
@@ -161,9 +161,8 @@ def _reason(error: Exception) -> str:
 def files_of(path: Path) -> tuple[list[Path], list[str]]:
     """(the files of a source, the names in a folder that are no such files).
 
-    A source is a file, a folder (its files by name, without those that begin with a dot), or a pipe of JSON lines.
-    Raises UserError for everything else.
-    """
+    A source is a file, a folder (its files by name, without those that begin with a dot), or a pipe of JSON
+    lines. Raises UserError for everything else."""
     try:
         mode = path.stat().st_mode
         inside = sorted(path.iterdir()) if stat.S_ISDIR(mode) else []
@@ -190,7 +189,8 @@ def files_of(path: Path) -> tuple[list[Path], list[str]]:
 
 
 def _is_stream(path: Path, mode: int) -> bool:
-    """Is it a pipe or a socket, or a file under the name /dev/stdin (`< file`) or /dev/fd/N?  None has a suffix."""
+    """Is it a pipe or a socket, or a file under the name /dev/stdin (`< file`) or /dev/fd/N?  None has a
+    suffix."""
     return not stat.S_ISREG(mode) or str(path).startswith(("/dev/", "/proc/"))
 
 
@@ -211,7 +211,8 @@ def lines_of(file: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
 
 
 def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, in blocks; at most `limit` of them where the file's size does not tell."""
+    """The bytes of a file, decompressed, in blocks; at most `limit` of them where the file's size does not
+    tell."""
     about, total = os.fstat(raw.fileno()), 0
     zipped = file.name.endswith(".gz")
     if not file.name.endswith(SUFFIXES):
@@ -280,7 +281,8 @@ class Row:
         return self.text(field) if field in self else ""
 
     def by_rater(self, field: str) -> tuple[tuple[str, ...], Any]:
-        """(raters, their values) of a column {rater: value} without its nulls; ((), the column) if it is none."""
+        """(raters, their values) of a column {rater: value} without its nulls; ((), the column) if it is
+        none."""
         value = self[field]
         if not isinstance(value, dict):
             return (), value
@@ -308,7 +310,8 @@ def _are_numbers(values: object) -> bool:
 
 
 def parse(line: bytes, plain: bool, scale: Scale | None = None) -> tuple[str, Fields, list[str]]:
-    """(kind, fields of the record, remarks about what is not used) of one line of a .jsonl or (`plain`) a .txt file.
+    """(kind, fields of the record, remarks about what is not used) of one line of a .jsonl or (`plain`) a
+    .txt file.
 
     `scale` is that of ratings which record none.  Raises UserError("field: reason").
     """

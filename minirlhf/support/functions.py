@@ -30,7 +30,8 @@ def find(name: str) -> Reward:
 
 
 def call(function: Reward, prompts: list[str], responses: list[str], name: str = "") -> list[float]:
-    """The function's rewards, checked: one finite number per response, else a UserError that names function and row.
+    """The function's rewards, checked: one finite number per response, else a UserError that names function
+    and row.
 
     The function gets copies: what it does to its arguments, now or later, changes nothing here.
     """

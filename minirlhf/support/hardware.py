@@ -1,8 +1,8 @@
 """The machine: device, ranks, precision, seeds and memory.
 
-Distributed runs (`torchrun`) replicate the model and sum gradients.  Every loss in this project is a sum over tokens divided
-by the number of tokens in the whole batch, over all ranks, so summing is all there is to do [D17].
-"""
+Distributed runs (`torchrun`) replicate the model and sum gradients.  Every loss in this project is a sum over
+tokens divided by the number of tokens in the whole batch, over all ranks, so summing is all there is to do
+[D17]."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def setup_machine() -> Machine:
 def seed_everything(*parts: int) -> None:
     """Seed all generators from numbers such as (seed, step, rank).
 
-    Done at each step, it makes that step's randomness a function of these numbers, so that no generator's state has to be
-    saved for an exact resume [D21].
-    """
+    Done at each step, it makes that step's randomness a function of these numbers, so that no generator's
+    state has to be saved for an exact resume [D21]."""
     state = np.random.SeedSequence(parts).generate_state(2)
     random.seed(int(state[0]))
     np.random.seed(state[0])
@@ -86,7 +85,8 @@ def seed_everything(*parts: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep large freed blocks: new pages for each logits tensor cost more than the arithmetic on it (1.5 x)."""
+    """Let glibc keep large freed blocks: new pages for each logits tensor cost more than the arithmetic on it
+    (1.5 x)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # TypeError: Windows
         mallopt = ctypes.CDLL(None).mallopt
         M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -96,7 +96,8 @@ def keep_freed_memory() -> None:
 
 
 def trim_freed_memory(step: int, every: int = 50) -> None:
-    """Every so many steps, give back what no longer fits anything: batches of many widths leave holes in the kept memory."""
+    """Every so many steps, give back what no longer fits anything: batches of many widths leave holes in the
+    kept memory."""
     if step % every == 0 and not torch.cuda.is_available():
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).malloc_trim(0)

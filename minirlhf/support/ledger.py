@@ -1,8 +1,8 @@
 """What became of every row, in words.
 
-A ledger is a Counter with these keys: "rows" (all of them), "used", "dropped: why" (nothing can be learnt from the row),
-"skipped: why" (it could not be read) and "left: where" (another split, genre or part).  Used, dropped, skipped and left
-rows add up to "rows".  "cut: what" counts rows that are used, and were shortened.
+A ledger is a Counter with these keys: "rows" (all of them), "used", "dropped: why" (nothing can be learnt
+from the row), "skipped: why" (it could not be read) and "left: where" (another split, genre or part).  Used,
+dropped, skipped and left rows add up to "rows".  "cut: what" counts rows that are used, and were shortened.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ REMEDIES = {
 
 
 def account(ledger: Counter[str]) -> str:
-    """One line: "8,500 rows: 8,388 used (12 cut: the end of the text), 100 dropped (thumbs down), 12 skipped (...)".
+    """One line: "8,500 rows: 8,388 used (12 cut: the end of the text), 100 dropped (thumbs down), 12 skipped
+    (...)".
 
     Rows that a ledger says nothing of are "kept": load() counts so far, encoding goes on from there.
     """

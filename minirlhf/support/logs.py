@@ -13,10 +13,12 @@ from minirlhf.support.files import write_atomically
 
 
 class MetricLogger:
-    """OUT/metrics.jsonl, one JSON object per step; OUT/samples.jsonl and TensorBoard if asked.  Rank 0 alone writes."""
+    """OUT/metrics.jsonl, one JSON object per step; OUT/samples.jsonl and TensorBoard if asked.  Rank 0 alone
+    writes."""
 
     def __init__(self, out: Path, rank: int, tensorboard: bool, keep_until: int):
-        """keep_until: lines of later steps belong to work that a resumed run does again, and are dropped [D21].
+        """keep_until: lines of later steps belong to work that a resumed run does again, and are dropped
+        [D21].
 
         The files are replaced, never cut in place: killed at any moment, a run keeps its history.
         """
@@ -56,7 +58,8 @@ class MetricLogger:
 
 
 def lines_until(path: Path, step: int) -> list[str]:
-    """The whole lines of a .jsonl file whose step is not larger; a line that a crash tore, or damage, is left out."""
+    """The whole lines of a .jsonl file whose step is not larger; a line that a crash tore, or damage, is left
+    out."""
     kept = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.split("\n")[

@@ -1,19 +1,20 @@
-"""Batches of texts of different lengths, computed without their padding.  A reader of model.py may skip this file.
+"""Batches of texts of different lengths, computed without their padding.  A reader of model.py may skip this
+file.
 
 Of a padded batch [B, T], linear layers see the N real tokens alone, as [N, C].  Attention needs rows and sees
-[rows, width]: every text starts at column 0, where causality hides the padding behind it.  On a CPU, short texts
-share rows, and a mask keeps them apart.  `lay_out` decides this; its Layout moves tensors between the shapes:
+[rows, width]: every text starts at column 0, where causality hides the padding behind it.  On a CPU, short
+texts share rows, and a mask keeps them apart.  `lay_out` decides this; its Layout moves tensors between the
+shapes:
 
     batch [B, T, ...]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
                        <--restore--
 
-To compute indices from a mask on a GPU, the host would have to wait until the GPU has done all work it was given.
-So the mask is copied to the host once per forward pass (or is there already), all indices are computed there, and
-they are sent to the GPU without waiting.
+To compute indices from a mask on a GPU, the host would have to wait until the GPU has done all work it was
+given. So the mask is copied to the host once per forward pass (or is there already), all indices are computed
+there, and they are sent to the GPU without waiting.
 
-The second half holds what else makes a small model fast on a CPU: attention as plain products, dropout from random
-bytes, and a transposed product for large vocabularies.
-"""
+The second half holds what else makes a small model fast on a CPU: attention as plain products, dropout from
+random bytes, and a transposed product for large vocabularies."""
 
 from __future__ import annotations
 
@@ -49,8 +50,8 @@ class Layout:
     # [M] flat index of each token in the padded batch (None: it has no padding), and in attention's rows.
     source: Tensor | None
     place: Tensor | None
-    # [K] flat index in the padded batch of each result (None: all of a batch without padding); [K or more] which of
-    # the tokens these are (None: all).
+    # [K] flat index in the padded batch of each result (None: all of a batch without padding); [K or more]
+    # which of the tokens these are (None: all).
     target: Tensor | None
     wanted: Tensor | None
     lengths: Tensor | None  # [B] new tokens of each text; None: `width` everywhere
@@ -95,9 +96,8 @@ def lay_out(
 ) -> Layout:
     """The layout of a batch of this shape [B, T] on `device`.
 
-    mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, the kinds of
-    blocks that the model has.
-    """
+    mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, the
+    kinds of blocks that the model has."""
     batch, width = shape
     past = 0 if cache is None else cache.longest
     mask = None if mask is None else mask.cpu()
@@ -164,9 +164,8 @@ def _attention_mask(
 ) -> Tensor | None:
     """Which keys a query may see, [rows or 1, width or 1, keys]: bool, or for short texts 0 and -inf.
 
-    None: all keys, or all up to the query in a causal block.  owner [rows, width]: the text that each token belongs
-    to, where texts share rows.
-    """
+    None: all keys, or all up to the query in a causal block.  owner [rows, width]: the text that each token
+    belongs to, where texts share rows."""
     column = torch.arange(past + width, device=device)
     short = is_short(device, width, past + width)
     mask = None
@@ -188,15 +187,16 @@ def _attention_mask(
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only [D6]: [0,0,1,1,1] -> [0,0,0,1,2].  mask [B, T] -> [B, T] int64."""
+    """Positions that count real tokens only [D6]: [0,0,1,1,1] -> [0,0,0,1,2].  mask [B, T] -> [B, T]
+    int64."""
     return mask.long().cumsum(1) - mask.long()
 
 
 def fill_up(index: Tensor) -> Tensor:
     """index [N] -> [M]: the first entry is repeated at the end, up to a multiple of N / 16 to N / 32.
 
-    Tensors of a new size in every batch would fragment the heap.  It costs 3 % on average; nobody reads the results.
-    """
+    Tensors of a new size in every batch would fragment the heap.  It costs 3 % on average; nobody reads the
+    results."""
     step = 1 << max(0, len(index).bit_length() - 5)
     return torch.cat([index, index[:1].expand(-len(index) % step)])
 
@@ -242,7 +242,8 @@ def is_short(device: torch.device, queries: int, keys: int) -> bool:
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """model.attend by plain products, with a mask of 0 and -inf.  Heads that share keys are rows of one product."""
+    """model.attend by plain products, with a mask of 0 and -inf.  Heads that share keys are rows of one
+    product."""
     H, B, T, D = q.shape
     G, K = len(k), k.shape[2]
     q = q.view(G, H // G, B, T, D).transpose(1, 2).reshape(G * B, H // G * T, D)
@@ -270,7 +271,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., C] @ weight [V, C].T; few rows on a CPU are multiplied the other way round, which is faster there."""
+    """x [..., C] @ weight [V, C].T; few rows on a CPU are multiplied the other way round, which is faster
+    there."""
     plain = x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     if plain and x.dim() == 2 and len(x) <= MAX_ROWS_TRANSPOSED:
         return (weight @ x.T).T

@@ -27,7 +27,8 @@ LINKED = (
 
 
 def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool = False) -> Path:
-    """Make OUT/step-XXXXXX of what write(folder) writes, flip `best` and `latest`, remove the other steps -> the folder.
+    """Make OUT/step-XXXXXX of what write(folder) writes, flip `best` and `latest`, remove the other steps ->
+    the folder.
 
     Raises UserError, and leaves all as it was, where the disk is full or the folder cannot be written.
     """
@@ -81,7 +82,8 @@ def _replace(out: Path, name: str, new: Path) -> None:
 
 
 def _step_of(out: Path, link: str) -> str:
-    """'step-000120' for a link that leads to that folder, or to a stand-in for it such as .step-000120.1a2b3c4d.old."""
+    """'step-000120' for a link that leads to that folder, or to a stand-in for it such as
+    .step-000120.1a2b3c4d.old."""
     return (out / link).resolve().name.removeprefix(".").partition(".")[0]
 
 
