@@ -32,7 +32,6 @@ from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Share, ShareBelow1
-from minirlhf.support.hardware import seed_everything
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -208,7 +207,7 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
     shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
     model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
     for k, member in enumerate(model.members):
-        seed_everything(config.seed + k)
+        run.seed(0, k)
         member.reset_head()
         member.backbone.load_state_dict(backbone.state_dict())
         if mean_rating is not None:  # start at the average rating, so that only differences are left to learn
@@ -357,7 +356,7 @@ def main() -> None:
     lengths = [len(item.ids) for item in training.items]
     for k in range(config.members):
         for epoch in range(config.epochs):
-            order = data.batches(len(lengths), config.batch, config.seed + k, epoch, lengths)
+            order = data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=k)
             schedule += [(k, picks) for picks in order]
     per_member = len(schedule) // config.members
     rated = source.kind == "rated"
@@ -428,7 +427,7 @@ def main() -> None:
 
     # The report on test texts, on the raters' own scale; then the transform that PPO will see [D14].
     predictions = score_items(run, model.members, held_out["test"], tokenizer.pad)
-    seed_everything(config.seed, len(schedule))  # whether the last step was run or resumed from [D21]
+    run.seed(len(schedule) + 1)  # whether the last step was run or resumed from [D21]
     if samples_from is not None:
         normalise_scores(config, run, model, tokenizer, *samples_from, normalise)
     if run.rank == 0:

@@ -288,13 +288,13 @@ def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", width:
 
 
 def batches(
-    n: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None
+    n: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None, stream: int = 0
 ) -> list[list[int]]:
     """The indices below n, each once, in batches; the last one may be short.  With `lengths`: of like length.
 
-    The order depends on (seed, epoch) alone, so that a run resumes from a step number [D21].
+    The order depends on (seed, epoch, stream) alone, so that a run resumes from a step number [D21].
     """
-    rng = np.random.default_rng([seed, epoch])
+    rng = np.random.default_rng([seed, epoch, stream])
     order = rng.permutation(n)
     if lengths is not None:  # sorted only within windows of 16 batches: chance still decides who meets whom
         order = order[np.lexsort([np.asarray(lengths)[order], np.arange(n) // (16 * batch_size)])]

@@ -39,6 +39,8 @@ from minirlhf.support.hardware import (
 )
 from minirlhf.support.logs import MetricLogger
 
+STREAMS = {"sft": 1, "rm": 2, "ppo": 3}  # a stage's own random numbers
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -103,7 +105,7 @@ class Run:
         self.times: dict[str, float] = {}  # of the running step, by metric name
         self.current_phase, self.phase_began = None, 0.0
         self.stop_signal = 0
-        seed_everything(config.seed)
+        self.seed(0)
 
     # --------------------------------------------------------------------------------------------- the folder
 
@@ -238,7 +240,7 @@ class Run:
         try:
             for step in self.bar:
                 self.times = {}
-                self.seed_step(step)
+                self.seed(step + 1, self.rank)
                 yield step
                 trim_freed_memory(step + 1)
         finally:
@@ -247,17 +249,20 @@ class Run:
             for s, handler in before.items():
                 signal.signal(s, handler)
 
-    def seed_step(self, step: int) -> None:
-        """Make this step's randomness a function of (seed, step, rank) [D21]."""
-        seed_everything(self.config.seed, step, self.rank)
+    def seed(self, *parts: int) -> None:
+        """Seed all generators from (seed, stage, parts): 0 before the first step, (step + 1, rank) in a step [D21].
+
+        The stage is among them, so that no two stages draw the same numbers.
+        """
+        seed_everything(self.config.seed, STREAMS[self.stage], *parts)
 
     def same_on_all_ranks(self, draw: Callable, step: int, *args: Any) -> Any:
         """draw(*args), a random choice that must not depend on the rank."""
         if self.rank:
-            seed_everything(self.config.seed, step, 0)
+            self.seed(step + 1, 0)
         drawn = draw(*args)
         if self.rank:
-            self.seed_step(step)
+            self.seed(step + 1, self.rank)
         return drawn
 
     def phase(self, name: str | None) -> None:
