@@ -180,7 +180,7 @@ def load_training(config: Config, run: Run, source: data.Dataset, tokenizer: Tok
     ledger = Counter()
     items = data.encode_judged(tokenizer, records, context, config.too_long, ledger)
     run.account(f"train (part {config.part})", ledger)
-    lowered = [data.encode_pair(tokenizer, lower(item.record), context) for item in items]
+    lowered = [data.encode_pair(tokenizer, lower(item.record), context, config.too_long) for item in items]
     return Training(items, lowered, found)
 
 
