@@ -3,7 +3,8 @@
     python -m minirlhf.data inspect vader|toy|PATH [--tokenizer CHECKPOINT] [--skip-bad]
 
 PATH is a .jsonl, .jsonl.gz or .txt file or a folder of them; the keys of a row tell what it is.  See
-docs/data.md, and minirlhf/support/formats.py, which reads the files."""
+docs/data.md, and minirlhf/support/formats.py, which reads the rows.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +21,10 @@ import numpy as np
 import torch
 
 from minirlhf import UserError
-from minirlhf.support import formats
 from minirlhf.support import ledger as ledgers
+from minirlhf.support import sources
 from minirlhf.support.context import TooLong, fit, fit_prompt
+from minirlhf.support.formats import Scale
 from minirlhf.support.formats import transcript as transcript
 from minirlhf.support.ledger import account as account
 
@@ -101,13 +103,13 @@ class Dataset:
     sha256: str  # of the content, decompressed
     ledger: Counter[str]
     skipped: Sequence[str] = ()  # what was wrong with the first rows that were skipped
-    note: str = ""
+    note: str = ""  # who rated, and on which scale
     remarks: Sequence[str] = ()  # columns and files that are not used
 
     def describe(self) -> str:
-        """One line: what was detected, and what of the source is not used."""
-        remarks = "".join(f"; {remark}" for remark in self.remarks)
-        return f"{self.name}: {len(self.records):,} {self.kind} rows{self.note}{remarks}; sha256 {self.sha256[:12]}"
+        """One line: what was detected, and what of the source is not used; account() says the rest."""
+        found = f"{self.name}: {len(self.records):,} {self.kind} rows{self.note}"
+        return "; ".join([found, *self.remarks, f"sha256 {self.sha256[:12]}"])
 
     def genres_among(self, wanted: Sequence[str]) -> Sequence[str] | None:
         """`wanted` where the rows have genres at all, else None: no choice to make."""
@@ -120,12 +122,12 @@ class Dataset:
         """
         found = self
         if genres is not None:
-            found = found._where("genre", genres, [getattr(r, "genre", "") for r in self.records])
+            found = found._only("genre", genres, [getattr(r, "genre", "") for r in self.records])
         if split is not None:
-            found = found._where("split", [split], [split_of(*as_example(r)) for r in found.records])
+            found = found._only("split", [split], [split_of(*as_example(r)) for r in found.records])
         return found
 
-    def _where(self, what: str, wanted: Sequence[str], values: list[str]) -> Dataset:
+    def _only(self, what: str, wanted: Sequence[str], values: list[str]) -> Dataset:
         kept = [r for r, value in zip(self.records, values, strict=True) if value in wanted]
         if not kept:
             raise UserError(f"{self.name}: {ledgers.why_empty(Counter(values), what, ' or '.join(wanted))}")
@@ -133,28 +135,18 @@ class Dataset:
         return replace(self, records=kept, ledger=self.ledger + left)
 
 
-def load(source: str | Path, skip_bad=False, scale: formats.Scale | None = None, data_dir=None) -> Dataset:
+def load(source: str | Path, skip_bad=False, scale: Scale | None = None, data_dir=None) -> Dataset:
     """Read 'vader', 'toy', a file, a folder or a pipe.
 
     `skip_bad` counts bad rows and goes on; `scale` is that of ratings that record none; `data_dir` is the
-    folder that keeps 'vader'.  Raises UserError('file:line: field: reason')."""
+    folder that keeps 'vader'.  Raises UserError('file:line: field: reason').
+    """
     if source in BUILT_IN:
         module, function = BUILT_IN[source].split(":")
         return getattr(importlib.import_module(module), function)(data_dir)
-    found = formats.read(source, skip_bad, scale)
-    kind_of_record = Preference if found.kind == "preference" else Response
-    records = [kind_of_record(**row) for row in found.rows]
-    return Dataset(
-        found.name,
-        found.kind,
-        records,
-        found.sources,
-        found.sha256,
-        found.ledger,
-        found.skipped,
-        found.note,
-        found.remarks,
-    )
+    rows, about = sources.read(source, skip_bad, scale)
+    kind_of_record = Preference if about["kind"] == "preference" else Response
+    return Dataset(records=[kind_of_record(**row) for row in rows], **about)
 
 
 # ---------------------------------------------------------------- token ids
@@ -239,25 +231,23 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Prompts in ids, each opened by the <bos> that opens every training text; the ledger counts all records.
 
-    A prompt is a record's own, or the first `prompt_tokens` tokens of a longer text without one.  It may have
-    `room` ids, <bos> included: what the context leaves beside the response.  Raises UserError where nothing
-    is left."""
+    A prompt is a record's own, or the first `prompt_tokens` tokens of a longer text without one.  `room` is
+    how many ids it may have, <bos> included, beside the response.  Raises UserError where nothing is left.
+    """
     found, counts = [], Counter()
     for record in records:
         own, text = as_example(record)
         ids = [tok.bos, *tok.encode(own or text)]
-        if not own and len(ids) <= prompt_tokens + 1:
-            counts[f"dropped: texts of at most {prompt_tokens} tokens"] += 1
-            continue
-        cuts = [] if own else [f"cut: texts to their first {prompt_tokens} tokens"]
-        ids = ids if own else ids[: prompt_tokens + 1]
-        prompt = fit_prompt(ids, room, too_long, record.where or repr((own or text)[:30]))
-        if prompt is None:
+        whole = ids if own else ids[: prompt_tokens + 1]
+        if not own and whole == ids:
+            counts["dropped: texts that are too short to cut a prompt from"] += 1
+        elif (prompt := fit_prompt(whole, room, too_long, record.where)) is None:
             counts["dropped: prompt leaves no room for the response"] += 1
-            continue
-        cuts += ["cut: the beginning of the prompt"] * (len(prompt) < len(ids))
-        found.append(prompt)
-        counts.update(["used", *cuts])
+        else:
+            found.append(prompt)
+            counts["used"] += 1
+            counts[f"cut: texts to their first {prompt_tokens} tokens"] += not own
+            counts["cut: the beginning of the prompt"] += len(prompt) < len(whole)
     ledgers.enter(counts, ledger, "no prompt")
     return found
 

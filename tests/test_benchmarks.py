@@ -48,7 +48,7 @@ def test_the_work_of_ppo(tmp_path, metrics):
     tokenizer = Tokenizer.load(tmp_path / "sft")
     assert tokenizer.vocab_size == 600
     source = data.load(str(tmp_path / "texts.jsonl"), False)
-    prompts = data.prompts_of(source.select("val").records, tokenizer, 15)
+    prompts = data.encode_prompts(tokenizer, source.select("val").records, 15, 99)
     assert len(prompts) > 100 and {len(p) for p in prompts} == {16}
     job = {
         "work": TINY,

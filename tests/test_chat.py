@@ -94,7 +94,7 @@ def test_a_dialogue_is_laid_out_as_the_stages_were_trained(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
     found = data.load(str(tmp_path / "d.jsonl"))
     tokenizer = tokenizer_of()
-    assert [chat.prompt_ids(tokenizer, "dialogue", messages)] == data.prompts_of(found.records, tokenizer, 4)
+    assert [chat.prompt_ids(tokenizer, "dialogue", messages)] == data.encode_prompts(tokenizer, found.records, 4, 99)
     assert chat.prompt_ids(tokenizer, "text", messages) == [START, *b"So?"]
 
 

@@ -57,15 +57,12 @@ def sample(args: argparse.Namespace) -> None:
     source = data.load(args.prompts, data_dir=args.data_dir)
     if args.prompts in ("vader", "toy"):  # PPO's own prompts; test texts are for the last word
         source = source.select("val", source.genres_among(["movies"]))
-    prompts = [
-        list(ids)
-        for ids in dict.fromkeys(map(tuple, data.prompts_of(source.records, tokenizer, args.prompt_tokens)))
-    ]
+    ledger = source.ledger.copy()
+    room = about["model"]["context"] - setting["response_tokens"]
+    found = data.encode_prompts(tokenizer, source.records, args.prompt_tokens, room, ledger=ledger)
+    prompts = [list(ids) for ids in dict.fromkeys(map(tuple, found))]
     prompts = [prompts[i] for i in data.cursor(len(prompts), min(args.limit, len(prompts)), args.seed, 0)]
-    longest = max(map(len, prompts)) + setting["response_tokens"]
-    if longest > about["model"]["context"]:
-        raise UserError(f"{args.prompts}: prompt and response reach {longest} tokens, over the model's context of "
-                        f"{about['model']['context']}: lower --response-tokens or shorten the prompts")  # fmt: skip
+    print(f"prompts: {data.account(ledger)}")
     store = Store(args.store, create=True, seed=args.seed)
 
     model, responses = (

@@ -1,4 +1,4 @@
-"""The built-in dataset `toy`: 400 sentences of a small grammar with SIMULATED ratings, for tests and smoke runs."""
+"""The built-in dataset `toy`: 400 sentences of a small grammar, with SIMULATED ratings, for smoke runs."""
 
 import hashlib
 import random
@@ -15,7 +15,7 @@ TAILS = {", I smiled.": 0.8, ", I fell asleep.": -0.8}
 
 
 def load(data_dir: str | Path | None = None) -> Dataset:
-    """The dataset: each sentence with five simulated ratings, from -4 to 4.  It needs no network and no folder."""
+    """The dataset: each sentence has five simulated ratings, from -4 to 4.  `data_dir` is not used."""
     rng, records = random.Random(0), []
     for noun, adverb, word, tail in product(NOUNS, ADVERBS, VALENCES, TAILS):
         scores = [rng.gauss(ADVERBS[adverb] * VALENCES[word] + TAILS[tail], 0.8) for _ in range(5)]

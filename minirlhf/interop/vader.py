@@ -1,8 +1,8 @@
-"""The built-in dataset `vader`: what people said of 31,000 sentences and words, from a package's source distribution.
+"""The built-in dataset `vader`: human ratings of 31,000 sentences and words, out of a package's sources.
 
-The ratings are those of Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
-Media Text" (ICWSM 2014; MIT licence).  pip fetches them by pinned version and sha256; named members are read in
-memory, and the cleaned rows are cached.
+The ratings are those of Hutto & Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
+Social Media Text" (ICWSM 2014; MIT licence).  pip fetches them by pinned version and sha256; named members
+are read in memory, and the cleaned rows are cached.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ PIP_SECONDS = 300
 GENRES = {"movies": "movieReviewSnippets", "products": "amazonReviewSnippets", "tweets": "tweets"}
 GENRES |= {"editorials": "nytEditorialSnippets"}  # genre -> files; a fifth genre, "words", is the lexicon
 CACHE_FORMAT = 2  # raise it whenever the cached rows change
-REASONS = {"mismatched": "one id, two texts", "duplicate": "duplicate texts"}  # of the cache -> of the ledger
+REASONS = {
+    "mismatched": "two texts under one id",
+    "duplicate": "duplicate texts",
+}  # of the cache -> of the ledger
 
 Rows = list[tuple[str, list[int], str]]  # text, ratings, genre
 
@@ -83,7 +86,7 @@ def _write(cache: Path, rows: Rows, dropped: dict[str, int]) -> tuple[dict, byte
 
 
 def _sdist(folder: Path) -> bytes:
-    """The source distribution, put into `folder` by hand or fetched by pip; its hash is verified before its use."""
+    """The source distribution, from `folder` or fetched by pip.  Its hash is verified before its use."""
     with tempfile.TemporaryDirectory() as temporary:
         path, reason = folder / SDIST, ""
         if not path.exists():
@@ -113,7 +116,7 @@ def _download(folder: Path) -> str:
 def _tables(sdist: bytes) -> dict[str, list[list[str]]]:
     """The tables we need, name -> rows of cells.
 
-    They are read in memory, by full name, and nothing is unpacked: no path, link or device in an archive can do harm.
+    They are read in memory, by full name, and nothing is unpacked: no path or link in an archive can do harm.
     """
     outer = ["additional_resources/hutto_ICWSM_2014.tar.gz", "vaderSentiment/vader_lexicon.txt"]
     stems = product(GENRES.values(), ("GroundTruth", "anonDataRatings"))
@@ -158,5 +161,8 @@ def _rows(tables: dict[str, list[list[str]]]) -> tuple[Rows, dict[str, int]]:
 
 
 def clean(text: str) -> str:
-    """'' -> " (of \'\'\' the last two), HTML entities undone (some were escaped twice), white space collapsed."""
+    """The text with quotation marks for '' (of three ' the last two), without HTML entities and spare spaces.
+
+    Some entities were escaped twice.
+    """
     return " ".join(re.sub(r"''(?!')", '"', html.unescape(html.unescape(text))).split())

@@ -32,7 +32,8 @@ def fit(
 
     Prompt and text are encoded apart, so that the prompt's ids are a prefix.  What exceeds the context is cut
     on the right, <eot> with it.  With `too_long` "cut" the prompt loses its beginning instead, as far as that
-    lets the longest text fit; with "error" a prompt that leaves no room is a UserError."""
+    lets the longest text fit; with "error" a prompt that leaves no room is a UserError.
+    """
     bodies = [[*tok.encode(text), *[tok.eot] * eos] for text in texts]
     whole = [tok.bos, *tok.encode(prompt)]
     room = max(1, context - max(map(len, bodies))) if too_long == "cut" else context - 1
@@ -53,7 +54,7 @@ def fit_prompt(ids: list[int], room: int, too_long: TooLong, where: str) -> list
         return ids
     if too_long == "error":
         raise UserError(
-            f"{where}: prompt: {len(ids)} tokens with <bos>, where the context has room for {room}: shorten the "
-            "prompt, use --too-long drop or --too-long cut, or a model with a longer --context"
+            f"{where or 'a row'}: prompt: {len(ids)} tokens with <bos>, where the context has room for "
+            f"{max(room, 0)}: shorten it, use --too-long drop or cut, or a model with a longer --context"
         )
     return None if too_long == "drop" or room < 1 else [ids[0], *ids[len(ids) - room + 1 :]]

@@ -1,4 +1,4 @@
-"""Files to rows: the files of a source, their lines, and what the keys of a row say that it is.
+"""Lines to rows: what the keys of a row say that it is.
 
     kind         keys of a row
     text         {text, genre?}, or each line of a .txt file
@@ -10,40 +10,26 @@
 
 `ratings` is a list, or an object {rater: score}.  `votes` holds counts {a, b, tie}, or it is a list or an
 object {rater: "a", "b" or "tie"}.  In a list the places are people: the first entry of every row is from one
-rater. A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF. A
-column whose value is null counts as absent."""
+rater.  A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF.
+A column whose value is null counts as absent.
+"""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 import os
 import re
-import stat
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from io import BufferedReader
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from minirlhf import UserError
-from minirlhf.support.ledger import account
 
+Scale = tuple[float, float]
+Fields = dict[str, Any]  # of a Response or a Preference in data.py
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 TURN = "\n\nAssistant:"  # ends a transcript's prompt; the completion keeps its leading space
 VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each vote is worth to the first text
-Scale = tuple[float, float]
-Fields = dict[str, Any]  # of a Response or a Preference in data.py
-USUAL_SCALES = ((1, 5), (0, 4), (-4, 4))
-MAX_MESSAGES = 100  # about skipped rows
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
-BLOCK = 1 << 20  # bytes per read
-# A small .gz file can hold terabytes.  Text shrinks 3 to 20 times; what grows 200 times and more is refused.
-MAX_BYTES, FREE_BYTES, MAX_RATIO = 2 << 30, 64 << 20, 200
-# Columns that hold content in one format or another: where a row has one that is not read, load() says so.
+# Columns that hold content in one format or another.  Where a row has one that is not read, a remark says so.
 CONTENT = {"answer", "chosen", "completion", "content", "input", "instruction", "label", "messages", "output"}
 CONTENT |= {"prompt", "question", "rating", "ratings", "rejected", "response", "response_a", "response_b"}
 CONTENT |= {"summary", "target", "text", "votes"}
@@ -55,193 +41,12 @@ def check(ok: object, message: str) -> None:
 
 
 def transcript(messages: Sequence[dict], answer: bool) -> str:
-    """The text of {role, content} messages in the layout of HH-RLHF, without the header of an opening
-    assistant turn.
+    """The text of {role, content} messages in the layout of HH-RLHF.
 
-    With `answer` it ends with the header of an assistant turn that is still to come.
+    An assistant turn that opens it has no header.  With `answer` the header of a turn to come ends it.
     """
     text = "".join(ROLES[m["role"]] + m["content"] for m in messages)
     return text.removeprefix(TURN) + TURN * answer
-
-
-# ---------------------------------------------------------------- a source as a whole
-
-
-@dataclass
-class Source:
-    """The rows of a file, a folder or a pipe, and what became of those that are left out (see ledger.py)."""
-
-    name: str
-    sources: list[str]
-    kind: str = ""
-    rows: list[Fields] = field(default_factory=list)
-    sha256: str = ""  # of the content, decompressed
-    ledger: Counter[str] = field(default_factory=Counter)
-    skipped: list[str] = field(default_factory=list)  # what was wrong with the first MAX_MESSAGES of them
-    note: str = ""  # the scale of ratings
-    remarks: list[str] = field(default_factory=list)  # columns and files that are not used
-
-
-def read(path: str | Path, skip_bad: bool, scale: Scale | None) -> Source:
-    """All rows of a source, of one kind and on one scale.
-
-    Raises UserError('file:line: field: reason') for a bad row, unless `skip_bad` counts it and goes on.
-    """
-    files, others = files_of(Path(path))
-    found = Source(shown(path), [*map(str, files)])
-    first, digest, remarks = None, hashlib.sha256(), Counter()
-    for file in files:
-        for number, line in lines_of(file, digest):
-            where = f"{shown(file)}:{number}"
-            found.ledger["rows"] += 1
-            try:
-                kind, fields, unused = parse(line, file.name.endswith(".txt"), scale)
-                first = first or (kind, fields.get("scale"))
-                _check_same(kind, fields.get("scale"), *first)
-            except UserError as error:
-                if not skip_bad:
-                    raise UserError(f"{where}: {error}") from None
-                found.ledger["skipped: malformed"] += 1
-                if len(found.skipped) < MAX_MESSAGES:
-                    found.skipped.append(f"{where}: {error}")
-                continue
-            remarks.update(unused)
-            if reason := _says_nothing(fields):
-                found.ledger[f"dropped: {reason}"] += 1
-            else:
-                found.rows.append(fields | {"where": where})
-    first_skipped = [f"the first skipped: {message}" for message in found.skipped[:1]]
-    check(found.rows, "; ".join([f"{found.name}: no usable row: {account(found.ledger)}", *first_skipped]))
-    found.kind, scale = first
-    found.sha256 = digest.hexdigest()
-    found.remarks = [f"{remark} ({n:,} rows)" for remark, n in sorted(remarks.items())]
-    if others:
-        names = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-        found.remarks.append(f"passed over {len(others):,} other files: {names}")
-    if found.kind == "rated":
-        found.note = f" on the scale {scale}" if scale else f" on the scale {_infer_scale(found)} (inferred)"
-    return found
-
-
-def _says_nothing(fields: Fields) -> str | None:
-    """Why a row teaches nothing; None if it does."""
-    if "chosen" in fields:
-        return "identical pairs" if fields["chosen"].strip() == fields["rejected"].strip() else None  # [D15]
-    return None if (fields["prompt"] + fields["response"]).strip() else "empty texts"
-
-
-def _check_same(kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None) -> None:
-    check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source")
-    check(scale == first_scale, f"scale: {scale} after rows with {first_scale}: keep one scale in a source")
-
-
-def _infer_scale(found: Source) -> Scale:
-    """Record the first usual scale that holds all ratings on the rows."""
-    low = min(min(fields["ratings"]) for fields in found.rows)
-    high = max(max(fields["ratings"]) for fields in found.rows)
-    scale = next((s for s in USUAL_SCALES if s[0] <= low and high <= s[1]), None)
-    check(scale, f"{found.name}: rating: {low:g} to {high:g} is no usual scale: record `scale` on the rows")
-    for fields in found.rows:
-        fields["scale"] = scale
-    return scale
-
-
-# ---------------------------------------------------------------- files to lines
-
-
-def shown(path: object) -> str:
-    """A path as it can be printed in one line: control characters and bytes that are no text as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error or type(error).__name__)
-
-
-def files_of(path: Path) -> tuple[list[Path], list[str]]:
-    """(the files of a source, the names in a folder that are no such files).
-
-    A source is a file, a folder (its files by name, without those that begin with a dot), or a pipe of JSON
-    lines. Raises UserError for everything else."""
-    try:
-        mode = path.stat().st_mode
-        inside = sorted(path.iterdir()) if stat.S_ISDIR(mode) else []
-    except FileNotFoundError:
-        raise UserError(f"{shown(path)}: no such file or folder (built in: vader, toy)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
-    known = path.name.endswith(SUFFIXES)
-    if stat.S_ISDIR(mode):
-        inside = [p for p in inside if not p.name.startswith(".")]
-        files = [p for p in inside if p.name.endswith(SUFFIXES) and not p.is_dir()]
-        check(files, f"{shown(path)}: the folder holds no {', '.join(SUFFIXES)} file")
-        return files, [shown(p.name) for p in inside if p not in set(files)]
-    device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
-    check(
-        not device,
-        f"{shown(path)}: a terminal or a device, which holds no rows: pipe them in, or name a file",
-    )
-    check(
-        known or _is_stream(path, mode),
-        f"{shown(path)}: expected {', '.join(SUFFIXES)}, or a folder of them",
-    )
-    return [path], []
-
-
-def _is_stream(path: Path, mode: int) -> bool:
-    """Is it a pipe or a socket, or a file under the name /dev/stdin (`< file`) or /dev/fd/N?  None has a
-    suffix."""
-    return not stat.S_ISREG(mode) or str(path).startswith(("/dev/", "/proc/"))
-
-
-def lines_of(file: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of each line that is not blank; `digest` is updated with all bytes, decompressed.
-
-    Raises UserError for a file that cannot be read, or that decompresses to more than a text would.
-    """
-    try:
-        with open(file, "rb") as raw:
-            for number, line in enumerate(_split(_blocks(file, raw, digest)), 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                if line and not line.isspace():
-                    yield number, line.rstrip(b"\r")
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{shown(file)}: cannot be read: {_reason(error)}") from None
-
-
-def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, in blocks; at most `limit` of them where the file's size does not
-    tell."""
-    about, total = os.fstat(raw.fileno()), 0
-    zipped = file.name.endswith(".gz")
-    if not file.name.endswith(SUFFIXES):
-        zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-    limit = MAX_BYTES
-    if stat.S_ISREG(about.st_mode):
-        limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * about.st_size)) if zipped else about.st_size
-    stream = gzip.GzipFile(fileobj=raw) if zipped else raw
-    while block := stream.read(BLOCK):
-        total += len(block)
-        too_large = f"{shown(file)}: holds more than {limit:,} bytes: unpack or split it, and give that"
-        check(total <= limit, too_large)
-        digest.update(block)
-        yield block
-
-
-def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """All lines of these blocks.  A line may go over many of them."""
-    parts: list[bytes] = []
-    for block in blocks:
-        *whole, rest = block.split(b"\n")
-        if whole:
-            whole[0], parts = b"".join([*parts, whole[0]]), []
-        yield from whole
-        parts.append(rest)
-    yield b"".join(parts)
-
-
-# ---------------------------------------------------------------- lines to rows
 
 
 class Row:
@@ -281,8 +86,7 @@ class Row:
         return self.text(field) if field in self else ""
 
     def by_rater(self, field: str) -> tuple[tuple[str, ...], Any]:
-        """(raters, their values) of a column {rater: value} without its nulls; ((), the column) if it is
-        none."""
+        """(raters, values) of a column {rater: value}, without nulls; ((), the column) if it is none."""
         value = self[field]
         if not isinstance(value, dict):
             return (), value
@@ -310,10 +114,10 @@ def _are_numbers(values: object) -> bool:
 
 
 def parse(line: bytes, plain: bool, scale: Scale | None = None) -> tuple[str, Fields, list[str]]:
-    """(kind, fields of the record, remarks about what is not used) of one line of a .jsonl or (`plain`) a
-    .txt file.
+    """(kind, fields of the record, remarks about what is not used) of one line.
 
-    `scale` is that of ratings which record none.  Raises UserError("field: reason").
+    `plain`: the line is of a .txt file.  `scale` is that of ratings which record none.  Raises
+    UserError("field: reason").
     """
     row, remarks = Row(line, plain), []
     if "chosen" in row or "rejected" in row:

@@ -1,8 +1,8 @@
 """What became of every row, in words.
 
 A ledger is a Counter with these keys: "rows" (all of them), "used", "dropped: why" (nothing can be learnt
-from the row), "skipped: why" (it could not be read) and "left: where" (another split, genre or part).  Used,
-dropped, skipped and left rows add up to "rows".  "cut: what" counts rows that are used, and were shortened.
+from the row), "skipped: why" (it could not be read) and "left: where" (another split or genre).  Used,
+dropped, skipped and left rows add up to "rows".  "cut: what" counts rows that are used, but shortened.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from minirlhf import UserError
 LOSSES = ("dropped", "skipped", "left")
 REMEDIES = {
     "dropped: thumbs down": "SFT learns from thumbs up only",
-    "dropped: nothing to learn": "bare prompts and empty answers hold nothing to learn: give them a `completion`",
+    "dropped: nothing to learn": "they are bare prompts or have empty answers: give them a `completion`",
     "dropped: prompt longer than the context": "use --too-long cut, or a model with a longer --context",
     "dropped: pairs that the cut makes equal": "use a model with a longer --context",
     "dropped: pairs that the tokenizer makes equal": "use a tokenizer that keeps capitals and spaces",
-    "dropped: texts without a prompt that are too short to cut": "lower --prompt-tokens",
-    "dropped: prompt leaves no room for the response": "use --too-long cut, or lower --response-tokens",
+    "dropped: texts that are too short to cut a prompt from": "lower --prompt-tokens",
+    "dropped: prompt leaves no room for the response": "lower --response-tokens, or use --too-long cut",
 }
 
 
 def account(ledger: Counter[str]) -> str:
-    """One line: "8,500 rows: 8,388 used (12 cut: the end of the text), 100 dropped (thumbs down), 12 skipped
-    (...)".
+    """One line: "8,500 rows: 8,388 used (12 cut: the end of the text), 100 dropped (thumbs down), ...".
 
-    Rows that a ledger says nothing of are "kept": load() counts so far, encoding goes on from there.
+    Rows that a ledger says nothing of are "kept": that is what load() knows of them.
     """
     lost = sum(n for key, n in ledger.items() if key.startswith(LOSSES))
     rows = ledger["rows"] or lost + ledger["used"]
@@ -58,7 +57,7 @@ def _reasons(ledger: Counter[str], group: str) -> dict[str, int]:
 def enter(counts: Counter[str], ledger: Counter[str] | None, problem: str) -> None:
     """Add what an encoder counted to a ledger.  Raises UserError, with a remedy, where nothing is used."""
     if ledger is not None:
-        ledger.update(counts)
+        ledger.update(+counts)  # without zeros
     if not counts["used"]:
         reasons = [key for key, _ in counts.most_common() if key in REMEDIES]
         raise UserError(": ".join([f"{problem} in {account(counts)}", *map(REMEDIES.get, reasons[:1])]))
@@ -71,6 +70,6 @@ def why_empty(there: Counter[str], what: str, wanted: str) -> str:
     if what != "split":
         return f"{found}: choose another {what}, or add rows"
     return (
-        f"{found}. A hash of a row's prompt (or of its text, without one) puts it into train, val or test with odds of "
-        "8 to 1 to 1: add rows with other prompts; of 50 different ones, some nearly always fall into each split"
+        f"{found}. A hash of a row's prompt, or of its text without one, puts it into train, val or test, "
+        "8 to 1 to 1: add rows with other prompts (50 different ones nearly always fill each split)"
     )

@@ -1,4 +1,4 @@
-"""What a source of data holds: counts, splits, ratings and agreement, and the first rows as the model would see them.
+"""What a source of data holds: counts, splits, ratings, agreement, and the first rows as a model sees them.
 
 python -m minirlhf.data inspect vader
 python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 128 -n 5
@@ -7,9 +7,12 @@ python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 1
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
 from collections import Counter
 
+from minirlhf import UserError
 from minirlhf.data import (
     Record,
     Response,
@@ -23,45 +26,37 @@ from minirlhf.data import (
 from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.support import formats
 from minirlhf.support.cli import Count, CountOr0, Parser, number, run_script
+from minirlhf.support.sources import shown
 from minirlhf.tokenizer import Tokenizer
 
-MAX_LEVELS = 25  # more whole numbers on a scale are shown in BINS bins
+LEVELS = range(3, 26)  # a scale of so many whole numbers is shown number by number, another one in bins
 BINS = 20
 BAR = 50  # characters
 
 
-def visible(text: str) -> str:
-    """Text in one line, without the power to move the cursor or to recolour the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def histogram(records: list[Response]) -> list[str]:
-    """A line for each whole number on the scale, or for each of its bins: how many items have this mean rating."""
+    """How many items have which mean rating: a line per whole number on the scale, or per bin."""
     low, high = records[0].scale
-    if round(high) - round(low) < MAX_LEVELS:
+    if round(high) - round(low) in LEVELS:
         names = {level: f"{level:4d}" for level in range(round(low), round(high) + 1)}
         counts = Counter(round(r.rating) for r in records)
     else:
         width = (high - low) / BINS
         names = {i: f"{low + i * width:g} to {low + (i + 1) * width:g}" for i in range(BINS)}
         counts = Counter(min(BINS - 1, int((r.rating - low) / width)) for r in records)
-    longest, most = max(map(len, names.values())), max(counts.values())
-    return [
-        f"{name:>{longest}} {counts[level]:7,} {'#' * -(-BAR * counts[level] // most)}"
-        for level, name in names.items()
-    ]
+    column, most = max(map(len, names.values())), max(counts.values())
+    bars = {level: "#" * math.ceil(BAR * counts[level] / most) for level in names}
+    return [f"{name:>{column}} {counts[level]:7,} {bars[level]}" for level, name in names.items()]
 
 
-def ratings(records: list[Response], genre: str) -> list[str]:
-    """How many items and raters, how much they agree, and a histogram."""
+def rating_lines(records: list[Response], genre: str) -> list[str]:
+    """How many items and raters, how much the raters agree, and a histogram."""
     per_item = sum(len(r.ratings) for r in records) / len(records)
-    alpha = "-"  # without two ratings of one item there is no agreement to speak of
-    if any(len(r.ratings) > 1 for r in records):
-        alpha = f"{krippendorff_alpha([list(r.ratings) for r in records], level='interval'):.3f}"
-    agreement = f"agreement (Krippendorff's alpha) {alpha}"
-    return [
-        f"\n{genre or 'ratings'}: {len(records):,} items, {per_item:.1f} raters each, {agreement}"
-    ] + histogram(records)
+    alpha = krippendorff_alpha([r.ratings for r in records], level="interval")
+    agreement = "-" if alpha is None else f"{alpha:.3f}"  # None: one rating per item
+    about = f"{len(records):,} items, {per_item:.1f} raters each"
+    head = f"\n{genre or 'ratings'}: {about}, agreement (Krippendorff's alpha) {agreement}"
+    return [head, *histogram(records)]
 
 
 def example(record: Record, tokenizer: Tokenizer | None) -> str:
@@ -73,7 +68,7 @@ def example(record: Record, tokenizer: Tokenizer | None) -> str:
         names = {tokenizer.bos: "<bos>", tokenizer.eot: "<eot>"}
         pieces, joint = [names.get(i) or tokenizer.decode([i]) for i in ids], "|"
         pieces.insert(mask.index(True), "[[")
-    return f"{split_of(prompt, completion):6s}" + joint.join(map(visible, pieces)) + "]]"
+    return f"{split_of(prompt, completion):6s}" + joint.join(map(shown, pieces)) + "]]"
 
 
 def main() -> None:
@@ -90,7 +85,9 @@ def main() -> None:
         "--tokenizer", help="show examples in the tokens of a checkpoint, of gpt2 or of a .tiktoken file"
     )
     parser.add_argument(
-        "--context", type=number(Count), help="count what SFT would cut or drop at this many tokens"
+        "--context",
+        type=number(Count),
+        help="count what SFT would cut or drop in a context of so many tokens",
     )
     parser.add_argument("--skip-bad", action="store_true", help="count malformed rows and go on")
     parser.add_argument(
@@ -98,6 +95,8 @@ def main() -> None:
     )
     parser.add_argument("-n", type=number(CountOr0), default=3, help="how many examples to show (default: 3)")
     args = parser.parse_args()
+    if args.context and not args.tokenizer:
+        raise UserError("--context counts tokens: name a --tokenizer")
 
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     data = load(args.source, args.skip_bad, data_dir=args.data_dir)
@@ -105,12 +104,13 @@ def main() -> None:
     print("account:", account(data.ledger))
     splits = Counter(split_of(*as_example(r)) for r in data.records)
     print("splits:", ", ".join(f"{splits[name]:,} {name}" for name in ("train", "val", "test")))
-    if tokenizer and args.context:
+    if args.context:
         ledger = data.ledger.copy()
-        encode_examples(tokenizer, data.records, args.context, ledger=ledger)
+        with contextlib.suppress(UserError):  # nothing to learn: the ledger says why
+            encode_examples(tokenizer, data.records, args.context, ledger=ledger)
         print(f"SFT at {args.context} tokens:", account(ledger))
     for genre in sorted({r.genre for r in data.records}) if data.kind == "rated" else []:
-        print("\n".join(ratings(data.select(genres=[genre]).records, genre)))
+        print("\n".join(rating_lines(data.select(genres=[genre]).records, genre)))
     print("\nexamples, what is learnt between [[ and ]]:")
     for record in data.records[: args.n]:
         print(example(record, tokenizer))

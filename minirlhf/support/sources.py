@@ -1,0 +1,179 @@
+"""Files to rows: a file, a folder or a pipe, read within limits, and what became of each of its rows."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import math
+import os
+import stat
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from minirlhf import UserError
+from minirlhf.support.formats import Fields, Scale, check, parse
+from minirlhf.support.ledger import account
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
+USUAL_SCALES = ((1, 5), (0, 4), (-4, 4))
+MAX_MESSAGES = 100  # about skipped rows
+BLOCK = 1 << 20  # bytes per read
+# A small .gz file can hold terabytes.  Text shrinks 3 to 20 times; what grows 200 times and more is refused.
+MAX_BYTES, FREE_BYTES, MAX_RATIO = 2 << 30, 64 << 20, 200
+
+
+def shown(path: object) -> str:
+    """A path as it can be printed in one line: control characters and bytes that are no text as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(path))
+
+
+def read(
+    path: str | Path, skip_bad: bool = False, scale: Scale | None = None
+) -> tuple[list[Fields], dict[str, Any]]:
+    """(the rows of a source, what else a Dataset holds): all rows are of one kind and on one scale.
+
+    `scale` is that of ratings which record none.  Raises UserError('file:line: field: reason') for a bad row,
+    unless `skip_bad` counts it and goes on, and where no row is left.
+    """
+    check(str(path), "the source of the data has an empty name: name a file, a folder, vader or toy")
+    name = shown(path)
+    files, others = files_of(Path(path))
+    rows, skipped, first = [], [], None
+    ledger, remarks, digest = Counter(), Counter(), hashlib.sha256()
+    for file in files:
+        plain, file_name = file.name.endswith(".txt"), shown(file)
+        for number, line in lines_of(file, digest):
+            ledger["rows"] += 1
+            where = f"{file_name}:{number}"
+            try:
+                kind, fields, unused = parse(line, plain, scale)
+                first = first or (kind, fields.get("scale"))
+                _check_same(kind, fields.get("scale"), *first)
+            except UserError as error:
+                if not skip_bad:
+                    raise UserError(f"{where}: {error}") from None
+                ledger["skipped: malformed"] += 1
+                if len(skipped) < MAX_MESSAGES:
+                    skipped.append(f"{where}: {error}")
+                continue
+            remarks.update(unused)
+            if reason := _teaches_nothing(fields):
+                ledger[f"dropped: {reason}"] += 1
+            else:
+                rows.append(fields | {"where": where})
+    if not rows:
+        raise UserError("; ".join([f"{name}: no usable row: {account(ledger)}", *skipped[:1]]))
+    kind, scale = first
+    note = ""
+    if kind == "rated":
+        note = f" on the scale {scale}" if scale else f" on the scale {_infer_scale(name, rows)} (inferred)"
+    notes = [f"{remark} ({n:,} rows)" for remark, n in sorted(remarks.items())]
+    notes += [f"the first bad row: {message}" for message in skipped[:1]]
+    if others:
+        names = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        notes.append(f"passed over {len(others):,} other files: {names}")
+    about = {"name": name, "kind": kind, "sources": [*map(str, files)], "sha256": digest.hexdigest()}
+    return rows, about | {"ledger": ledger, "skipped": skipped, "note": note, "remarks": notes}
+
+
+def _teaches_nothing(fields: Fields) -> str | None:
+    """Why a row teaches nothing; None if it does teach something."""
+    if "chosen" in fields:  # identical pairs: [D15]
+        return "identical pairs" if fields["chosen"].strip() == fields["rejected"].strip() else None
+    return None if (fields["prompt"] + fields["response"]).strip() else "empty texts"
+
+
+def _check_same(kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None) -> None:
+    check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source")
+    check(scale == first_scale, f"scale: {scale} after rows with {first_scale}: keep one scale in a source")
+
+
+def _infer_scale(name: str, rows: list[Fields]) -> Scale:
+    """The first usual scale that holds all ratings, which is recorded on the rows."""
+    low, high = min(min(row["ratings"]) for row in rows), max(max(row["ratings"]) for row in rows)
+    scale = next((s for s in USUAL_SCALES if s[0] <= low and high <= s[1]), None)
+    check(scale, f"{name}: rating: {low:g} to {high:g} is no usual scale: record `scale` on the rows")
+    for row in rows:
+        row["scale"] = scale
+    return scale
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)
+
+
+def files_of(path: Path) -> tuple[list[Path], list[str]]:
+    """(the files of a source, the names in a folder that are no such files).
+
+    A source is a file, a folder (its files by name, without those that begin with a dot), or a pipe of JSON
+    lines.  Raises UserError for everything else.
+    """
+    try:
+        mode = path.stat().st_mode
+        inside = sorted(path.iterdir()) if stat.S_ISDIR(mode) else []
+    except FileNotFoundError:
+        raise UserError(f"{shown(path)}: no such file or folder (built in: vader, toy)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{shown(path)}: cannot be read: {_reason(error)}") from None
+    if stat.S_ISDIR(mode):
+        inside = [p for p in inside if not p.name.startswith(".")]
+        files = [p for p in inside if p.name.endswith(SUFFIXES) and not p.is_dir()]
+        check(files, f"{shown(path)}: the folder holds no {', '.join(SUFFIXES)} file")
+        return files, [shown(p.name) for p in inside if p not in set(files)]
+    device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
+    check(not device, f"{shown(path)}: a terminal or a device holds no rows: pipe them in, or name a file")
+    # Streams have no suffix: pipes, and files under the names /dev/stdin (`< file`) and /dev/fd/N.
+    known = (
+        not stat.S_ISREG(mode) or str(path).startswith(("/dev/", "/proc/")) or path.name.endswith(SUFFIXES)
+    )
+    check(known, f"{shown(path)}: expected {', '.join(SUFFIXES)}, or a folder of them")
+    return [path], []
+
+
+def lines_of(file: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of each line that is not blank; `digest` is updated with all bytes, decompressed.
+
+    Raises UserError for a file that cannot be read, or that decompresses to more than a text would.
+    """
+    try:
+        with open(file, "rb") as raw:
+            for number, line in enumerate(_split(_blocks(file, raw, digest)), 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                if line and not line.isspace():
+                    yield number, line.rstrip(b"\r")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{shown(file)}: cannot be read: {_reason(error)}") from None
+
+
+def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:
+    """The bytes of a file, decompressed, in blocks.  Raises UserError for more than its size can explain."""
+    about, total = os.fstat(raw.fileno()), 0
+    zipped = file.name.endswith(".gz")
+    if not file.name.endswith(SUFFIXES):
+        zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+    limit: float = MAX_BYTES
+    if stat.S_ISREG(about.st_mode):
+        limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * about.st_size)) if zipped else math.inf
+    stream = gzip.GzipFile(fileobj=raw) if zipped else raw
+    while block := stream.read(BLOCK):
+        total += len(block)
+        check(total <= limit, f"{shown(file)}: holds more than {limit:,} bytes: unpack or split it first")
+        digest.update(block)
+        yield block
+
+
+def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
+    """All lines of these blocks.  A line may go over many of them."""
+    parts: list[bytes] = []
+    for block in blocks:
+        *whole, rest = block.split(b"\n")
+        if whole:
+            whole[0], parts = b"".join([*parts, whole[0]]), []
+        yield from whole
+        parts.append(rest)
+    yield b"".join(parts)
