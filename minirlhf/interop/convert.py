@@ -30,8 +30,9 @@ from torch import Tensor
 from minirlhf import UserError, checkpoint, run
 from minirlhf.interop import convert_tokenizer
 from minirlhf.interop.convert_tokenizer import read_json
+from minirlhf.interop.wordpiece import WordPiece
 from minirlhf.model import GPT, GPTConfig, rotary
-from minirlhf.tokenizer import Tokenizer, WordPiece
+from minirlhf.tokenizer import Tokenizer
 
 Load = dict[str, Callable[[], Tensor]]  # tensor name -> read it
 

@@ -15,7 +15,9 @@ from pathlib import Path
 import regex
 
 from minirlhf import UserError
-from minirlhf.tokenizer import BYTES, GPT2_PATTERN, Tokenizer, WordPiece
+from minirlhf.interop.wordpiece import WordPiece
+from minirlhf.support.bpe import BYTES
+from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # Bytes that print stand for themselves, the others, in order, for the characters from 256 on (GPT-2, encoder.py).

@@ -1,0 +1,22 @@
+"""Text that comes from elsewhere, made safe to encode and to print."""
+
+
+def utf8(text: str) -> str:
+    """`text` as UTF-8 can hold it: surrogate pairs are joined, and lone ones become U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def escaped(text: str, keep: str = "") -> str:
+    """`text` with every character that does not print, but those in `keep`, as an escape such as \\x1b."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible(text: str) -> str:
+    """`text` for a terminal: it keeps its new lines, but cannot move the cursor or change colours."""
+    return escaped(text, keep="\n")
+
+
+def one_line(message: object, longest: int = 200) -> str:
+    """The first line of somebody else's message, printable, cut to `longest` characters."""
+    first = next(iter(str(message).splitlines()), "")
+    return escaped(first if len(first) <= longest else first[: longest - 3] + "...")
