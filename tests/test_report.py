@@ -14,6 +14,7 @@ import torch
 from minirlhf import UserError
 from minirlhf.measure import stats
 from minirlhf.measure.agreement import human_ceiling
+from minirlhf.rollout import Texts
 from minirlhf.support import cli
 from minirlhf.tools import evaluate, report
 
@@ -64,7 +65,7 @@ def made_up(readers=("score", "judge", "lexicon"), iterations=60, seed=0):
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     base = {name: rng.normal(size=256).tolist() for name in readers}
-    looks = evaluate.looks(evaluate.Texts(*(torch.ones(2, 4, dtype=d) for d in (int, bool) * 2)), eos=0)
+    looks = evaluate.text_measures(Texts(*(torch.ones(2, 4, dtype=d) for d in (int, bool) * 2)), eos=0)
     row = lambda shift, kl, entropy: (
         evaluate.compare({n: (np.array(v) * 0.5 + shift).tolist() for n, v in base.items()}, base)
         | {"kl": kl, "entropy": entropy}

@@ -24,6 +24,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file that the user asked for, whole or not at all; UserError where it cannot be written."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def fsync(path: Path) -> None:
     """Return once the disk has the file (or the folder's entries)."""
     if os.name == "nt" and path.is_dir():

@@ -2,10 +2,11 @@
 
     python -m minirlhf.evaluate --run runs/demo           # prints the table, writes runs/demo/results.json
 
-Four writers continue the same prompts: the SFT model, best-of-4 and best-of-16 of its samples (picked by the reward model
-that PPO optimised), and the PPO policy.  Three readers compare each with one SFT sample: that reward model, an independent
-judge (other items, other seed), and the VADER lexicon.  A policy can win everywhere by degenerating: read KL, distinct-n,
-length and the samples beside the win rates.
+Four writers continue the same prompts: the SFT model, best-of-4 and best-of-16 of its samples (picked by the
+score that PPO maximised), and the PPO policy.  Up to three scorers compare each of them with one SFT sample:
+the reward model that PPO maximised, an independent judge (other items, another seed), and the VADER lexicon.
+Where the policy was trained on reward functions alone, their sum takes the reward model's place.  A policy
+can win everywhere by degenerating: read KL, distinct-n, length and the samples beside the win rates.
 """
 
 from __future__ import annotations
@@ -13,235 +14,319 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minirlhf import checkpoint, data, ppo
+from minirlhf import UserError, checkpoint, data, ppo
 from minirlhf.measure import baselines, stats
 from minirlhf.model import GPT
-from minirlhf.rollout import generate, read, response_logprobs
+from minirlhf.rewards import RewardReader, Scorer, load_rewards
+from minirlhf.rollout import Sampling, Texts, by_microbatch, generate, response_logprobs
 from minirlhf.support import cli, files, hardware
+from minirlhf.support.cli import AtLeast0, Count, CountOr0, Seed
 from minirlhf.tokenizer import Tokenizer
 
 CHUNK = 128  # texts written or read at a time
+SAMPLING = {"response_tokens": Count, "temperature": AtLeast0, "stop": bool}  # settings that are read back
+SETTINGS = SAMPLING | {"data": str, "skip_bad": bool, "genre": str, "prompt_tokens": Count, "seed": Seed}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     run: Path = Path("runs/demo")
-    """Folder of the stages; the options below default to folders in it."""
+    """Folder of the stages.  The options below default to folders in it."""
     sft: Path | None = None
-    """Default: RUN/sft."""
+    """Checkpoint of the SFT model.  Default: RUN/sft."""
     policy: Path | None = None
-    """Default: RUN/ppo."""
+    """Checkpoint of the tuned policy.  Default: RUN/ppo."""
     reward_model: Path | None = None
-    """The one that PPO optimised.  Default: the one the policy's checkpoint names."""
+    """Reward model that PPO maximised.  Default: the one that the policy's checkpoint names."""
+    reward: tuple[str, ...] = ()
+    """Reward functions to score with, package.module:function[:WEIGHT], for a policy trained without a reward
+    model.  Default: those of minirlhf.rewards that the policy's checkpoint names."""
     judge: Path | None = None
-    """A reward model that shares no item with it.  Default: RUN/judge, if there is one."""
+    """Reward model that shares no training item with the first.  Default: RUN/judge, if there is one."""
     report_model: Path | None = None
-    """The reward model whose test report goes into results.json.  Default: RUN/rm."""
+    """Reward model whose test report goes into results.json.  Default: RUN/rm."""
     split: Literal["train", "val", "test"] = "test"
-    """Where the prompts come from.  Settings are tuned on train: PPO practises on val, and test is for the last word."""
-    prompts: int = 256
-    """How many (fewer if there are not so many)."""
-    best_of: tuple[int, ...] = (4, 16)
-    """Rows for best-of-n of the SFT model."""
+    """Split of the data that the prompts come from.  Tune settings on train: PPO practises on val, and test
+    is for the final numbers."""
+    prompts: Count = 256
+    """Number of prompts; fewer if the split has not so many."""
+    best_of: tuple[Count, ...] = (4, 16)
+    """Each n adds a row: the best of n samples of the SFT model."""
     results: Path | None = None
-    """Where to write.  Default: RUN/results.json."""
-    samples: int = 8
-    """Prompts shown with both continuations."""
-    seed: int = 1
-    """Of everything random; 0 or more."""
-
-
-@dataclasses.dataclass
-class Texts:
-    """What one writer wrote: N responses to N prompts."""
-
-    tokens: Tensor  # [N, T]
-    mask: Tensor  # [N, T]
-    responses: Tensor  # [N, R]
-    response_mask: Tensor  # [N, R]
-
-    def __getitem__(self, rows: Tensor) -> Texts:
-        return Texts(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+    """File to write.  Default: RUN/results.json."""
+    samples: CountOr0 = 8
+    """Number of prompts that are shown with both continuations."""
+    seed: Seed = 1
+    """Random seed, 0 or larger."""
 
 
 @torch.no_grad()
-def write(
-    model: GPT, prompts: list[list[int]], setting: dict, tokenizer: Tokenizer, machine, seed: int
-) -> Texts:
-    """Continue prompts at the policy's own setting (temperature, length, --stop), CHUNK at a time."""
-    longest = max(map(len, prompts))
+def write(model: GPT, prompts: list[list[int]], sampling: Sampling, seed: int) -> Texts:
+    """The prompts (token ids), each continued by the model, CHUNK at a time; `seed` alone decides what is
+    drawn."""
+    width = max(map(len, prompts))
     parts = []
-    for i in range(0, len(prompts), CHUNK):
-        hardware.seed_everything(seed, i)
-        queries, query_mask = data.collate(prompts[i : i + CHUNK], tokenizer.pad, side="left", width=longest)
-        queries, query_mask = queries.to(machine.device), query_mask.to(machine.device)
-        responses, response_mask = generate(
-            model, queries, query_mask, setting["response_tokens"], setting["temperature"], tokenizer.eot, tokenizer.pad,
-            forbidden=None if setting["stop"] else tokenizer.eot,
-        )  # fmt: skip
-        parts.append(
-            (
-                torch.cat([queries, responses], 1),
-                torch.cat([query_mask, response_mask], 1),
-                responses,
-                response_mask,
-            )
-        )
-    return Texts(*(torch.cat(p) for p in zip(*parts, strict=True)))
+    for start in range(0, len(prompts), CHUNK):
+        hardware.seed_everything(seed, start)
+        rows = prompts[start : start + CHUNK]
+        queries, query_mask = data.collate(rows, sampling.pad, side="left", width=width)
+        parts.append(generate(model, queries, query_mask, sampling))
+    return Texts.cat(parts)
+
+
+def sampling_of(settings: dict[str, Any], tokenizer: Tokenizer) -> Sampling:
+    """How a policy with these settings (response_tokens, temperature, stop) writes."""
+    return Sampling(
+        max_new=settings["response_tokens"],
+        temperature=settings["temperature"],
+        eos=tokenizer.eot,
+        pad=tokenizer.pad,
+        forbidden=None if settings["stop"] else tokenizer.eot,
+    )
 
 
 @torch.no_grad()
-def under_both(texts: Texts, policy: GPT, ref: GPT, setting: dict, eos: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the policy's own samples, [N] each: nats a sequence from ref to policy [D1], summed entropies of the policy, and
-    summed -log p under ref: a fluent text surprises the model that learnt from people no more than its own samples do."""
-    P = texts.tokens.shape[1] - texts.responses.shape[1]
-    forbidden = None if setting["stop"] else eos
-    found = []
-    for tokens, mask in zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True):
-        logprobs, entropies = response_logprobs(policy, tokens, mask, P, setting["temperature"], forbidden)
-        ref_logprobs, _ = response_logprobs(ref, tokens, mask, P, setting["temperature"], forbidden)
-        found.append(
-            (ppo.kl_estimates(logprobs, ref_logprobs)[0].sum(1), entropies.sum(1), -ref_logprobs.sum(1))
-        )
-    return tuple(torch.cat(x) for x in zip(*found, strict=True))
+def nats(texts: Texts, policy: GPT, ref: GPT, sampling: Sampling) -> tuple[Tensor, Tensor, Tensor]:
+    """Nats per sequence of the policy's own samples, each [N].
+
+    kl        log p(policy) - log p(ref), summed over the response [D1]
+    entropy   of the policy's distributions, summed
+    surprise  -log p(ref), summed: what a model trained on people's texts makes of them
+    """
+    logprobs, entropy = by_microbatch(response_logprobs, policy, texts, CHUNK, sampling)
+    ref_logprobs, _ = by_microbatch(response_logprobs, ref, texts, CHUNK, sampling)
+    kl = ppo.kl_estimates(logprobs, ref_logprobs)[0]
+    return kl.sum(1), entropy.sum(1), -ref_logprobs.sum(1)
 
 
-def looks(texts: Texts, eos: int) -> dict[str, float]:
-    """What the responses look like, without any reader: lengths count the EOS, n-grams do not."""
-    rows = [
-        row[keep & (row != eos)].tolist()
-        for row, keep in zip(texts.responses, texts.response_mask, strict=True)
-    ]
-    ended = ((texts.responses == eos) & texts.response_mask).any(1)
-    return {f"distinct_{n}": stats.distinct_n(rows, n) for n in (1, 2, 3)} | {
-        "mean_length": texts.response_mask.sum(1).float().mean().item(),
-        "eos_rate": ended.float().mean().item(),
+def text_measures(texts: Texts, eos: int) -> dict[str, float]:
+    """Distinct-n, mean length in tokens and share of responses that ended.  Lengths count the EOS, n-grams do
+    not."""
+    rows = [row[row != eos].tolist() for row in _rows(texts.responses, texts.response_mask)]
+    distinct = {f"distinct_{n}": stats.distinct_n(rows, n) for n in (1, 2, 3)}
+    lengths = texts.response_mask.sum(1).float()
+    return distinct | {
+        "mean_length": lengths.mean().item(),
+        "eos_rate": texts.ended(eos).float().mean().item(),
     }
 
 
-@torch.no_grad()
-def scores_of(texts: Texts, models: dict, tokenizer: Tokenizer) -> dict[str, list[float]]:
-    """Every reader's scores [N] of the whole texts."""
-    chunks = list(zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True))
-    read_all = lambda model, reader: torch.cat(
-        [read(model, reader, t, m, tokenizer)[0] for t, m in chunks]
-    ).tolist()
-    found = {name: read_all(*reader) for name, reader in models.items()}
-    lexicon = baselines.vader_lexicon(
-        [tokenizer.decode(r[k].tolist()) for r, k in zip(texts.tokens, texts.mask, strict=True)]
-    )
-    return found | ({"lexicon": lexicon} if lexicon is not None else {})
+def _rows(tokens: Tensor, mask: Tensor) -> list[Tensor]:
+    """The real tokens of each row, on the host."""
+    return [row[real] for row, real in zip(tokens.cpu(), mask.cpu(), strict=True)]
 
 
-def compare(scores: dict[str, list[float]], base: dict[str, list[float]]) -> dict:
-    """Mean score of each reader, and how often it prefers the writer to the SFT sample on the same prompt, with the 95 %
-    interval of each over prompts [D24]."""
-    row = {}
+Scorers = dict[str, Callable[[Texts], Tensor]]  # by name, functions of texts -> scores [N]
+
+
+def scores_of(texts: Texts, scorers: Scorers, tokenizer: Tokenizer) -> dict[str, list[float]]:
+    """{name: N scores of the whole texts} of all scorers and, where it is installed, of the lexicon."""
+    with torch.no_grad():
+        found = {name: score(texts).tolist() for name, score in scorers.items()}
+    whole = [tokenizer.decode(row.tolist()) for row in _rows(texts.tokens, texts.mask)]
+    lexicon = baselines.vader_lexicon(whole)
+    return found | ({} if lexicon is None else {"lexicon": lexicon})
+
+
+def compare(scores: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, Any]:
+    """By scorer: the mean, and how often it prefers the text to the SFT sample on the same prompt.
+
+    Each has its 95 % interval, by prompt [D24].
+    """
+    row: dict[str, Any] = {}
     for name, values in scores.items():
         rate, low, high = stats.win_rate(values, base[name])
-        row |= {
-            name: sum(values) / len(values),
-            f"{name}_interval": stats.bootstrap_interval(values, np.random.default_rng(0)),
-        }
-        row |= {f"{name}_win_rate": rate, f"{name}_win_rate_interval": [low, high]}
+        row[name] = sum(values) / len(values)
+        row[f"{name}_interval"] = stats.bootstrap_interval(values, np.random.default_rng(0))
+        row[f"{name}_win_rate"] = rate
+        row[f"{name}_win_rate_interval"] = [low, high]
     return row
 
 
-def evaluate(config: Config) -> dict:
-    """The table as a dict: sft_samples, best_of_n, ppo (one row each), samples, prompts, seed, versions."""
+# ------------------------------------------------------------------------------------------------- what is
+# loaded
+
+
+def settings_of(
+    about: dict[str, Any], folder: Path, kinds: dict[str, Any], **defaults: Any
+) -> dict[str, Any]:
+    """The named settings of a checkpoint's training, from its config.json; `defaults` stand in for missing
+    ones.
+
+    Raises UserError where one is missing or is not of its kind, a type or a range of cli's.
+    """
+    settings = about.get("training")
+    settings = defaults | (settings if isinstance(settings, dict) else {})
+    for name, kind in kinds.items():
+        base, *ranges = typing.get_args(kind) or (kind,)
+        value = settings.get(name)
+        fits = type(value) in ((int, float) if base is float else (base,)) and all(value in r for r in ranges)
+        if not fits:
+            wanted = " ".join([base.__name__, *map(str, ranges)])
+            found = f"{value!r:.40}" if name in settings else "nothing"
+            raise UserError(
+                f"{folder}/config.json: training.{name}: expected {wanted}, found {found}: "
+                f"name a checkpoint made by train_ppo.py"
+            )
+    return settings
+
+
+def maximised_model(about: dict[str, Any], run: Path) -> Path | None:
+    """Folder of the reward model that PPO maximised; None where it maximised functions alone.
+
+    The model is where it was when PPO ran, or in `run`, which may have been moved or copied since.  It is
+    told by its checksum, where that was recorded.
+    """
+    inputs = about["inputs"] if isinstance(about.get("inputs"), dict) else {}
+    recorded = inputs.get("reward_model_path") or about.get("reward_model")
+    checksum = inputs.get("reward_model")
+    if not recorded:
+        return None
+    places = [Path(recorded), run / Path(recorded).name] if isinstance(recorded, str) else []
+    there = [place for place in places if os.path.exists(place / "config.json")]
+    same = [place for place in there if checksum and checkpoint.fingerprint(place) == checksum]
+    if not there or (checksum and not same):
+        why = "was trained again since, or replaced" if there else "is not here"
+        raise UserError(f"the policy's reward model, {recorded!r:.100}, {why}: name it with --reward-model")
+    return [*same, *there][0]
+
+
+def load_scorers(
+    config: Config, about: dict[str, Any], tokenizer: Tokenizer, device: torch.device
+) -> Scorers:
+    """`score`, which PPO maximised, and `judge`, if there is one."""
+
+    def of_model(folder: Path) -> Callable[[Texts], Tensor]:
+        model, own_tokenizer = checkpoint.load_reward(folder)
+        reader = RewardReader(model.to(device).eval(), own_tokenizer)
+        return lambda texts: reader.scores(texts, tokenizer, CHUNK)[0]
+
+    if config.reward and config.reward_model:
+        raise UserError("--reward and --reward-model both say what the score is: give one of them")
+    model = None if config.reward else config.reward_model or maximised_model(about, config.run)
+    if model is not None:
+        scorers: Scorers = {"score": of_model(model)}
+    else:
+        rules = Scorer(load_rewards(list(config.reward) or trusted_rewards(about)), tokenizer)
+        scorers = {"score": lambda texts: rules(texts)[0]}
+    if config.judge or (config.run / "judge" / "config.json").exists():
+        scorers["judge"] = of_model(config.judge or config.run / "judge")
+    return scorers
+
+
+def trusted_rewards(about: dict[str, Any]) -> list[str]:
+    """The reward functions of a policy's training; UserError unless all are those of minirlhf.rewards."""
+    named = about["training"].get("reward")
+    specs = [str(spec) for spec in named] if isinstance(named, list) else []
+    if not specs or not all(spec.startswith("minirlhf.rewards:") for spec in specs):
+        raise UserError(
+            f"the policy was trained on {specs!r:.200}: code that a checkpoint names is not run unasked: "
+            f"name the functions with --reward"
+        )
+    return specs
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """The table as a dict: sft_samples, best_of_n, ppo, samples, split, prompts, seed, versions."""
     run = config.run
     policy_dir = checkpoint.resolve(
         config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy"
     )
-    about = checkpoint.load_config(policy_dir)
-    setting, tokenizer = about["training"], Tokenizer.load(policy_dir)
     sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
-    machine = hardware.setup_machine(config.seed)
-    optimised = Path(
-        about["reward_model"]
-    )  # as train_ppo.py was told; beside the policy if the run was moved since
-    optimised = optimised if optimised.exists() else run / optimised.name
-    models = {"score": config.reward_model or optimised}
-    if config.judge or (run / "judge" / "latest").exists():
-        models["judge"] = config.judge or run / "judge"
-    models = {name: checkpoint.load_reward(path) for name, path in models.items()}
-    models = {name: (model.to(machine.device).eval(), reader) for name, (model, reader) in models.items()}
-    sft, policy = (checkpoint.load_gpt(folder).to(machine.device).eval() for folder in (sft_dir, policy_dir))
+    about, tokenizer = checkpoint.load_config(policy_dir), Tokenizer.load(policy_dir)
+    settings = settings_of(about, policy_dir, SETTINGS, stop=True)
+    sampling = sampling_of(settings, tokenizer)
+    device = hardware.setup_machine().device
+    scorers = load_scorers(config, about, tokenizer, device)
+    sft, policy = (checkpoint.load_gpt(folder).to(device).eval() for folder in (sft_dir, policy_dir))
 
-    source = data.load(setting["data"], setting["skip_bad"], data_dir=setting["data_dir"])
-    records = source.select(config.split, source.genres_among([setting["genre"]])).records
-    prompts = data.prompts_of(records, tokenizer, setting["prompt_tokens"])
-    prompts = [
-        prompts[i] for i in data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
-    ]
+    cache = settings.get("data_dir")
+    source = data.load(
+        settings["data"], settings["skip_bad"], data_dir=cache if isinstance(cache, str) else None
+    )
+    records = source.select(config.split, source.genres_among([settings["genre"]])).records
+    prompts = data.prompts_of(records, tokenizer, settings["prompt_tokens"])
+    picked = data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
+    prompts = [prompts[i] for i in picked]
 
-    # One SFT sample that everyone is compared with, and n more to choose from; the policy under the first one's seeds.
-    drawn = [write(sft, prompts, setting, tokenizer, machine, config.seed + k)
-             for k in tqdm(range(1 + max(config.best_of)), "SFT samples", leave=False)]  # fmt: skip
-    tuned = write(policy, prompts, setting, tokenizer, machine, config.seed)
-    read_drawn = [scores_of(d, models, tokenizer) for d in drawn]
-    base, base_scores, tuned_scores = drawn[0], read_drawn[0], scores_of(tuned, models, tokenizer)
+    # One SFT sample that all are compared with, and n more to choose from.
+    draws = range(1 + max(config.best_of, default=0))
+    drawn = [write(sft, prompts, sampling, config.seed + k) for k in tqdm(draws, "SFT samples", leave=False)]
+    drawn_scores = [scores_of(texts, scorers, tokenizer) for texts in drawn]
+    base, base_scores = drawn[0], drawn_scores[0]
+    tuned = write(policy, prompts, sampling, config.seed)  # with the seeds of the first SFT sample
+    tuned_scores = scores_of(tuned, scorers, tokenizer)
 
     def row(
-        texts: Texts,
-        scores: dict[str, list[float]],
-        kl: float,
-        entropy: Tensor | None,
-        surprise: Tensor | None,
-    ) -> dict:
-        a_token = lambda x: None if x is None else (x.sum() / texts.response_mask.sum()).item()
-        found = (
-            compare(scores, base_scores)
-            | {"kl": kl, "entropy": a_token(entropy)}
-            | looks(texts, tokenizer.eot)
-        )
-        return found | {"sft_perplexity": None if surprise is None else math.exp(a_token(surprise))}
+        texts: Texts, scores: dict, kl: float, entropy: Tensor | None = None, surprise: Tensor | None = None
+    ) -> dict[str, Any]:
+        tokens = texts.response_mask.sum()
+        found = compare(scores, base_scores)
+        found |= {"kl": kl, "entropy": None if entropy is None else (entropy.sum() / tokens).item()}
+        found |= text_measures(texts, tokenizer.eot)
+        perplexity = None if surprise is None else math.exp((surprise.sum() / tokens).item())
+        return found | {"sft_perplexity": perplexity}
 
-    kl, *rest = under_both(tuned, policy, sft, setting, tokenizer.eot)
-    _, *base_rest = under_both(base, sft, sft, setting, tokenizer.eot)
-    best_of_n = {}
-    for n in config.best_of:
-        pick = (
-            torch.tensor([r["score"] for r in read_drawn[1 : n + 1]]).argmax(0).tolist()
-        )  # by PPO's own reward model
-        texts = Texts(*(torch.stack([getattr(drawn[1 + k], f.name)[i] for i, k in enumerate(pick)])
-                        for f in dataclasses.fields(Texts)))  # fmt: skip
-        scores = {name: [read_drawn[1 + k][name][i] for i, k in enumerate(pick)] for name in base_scores}
-        best_of_n[str(n)] = row(texts, scores, ppo.best_of_n_kl(n), None, None)  # [D20]
-    show = lambda texts, i: tokenizer.decode(texts.responses[i][texts.response_mask[i]].tolist())
+    def best_of(n: int) -> dict[str, Any]:
+        scores = torch.tensor([found["score"] for found in drawn_scores[1 : n + 1]])  # [n, N]
+        best = list(enumerate(scores.argmax(0).tolist()))
+        texts = Texts.cat([drawn[1 + k][i : i + 1] for i, k in best])
+        picked = {name: [drawn_scores[1 + k][name][i] for i, k in best] for name in base_scores}
+        return row(texts, picked, ppo.best_of_n_kl(n))  # [D20]
+
+    practised = settings.get("split", "val")
+    if practised == "auto":
+        practised = "val" if settings["data"] in ("vader", "toy") else "all"
+    if practised in ("all", config.split):
+        print(
+            f"note: the policy practised on these prompts (the {practised} split): others are a fairer test"
+        )
+
+    kl, entropy, surprise = nats(tuned, policy, sft, sampling)
+    _, sft_entropy, sft_surprise = nats(base, sft, sft, sampling)
+    shown = slice(0, config.samples)
+    (shown_prompts, sft_texts), ppo_texts = base[shown].decode(tokenizer), tuned[shown].decode(tokenizer)[1]
     return {
-        "sft_samples": row(base, base_scores, 0.0, *base_rest),
-        "best_of_n": best_of_n,
-        "ppo": row(tuned, tuned_scores, kl.mean().item(), *rest),
+        "sft_samples": row(base, base_scores, 0.0, sft_entropy, sft_surprise),
+        "best_of_n": {str(n): best_of(n) for n in config.best_of},
+        "ppo": row(tuned, tuned_scores, kl.mean().item(), entropy, surprise),
         "samples": [
-            {"prompt": tokenizer.decode(prompts[i]), "sft": show(base, i), "ppo": show(tuned, i), "kl": kl[i].item(),
-             "score_sft": base_scores["score"][i], "score_ppo": tuned_scores["score"][i]}
-            for i in range(min(config.samples, len(prompts)))
+            {
+                "prompt": prompt,
+                "sft": sft_texts[i],
+                "ppo": ppo_texts[i],
+                "kl": kl[i].item(),
+                "score_sft": base_scores["score"][i],
+                "score_ppo": tuned_scores["score"][i],
+            }
+            for i, prompt in enumerate(shown_prompts)
         ],
         "split": config.split,
         "prompts": len(prompts),
-        "seed": about["training"]["seed"],
+        "seed": settings["seed"],
         "versions": hardware.versions(),
-    }  # fmt: skip
+    }
 
 
-def collect(run: Path, results: dict, report_model: Path) -> dict:
-    """Add what the earlier stages measured: results.json is the whole run on one page."""
+def collect(run: Path, results: dict[str, Any], report_model: Path) -> dict[str, Any]:
+    """The results, with what the earlier stages measured: results.json is the whole run on one page."""
     found = {"sft": {}, "rm": {}} | results
-    for name, folder in (
-        ("sft", run / "sft"),
-        ("rm", report_model),
-        ("rm_optimised", run / "rm-a"),
-        ("judge", run / "judge"),
-    ):
+    folders = {"sft": run / "sft", "rm": report_model, "rm_optimised": run / "rm-a", "judge": run / "judge"}
+    for name, folder in folders.items():
         if (folder / "config.json").exists():
             found[name] = checkpoint.load_config(folder).get("results", {})
     if (run / "ppo" / "config.json").exists():
@@ -249,30 +334,33 @@ def collect(run: Path, results: dict, report_model: Path) -> dict:
     return found
 
 
-def print_table(results: dict) -> None:
+def print_table(results: dict[str, Any]) -> None:
+    """Print a row per writer, and the samples."""
     rows = {"SFT": results["sft_samples"]}
     rows |= {f"best of {n}": row for n, row in results["best_of_n"].items()} | {"PPO": results["ppo"]}
-    columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy", "sft_perplexity", "distinct_1",
-               "distinct_2", "distinct_3", "mean_length", "eos_rate"]  # fmt: skip
-    columns = [c for c in columns if c in results["ppo"]]
+    columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy"]
+    columns += ["sft_perplexity", "distinct_1", "distinct_2", "distinct_3", "mean_length", "eos_rate"]
+    columns = [column for column in columns if column in results["ppo"]]
     print(f"\n{results['prompts']} {results['split']} prompts, one SFT sample each to win against")
-    print(f"{'':12s}" + "".join(f"{c.replace('_win_rate', ' wins').replace('_', ' '):>14s}" for c in columns))
+    heads = [column.replace("_win_rate", " wins").replace("_", " ") for column in columns]
+    print(f"{'':12s}" + "".join(f"{head:>16s}" for head in heads))
     for name, row in rows.items():
-        print(
-            f"{name:12s}" + "".join(f"{row[c]:14.3f}" if row[c] is not None else f"{'':14s}" for c in columns)
-        )
+        cells = ["" if row[column] is None else f"{row[column]:.3f}" for column in columns]
+        print(f"{name:12s}" + "".join(f"{cell:>16s}" for cell in cells))
     print()
-    for s in results["samples"]:
-        print(repr(s["prompt"]))
-        print(f"   SFT {s['score_sft']:+.2f}          {s['sft']!r}")
-        print(f"   PPO {s['score_ppo']:+.2f} kl {s['kl']:4.1f}  {s['ppo']!r}")
+    for sample in results["samples"]:
+        print(repr(sample["prompt"]))
+        print(f"   SFT {sample['score_sft']:+.2f}          {sample['sft']!r}")
+        print(f"   PPO {sample['score_ppo']:+.2f} kl {sample['kl']:4.1f}  {sample['ppo']!r}")
 
 
 def main() -> None:
     config = cli.parse_config({"demo": Config()}, __doc__)
-    results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
     target = config.results or config.run / "results.json"
-    files.write_atomically(target, json.dumps(results, indent=1))
+    if config.run.exists() and not target.parent.is_dir():
+        raise UserError(f"{target}: there is no folder {target.parent}: make it, or change --results")
+    results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
+    files.write_output(target, json.dumps(results, indent=1))
     print_table(results)
     print(f"\nwritten to {target}")
 
