@@ -28,12 +28,18 @@ WITH_CONFIG = [*SCRIPTS, "minirlhf.tools.evaluate"]
 
 def imports(file: Path) -> set[str]:
     """Full names of all modules that a file imports, wherever in it; `from a import b` counts as a and as a.b."""
-    package, found = ".".join(file.relative_to(ROOT).parent.parts), set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    return imported_by(file.read_text(), file)
+
+
+def imported_by(code: str, file: Path) -> set[str]:
+    """The same of code that stands in `file`."""
+    parents, found = file.relative_to(ROOT).parent.parts, set()
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, [package if node.level else "", node.module]))
+            package = ".".join(parents[: len(parents) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, [package, node.module]))
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
 
@@ -42,9 +48,11 @@ def roots(file: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(file)}
 
 
-def test_imports_are_seen(tmp_path):
+def test_imports_are_seen():
     assert {"kernels", "kernels.gae", "minirlhf.ppo", "minirlhf.run"} <= imports(ROOT / "train_ppo.py")
     assert "minirlhf.masked" in imports(ROOT / "minirlhf/ppo.py")  # a relative one
+    inside = "def f():\n    from ..support import cli\n"
+    assert "minirlhf.support.cli" in imported_by(inside, ROOT / "minirlhf/tools/chat.py")
 
 
 @pytest.mark.parametrize("file", KERNELS, ids=lambda f: f.name)
@@ -60,6 +68,42 @@ def test_library_imports_no_script(file):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_meet_only_through_checkpoints(script):
     assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
+
+
+PATH = [*(ROOT / f"{s}.py" for s in SCRIPTS), *sorted((ROOT / "minirlhf").glob("*.py"))]
+ROOMS = [f for room in ("support", "measure") for f in sorted((ROOT / "minirlhf" / room).glob("*.py"))]
+
+
+@pytest.mark.parametrize("file", PATH + ROOMS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_tools_and_interop_are_imported_by_nobody_on_the_path(file):
+    """Nor by what the path stands on.  Where a script needs other people's formats, it looks them up by name."""
+    beside = {name for name in imports(file) if re.match(r"minirlhf\.(tools|interop)\b", name)}
+    assert beside == set()
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a node back to itself, both ends named; [] where there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        found = next((c for after in sorted(graph[node]) if (c := walk(after, [*way, node]))), [])
+        done.add(node)
+        return found
+
+    return next((c for node in sorted(graph) if (c := walk(node, []))), [])
+
+
+def test_no_circle_of_imports():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in LIBRARY}
+    names = {file: name.removesuffix(".__init__") for file, name in names.items()}
+    graph = {name: imports(file) & set(names.values()) - {name} for file, name in names.items()}
+    assert circle(graph) == []
 
 
 TABLES = {  # the page that holds each benchmark's tables (None: printed only), and how many there are
