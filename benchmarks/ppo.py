@@ -70,7 +70,7 @@ def prepare(work: dict, folder: Path) -> None:
 
     import train_rm
     import train_sft
-    from minirlhf import checkpoint, run
+    from minirlhf import checkpoint
     from minirlhf.model import GPT, GPTConfig, RewardEnsemble
     from minirlhf.tokenizer import BYTES, Tokenizer
 
@@ -87,7 +87,7 @@ def prepare(work: dict, folder: Path) -> None:
         ("sft", policy, train_sft.Config(), {}),
         ("rm", reward, train_rm.Config(), {"head": head}),
     ):
-        about = run.describe(stage, shape, config, 0, True, tokenizer, **more)
+        about = checkpoint.describe(stage, shape, config, 0, True, tokenizer, **more)
         checkpoint.save(folder / stage, 0, model.state_dict(), about, tokenizer)
     rng = np.random.default_rng(0)
     ascii_letters = [p.decode() for p in letters if p.isascii()]
