@@ -1,4 +1,5 @@
-"""What benchmarks beside a peer share: a measurement is a process of its own, all take turns, tables come from raw JSON."""
+"""What the benchmarks against other libraries share: each measurement is a process of its own, processes take turns, and
+tables are printed from raw JSON."""
 
 import argparse
 import json
@@ -15,7 +16,8 @@ PEER = "benchmarks/peers/requirements.txt"
 
 
 def child(python: str, script: str, job: dict) -> dict:
-    """The last line of JSON that a process prints.  PYTHONPATH stays here: packages of ours are none of the peer's."""
+    """The last line that the process prints, which is JSON.  It does not inherit PYTHONPATH: the peer's environment has its
+    own packages."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     env |= {"OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
@@ -39,14 +41,19 @@ def parser(description: str, results: Path, rounds: int) -> argparse.ArgumentPar
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--peer-python", help=f"the python of an environment with {PEER}; left out: ours alone")
-    made.add_argument("--rounds", type=int, default=rounds, help="processes of each")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--check", action="store_true", help="exit 1 where a goal is missed")
     made.add_argument(
-        "--tables", action="store_true", help="only print the table of the results that are there"
+        "--peer-python",
+        help=f"Python of an environment with {PEER} installed. Left out, only minirlhf is measured.",
     )
-    made.add_argument("--out", type=Path, default=results, help="raw results (default: %(default)s)")
+    made.add_argument("--rounds", type=int, default=rounds, help="Number of processes per variant.")
+    made.add_argument("--threads", type=int, default=2, help="Threads per process.")
+    made.add_argument("--check", action="store_true", help="Exit with 1 if a ratio is below its bound.")
+    made.add_argument(
+        "--tables", action="store_true", help="Measure nothing, and print the table of the results file."
+    )
+    made.add_argument(
+        "--out", type=Path, default=results, help="File of the raw results (default: %(default)s)."
+    )
     made.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     return made
 
@@ -54,8 +61,8 @@ def parser(description: str, results: Path, rounds: int) -> argparse.ArgumentPar
 def collect(
     parser: argparse.ArgumentParser, args: argparse.Namespace, names: Iterable[str], run: Callable
 ) -> dict:
-    """The raw results that are there, with those of `names` measured anew by run(args, name), unless only tables are asked for;
-    written after each."""
+    """The raw results of args.out, by name.  Unless --tables is given, run(args, name) measures each of `names` anew, and the
+    file is written after each."""
     known = json.loads(args.out.read_text()) if args.out.exists() else {}
     for name in [] if args.tables else names:
         known |= {name: run(args, name), "machine": machine(args.threads)}
@@ -66,9 +73,10 @@ def collect(
 
 
 def conclude(text: str, missed: list[str], check: bool) -> None:
-    """The table alone goes to standard output, as the README has it."""
+    """Print the table to standard output, as docs/speed.md has it, and with --check what is below its bound to standard error."""
     print(text)
+    if not check:
+        return
     for what in missed:
-        print(f"missed: {what}", file=sys.stderr)
-    if check and missed:
-        sys.exit(1)
+        print(f"below its bound: {what}", file=sys.stderr)
+    sys.exit(1 if missed else 0)

@@ -1,16 +1,16 @@
-"""What PPO on a larger model would need: memory a GPU and seconds an iteration, on 1 to 64 GPUs.  Formulas; nothing is run.
+"""Memory per GPU and seconds per PPO iteration that larger models would need, on 1 to 64 GPUs: computed, not measured.
 
     python benchmarks/estimate.py                                  # 124M, 1.5B and 7B on H100s
     python benchmarks/estimate.py --gpu-gb 141 --gpu-tb-s 4.8      # the same on H200s
     python benchmarks/estimate.py --batch 1024 --prompt 512 --response 256
 
-Parameters and bytes are counted on the models themselves, made without memory (the meta device), activations on one block of
-each; train_ppo.py --dry-run prints the same for a run of yours.  torchrun replicates the models: more GPUs share
-the batch, not the weights.
+Parameters and bytes are counted on the models themselves, made without memory (the meta device), and activations on one
+block of each.  `python -m minirlhf.estimate CKPT` prints the same for a checkpoint.  torchrun replicates the models: more
+GPUs share the batch, not the weights.
 
-Assumed: bf16 products at --share of the GPU's peak in scoring and update; a decoding step reads all weights and the cache
-once, at --share of the memory's bandwidth; gradients are summed once an optimiser step in fp32, at --link-gb-s a GPU, not
-hidden behind anything.  No benchmark of ours has run on a GPU: take the seconds as orders of magnitude.
+Assumed: bf16 products run at --share of the GPU's peak in scoring and update; a decoding step reads all weights and the cache
+once, at --share of the memory's bandwidth; gradients are summed once per optimiser step in fp32, at --link-gb-s per GPU, with
+nothing to overlap.  None of this has run on a GPU: take the seconds as orders of magnitude.
 """
 
 import argparse
@@ -34,17 +34,17 @@ SHAPES = {
     "1.5B (GPT-2 XL)": GPTConfig(50257, 1024, 48, 25, 1600),
     "7B (Llama 2)": GPTConfig(32000, 4096, 32, 32, 4096, n_inner=11008, **LLAMA),
 }
-VARIANTS = {  # shared trunk, gradient checkpointing, layers that are trained
-    "four models": (False, False, None),
-    "shared trunk, checkpointing": (True, True, None),
-    "... and a quarter of the layers": (True, True, 0.25),
+VARIANTS = {  # gradient checkpointing, share of the layers that is trained
+    "all layers": (False, None),
+    "all layers, checkpointing": (True, None),
+    "a quarter of the layers, checkpointing": (True, 0.25),
 }
 WIDTH = 2  # bytes of bf16
 
 
 @functools.cache
 def block_bytes(shape: GPTConfig, again: bool) -> float:
-    """What autograd keeps of a token in a block, in bf16: tried in fp32 on a model of one block."""
+    """Bytes per token that autograd keeps in a block in bf16, measured in fp32 on a model of one block."""
     model, tokens = GPT(dataclasses.replace(shape, n_layer=1, vocab_size=8)), 16
     model.recompute = again
     forward = lambda n: model(model.wte.weight.new_zeros(n, tokens, dtype=torch.long))
@@ -52,11 +52,10 @@ def block_bytes(shape: GPTConfig, again: bool) -> float:
 
 
 def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int) -> tuple[float, float]:
-    """(bytes a GPU, seconds an iteration)."""
-    shared, again, layers = variant
+    """(bytes per GPU, seconds per iteration)."""
+    again, layers = variant
     with torch.device("meta"):
-        policy, ref, reward = GPT(shape), GPT(shape), ValueModel(shape)
-        critic = ValueModel(shape, trunk=policy) if shared else ValueModel(shape)
+        policy, ref, reward, critic = GPT(shape), GPT(shape), ValueModel(shape), ValueModel(shape)
     for model in (policy, critic):
         if layers:
             train_last(model, round(layers * shape.n_layer), torch.bfloat16)
@@ -76,7 +75,7 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
         else 8 * rows * args.response * shape.vocab_size
     )
     cache = estimate.cache_bytes(shape, batch, length, WIDTH)
-    gradients = trained if shared else trained / 2
+    gradients = trained / 2  # of the policy, then of the critic
     held = estimate.stored_bytes(known) + 2 * trained + rounded + max(gradients + activations + logits, cache)
 
     lengths, predicted = torch.full((batch,), length - 1), batch * args.response
@@ -85,7 +84,7 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
     rollout = args.response * (weights + cache / 2) / bandwidth
     block, last, head = estimate.forward_operations(policy, lengths, predicted, True)
     one = (shape.n_layer - 1) * block + last
-    score = ((3 if shared else 4) * one + 2 * head) / flops
+    score = (4 * one + 2 * head) / flops
     update = (
         args.epochs
         * estimate.update_operations(policy, critic, lengths, predicted)
@@ -101,34 +100,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in {
-        "batch": 512,
-        "minibatch": 64,
-        "microbatch": 4,
-        "prompt": 256,
-        "response": 128,
-        "epochs": 1,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--gpu-gb", type=float, default=80, help="memory of a GPU")
-    parser.add_argument("--gpu-tflop-s", type=float, default=989, help="its peak in bf16, dense")
-    parser.add_argument("--gpu-tb-s", type=float, default=3.35, help="its memory's bandwidth")
-    parser.add_argument("--link-gb-s", type=float, default=100, help="between GPUs, each direction, per GPU")
-    parser.add_argument("--share", type=float, default=0.4, help="of the two peaks that is reached")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
+    for name, default, what in (
+        ("batch", 512, "Responses per rollout, over all GPUs."),
+        ("minibatch", 64, "Responses per optimiser step, over all GPUs."),
+        ("microbatch", 4, "Responses per forward pass on each GPU."),
+        ("prompt", 256, "Tokens per prompt."),
+        ("response", 128, "Tokens per response."),
+        ("epochs", 1, "Passes over a rollout."),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=what)
+    parser.add_argument("--gpu-gb", type=float, default=80, help="Memory per GPU, in GB.")
+    parser.add_argument(
+        "--gpu-tflop-s", type=float, default=989, help="Peak rate per GPU in bf16, dense, in TFLOP/s."
+    )
+    parser.add_argument("--gpu-tb-s", type=float, default=3.35, help="Memory bandwidth per GPU, in TB/s.")
+    parser.add_argument(
+        "--link-gb-s", type=float, default=100, help="Bandwidth between GPUs per direction and GPU, in GB/s."
+    )
+    parser.add_argument("--share", type=float, default=0.4, help="Share of the two peaks that is reached.")
+    parser.add_argument(
+        "--gpus", type=int, nargs="+", default=[1, 8, 64], help="Numbers of GPUs, one column each."
+    )
     args = parser.parse_args()
     rows = []
     for name, shape in SHAPES.items():
-        for variant, how in VARIANTS.items():
+        for variant, options in VARIANTS.items():
             cells = []
             for gpus in args.gpus:
-                held, seconds = needs(shape, how, args, gpus)
+                held, seconds = needs(shape, options, args, gpus)
                 fits = held <= 0.9 * args.gpu_gb * 1e9  # the rest is the allocator's, and CUDA's
                 cells.append(
                     f"{held / 1e9:.0f} GB, {seconds:.1f} s" if fits else f"{held / 1e9:.0f} GB: too much"
                 )
             rows.append([name, variant, *cells])
-    print(table(["model", "how", *(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus)], rows))
+    print(table(["model", "trained", *(f"{n} GPU{'s' * (n > 1)}" for n in args.gpus)], rows))
 
 
 if __name__ == "__main__":

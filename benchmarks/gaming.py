@@ -1,18 +1,18 @@
-"""What happens when the KL anchor is cut: the reward that PPO maximises, and readers that took no part, as KL grows.
+"""What PPO does to a reward model when the KL penalty is cut: its reward, and that of independent judges, as KL grows.
 
     python benchmarks/gaming.py --run runs/demo --fluency runs/smollm2/base --seeds 1 2 3
 
-Policies from RUN/sft against an ensemble of three reward models trained on half of the built-in ratings (OUT/ensemble, made
-here): anchored by a KL coefficient of .1, .01 and 0, and of .01 and 0 with the defences: the members' disagreement off the
-score, a penalty for a response that repeats itself and one for phrases that the rest of the batch has too. Every sixth
-iteration's texts are read by
-- proxy: the ensemble's mean, what PPO is told to raise;
-- judge: a reward model trained on the other half of the ratings (RUN/judge), of the same kind as the proxy;
-- strong: a reward model on real weights, other half, other seed (--strong; made here from --fluency unless given);
+Policies start from RUN/sft and are tuned against an ensemble of three reward models (OUT/ensemble, trained here on half of
+the built-in ratings). The KL coefficient is .1, .01 or 0; with .01 and 0 also with defences: the members' disagreement is
+taken off the score, and responses that repeat themselves or share phrases with the rest of the batch are penalised. The
+texts of every sixth iteration are scored by
+- proxy: the ensemble's mean, which PPO maximises;
+- judge: a reward model of the same kind, trained on the other half of the ratings (RUN/judge);
+- strong: a reward model on pretrained weights, other half, other seed (--strong; trained here from --fluency unless given);
 - fluency: the perplexity of the responses under a language model that took no part (--fluency);
-- distinct-2: different word pairs among all of a rollout's.
+- distinct-2: the share of different word pairs among all of a rollout's.
 
-Writes benchmarks/results/gaming.json after each policy and gaming.png; finished stages are not run again.
+Writes benchmarks/results/gaming.json after each policy, and gaming.png. Finished stages are not run again.
 """
 
 import argparse
@@ -31,20 +31,14 @@ from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
 from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
-COLOURS = (
-    "#707070",
-    "#0072B2",
-    "#009E73",
-    "#D55E00",
-    "#E69F00",
-    "#CC79A7",
-)  # Okabe and Ito: told apart by everyone
-EVERY = 6  # PPO iterations between the rollouts that are read
-POINT = 2  # read rollouts that the table and the plot take the mean of: 128 texts say too little
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#707070", "#0072B2", "#009E73", "#D55E00", "#E69F00", "#CC79A7")
+EVERY = 6  # PPO iterations between the rollouts that are scored
+POINT = 2  # the table and the plot average so many scored rollouts: 128 texts alone are noisy
 DEFENCES = ["--disagreement-coef", 2, "--reward", "rm", "--reward", "minirlhf.rewards:repetition:-2",
             "--reward", "minirlhf.rewards:sameness:-20"]  # fmt: skip
 ARMS = {
-    "SFT": [],  # the texts of an iteration that nothing came before
+    "SFT": [],  # the first iteration's texts, which the SFT model writes
     "kl_coef .1": ["--kl-coef", 0.1],
     "kl_coef .01": ["--kl-coef", 0.01],
     "kl_coef 0": ["--kl-coef", 0.0],
@@ -68,7 +62,7 @@ def curve(samples: Path, readers: dict) -> list[dict]:
 
 
 def points(curves: list[list[dict]]) -> list[dict]:
-    """One curve: the mean over seeds, and over POINT rollouts in turn."""
+    """One curve: the mean over seeds and over each POINT rollouts."""
     rollouts = [*zip(*curves, strict=True)]  # [read, seeds]
     pools = [sum(rollouts[i : i + POINT], ()) for i in range(0, len(rollouts), POINT)]
     return [{name: mean(p[name] for p in pool) for name in pool[0]} for pool in pools]
@@ -79,8 +73,8 @@ def below_peak(line: list[dict]) -> float:
 
 
 def table(arms: dict[str, dict]) -> str:
-    """In Markdown: every arm at its end, the mean over seeds; how far the strong judge is below its own peak there, of the
-    mean curve and of each seed's."""
+    """In Markdown: every arm at its end, as the mean over seeds, and by how much the strong judge's score is below its peak there,
+    for the mean curve and for each seed's."""
     rows = []
     for arm, seeds in arms.items():
         line, drops = points([*seeds.values()]), [f"{below_peak(points([c])):.2f}" for c in seeds.values()]
@@ -127,24 +121,35 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder with sft and judge")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs/gaming", help="folder of the ensemble and the policies"
-    )
-    parser.add_argument("--preset", default="demo", help="of the stages")
-    parser.add_argument(
-        "--strong", type=Path, help="a reward model on real weights; default: OUT/strong, made from --fluency"
+        "--run", type=Path, default=Path("runs/demo"), help="Folder with the checkpoints sft and judge."
     )
     parser.add_argument(
-        "--fluency", type=Path, default=Path("runs/smollm2/base"), help="a language model that took no part"
+        "--out", type=Path, default=ROOT / "runs/gaming", help="Folder for the ensemble and the policies."
     )
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=[*ARMS])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--iterations", type=int, default=96, help="of PPO")
+    parser.add_argument("--preset", default="demo", help="Preset of the stage scripts.")
     parser.add_argument(
-        "--tables", action="store_true", help="only print the table of the results that are there"
+        "--strong",
+        type=Path,
+        help="Reward model on pretrained weights. Default: OUT/strong, trained from --fluency.",
     )
-    parser.add_argument("--plot", action="store_true", help="only draw their plot")
+    parser.add_argument(
+        "--fluency",
+        type=Path,
+        default=Path("runs/smollm2/base"),
+        help="Language model that took no part in training.",
+    )
+    parser.add_argument(
+        "--arms", choices=ARMS, nargs="+", default=[*ARMS], help="Rows of the table to train."
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="Seeds of PPO.")
+    parser.add_argument("--iterations", type=int, default=96, help="PPO iterations per policy.")
+    parser.add_argument(
+        "--tables", action="store_true", help="Train nothing, and print the table of the committed results."
+    )
+    parser.add_argument(
+        "--plot", action="store_true", help="Train nothing, and draw the plot of the committed results."
+    )
     return parser.parse_args(argv)
 
 

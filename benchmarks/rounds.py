@@ -1,16 +1,16 @@
-"""Do rounds of feedback help? Simulated raters judge texts of each round's policy; the same number of judgements of the first
-policy's texts is the control.
+"""Do rounds of feedback help? Simulated raters judge texts of each round's policy. The control is the same number of
+judgements, all of the first policy's texts.
 
     python benchmarks/rounds.py --init runs/demo/sft --gold runs/minilm-1/rm --seeds 1 2 3
 
-The raters are SIMULATED: each prefers the text that the gold reward model (--gold; it trains nobody else) scores higher after
-noise of .5, 1 or 2 rating points is added to the difference, and every pair is judged by all three. A round is the README's
-sequence of commands: sample pairs from the last policy where the reward model's members disagree or scores are high, judge
-them, export all judgements so far, train a reward model (three members) on them, and PPO from the SFT model. Round 0 samples
-from the SFT model. `control` is a reward model on as many judgements as the last round's, all of round 0's kind.
+The raters are SIMULATED: each prefers the text that the gold reward model (--gold, used for nothing else) scores higher after
+noise of .5, 1 or 2 rating points is added to the difference, and all three judge every pair. A round is the sequence of
+commands in docs/feedback.md: sample pairs from the last policy where the reward model's members disagree or scores are high,
+judge them, export all judgements so far, train a reward model (three members) on them, and run PPO from the SFT model. Round
+0 samples from the SFT model. `control` is a reward model on as many judgements as the last round's, all of round 0's kind.
 
-Texts of every sixth PPO iteration are read by the gold model; a policy's gold score AT A KL is the line through the points
-around it. Writes benchmarks/results/rounds.json after each policy; finished stages are not run again.
+The gold model scores the texts of every sixth PPO iteration. A policy's gold score at a KL is interpolated between the two
+points around it. Writes benchmarks/results/rounds.json after each policy. Finished stages are not run again.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/rounds.json"
 NOISE = {"ann": 0.5, "bob": 1.0, "cid": 2.0}  # points
-EVERY = 6  # PPO iterations between the texts that are read
+EVERY = 6  # PPO iterations between the rollouts that are scored
 
 
 def judge(path: Path, gold: Judge, seed: int) -> int:
-    """Every simulated rater judges what is open in the store; the number of votes."""
+    """Let every simulated rater judge what is open in the store, and return the number of votes."""
     store, votes = Store(path, Policy(raters=len(NOISE), gold_every=0, repeat_every=0)), 0
     said: dict[tuple[str, str], float] = {}
 
@@ -61,7 +61,7 @@ def judge(path: Path, gold: Judge, seed: int) -> int:
 
 
 def at_kl(curve: list[dict], nats: float) -> float | None:
-    """The gold score where the curve first reaches this KL, between its points."""
+    """The gold score where the curve first reaches this KL, interpolated; None where it does not reach it."""
     for before, after in zip(curve, curve[1:], strict=False):
         if before["kl"] <= nats <= after["kl"]:
             share = (nats - before["kl"]) / (after["kl"] - before["kl"])
@@ -72,7 +72,7 @@ def at_kl(curve: list[dict], nats: float) -> float | None:
 def judged(
     args: argparse.Namespace, out: Path, store: Path, samples: list[tuple], gold: Judge, seed: int
 ) -> Path:
-    """OUT/feedback/preferences.jsonl: all judgements in the store, after new items (each sample's arguments) got theirs."""
+    """OUT/feedback/preferences.jsonl: all judgements in the store, once new items (by each of `samples`) have been judged."""
     pairs = out / "feedback/preferences.jsonl"
     if not pairs.exists():
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def judged(
 
 
 def policy(args: argparse.Namespace, out: Path, pairs: Path, seed: int, gold: Judge) -> dict:
-    """Reward model and PPO of OUT; what the gold model says along the way."""
+    """Train OUT/rm and OUT/ppo; the gold model's scores along the way."""
     common = ("--preset", args.preset, "--init", args.init, "--seed", seed, "--resume")
     few = (
         "--members",
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace, seed: int, gold: Judge, save: Callable[[dict],
 
 def table(seeds: dict[str, dict], nats: list[float]) -> str:
     """In Markdown: each policy's mean gold score at each KL, and by how much it is above round 0's of the same seed, with the
-    standard error over seeds; - where some seed's policy did not get so far."""
+    standard error over seeds; - where some seed's policy did not reach that KL."""
     heads = [f"gold score at {n:g} nats, above round 0 (standard error)" for n in nats]
     rows, whole = [], [found for found in seeds.values() if "control" in found]
     for name in whole[0]:
@@ -165,25 +165,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--init", type=Path, default=Path("runs/demo/sft"), help="the SFT model")
     parser.add_argument(
-        "--gold", type=Path, default=Path("runs/minilm-1/rm"), help="reward model that simulates the raters"
+        "--init", type=Path, default=Path("runs/demo/sft"), help="SFT model, which PPO starts from."
     )
     parser.add_argument(
-        "--out", type=Path, default=ROOT / "runs/rounds", help="folder of stores and checkpoints"
-    )
-    parser.add_argument("--preset", default="demo", help="of the stages")
-    parser.add_argument("--prompts", default="vader", help="as of feedback sample")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--rounds", type=int, default=2, help="rounds after the first")
-    parser.add_argument("--pairs", type=int, default=600, help="new pairs a round")
-    parser.add_argument("--epochs", type=int, default=4, help="of the reward models, over all pairs so far")
-    parser.add_argument("--iterations", type=int, default=48, help="of PPO")
-    parser.add_argument(
-        "--nats", type=float, nargs="+", default=[3.0, 4.0, 5.0], help="KLs at which policies are compared"
+        "--gold", type=Path, default=Path("runs/minilm-1/rm"), help="Reward model that simulates the raters."
     )
     parser.add_argument(
-        "--tables", action="store_true", help="only print the table of the results that are there"
+        "--out", type=Path, default=ROOT / "runs/rounds", help="Folder for stores and checkpoints."
+    )
+    parser.add_argument("--preset", default="demo", help="Preset of the stage scripts.")
+    parser.add_argument("--prompts", default="vader", help="Prompts, as `feedback sample` takes them.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Seeds, one whole run each.")
+    parser.add_argument("--rounds", type=int, default=2, help="Rounds after the first.")
+    parser.add_argument("--pairs", type=int, default=600, help="New pairs per round.")
+    parser.add_argument(
+        "--epochs", type=int, default=4, help="Epochs of each reward model over all pairs so far."
+    )
+    parser.add_argument("--iterations", type=int, default=48, help="PPO iterations per policy.")
+    parser.add_argument(
+        "--nats",
+        type=float,
+        nargs="+",
+        default=[3.0, 4.0, 5.0],
+        help="KLs, in nats per sequence, at which policies are compared.",
+    )
+    parser.add_argument(
+        "--tables", action="store_true", help="Train nothing, and print the table of the committed results."
     )
     return parser.parse_args(argv)
 

@@ -1,10 +1,10 @@
-"""What a PPO iteration costs as the batch, the responses, the width and the vocabulary grow: one table each.
+"""Seconds and memory per PPO iteration as the batch, the responses, the width and the vocabulary grow: one table each.
 
     python benchmarks/scaling.py            # about 5 minutes; writes results/scaling.json
-    python benchmarks/scaling.py --tables   # runs nothing: the tables alone
+    python benchmarks/scaling.py --tables   # runs nothing: prints the tables
 
-train_ppo.py on the small work of benchmarks/ppo.py (bf16, four models), of which one number changes at a time, each to four
-values: each a process of its own, two iterations to warm up and --iterations that count.
+train_ppo.py runs the small work of benchmarks/ppo.py in bf16. One number of the work changes at a time and takes four
+values. Each measurement is a process of its own: two iterations to warm up and --iterations that count.
 """
 
 import argparse
@@ -27,15 +27,15 @@ AXES = {
     "vocab": (1024, 4096, 16384, 50257),
 }
 NAMES = {
-    "batch": "responses a batch",
-    "response": "tokens a response",
+    "batch": "responses per batch",
+    "response": "tokens per response",
     "n_embd": "width",
     "vocab": "vocabulary",
 }
 
 
 def run(args: argparse.Namespace, axis: str) -> dict[str, dict]:
-    """{value: what one process measured}"""
+    """{value: what one process measured}."""
     found = {}
     for value in AXES[axis]:
         work = SMALL | {axis: value}
@@ -57,17 +57,16 @@ def rows_of(axis: str, found: dict[str, dict]) -> str:
                 value,
                 *parts,
                 f"{row['tokens'] / row['seconds']:.0f}",
-                f"{row['gemm']:.0%}",
                 f"{row['peak_mb']:.0f}",
             ]
         )
-    head = f"{NAMES[axis]}, s an iteration, rollout, scoring, update, tokens/s, update of GEMM rate, peak MB"
+    head = f"{NAMES[axis]}, s per iteration, rollout, scoring, update, tokens/s, peak MB"
     return table(head.split(", "), rows)
 
 
 def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=1)
-    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=3, help="Iterations per process that count.")
     args = parser.parse_args()
     known = beside.collect(parser, args, AXES, run)
     print("\n\n".join(rows_of(axis, known[axis]) for axis in AXES))

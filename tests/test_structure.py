@@ -28,12 +28,18 @@ WITH_CONFIG = [*SCRIPTS, "minirlhf.tools.evaluate"]
 
 def imports(file: Path) -> set[str]:
     """Full names of all modules that a file imports, wherever in it; `from a import b` counts as a and as a.b."""
-    package, found = ".".join(file.relative_to(ROOT).parent.parts), set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    return imported_by(file.read_text(), file)
+
+
+def imported_by(code: str, file: Path) -> set[str]:
+    """The same of code that stands in `file`."""
+    parents, found = file.relative_to(ROOT).parent.parts, set()
+    for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            module = ".".join(filter(None, [package if node.level else "", node.module]))
+            package = ".".join(parents[: len(parents) + 1 - node.level]) if node.level else ""
+            module = ".".join(filter(None, [package, node.module]))
             found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
 
@@ -42,9 +48,11 @@ def roots(file: Path) -> set[str]:
     return {name.split(".")[0] for name in imports(file)}
 
 
-def test_imports_are_seen(tmp_path):
+def test_imports_are_seen():
     assert {"kernels", "kernels.gae", "minirlhf.ppo", "minirlhf.run"} <= imports(ROOT / "train_ppo.py")
     assert "minirlhf.masked" in imports(ROOT / "minirlhf/ppo.py")  # a relative one
+    inside = "def f():\n    from ..support import cli\n"
+    assert "minirlhf.support.cli" in imported_by(inside, ROOT / "minirlhf/tools/chat.py")
 
 
 @pytest.mark.parametrize("file", KERNELS, ids=lambda f: f.name)
@@ -62,24 +70,77 @@ def test_scripts_meet_only_through_checkpoints(script):
     assert not roots(ROOT / f"{script}.py") & set(SCRIPTS)
 
 
-TABLES = {"demo": 8, "rounds": 1, "gaming": 1, "ppo": 1, "variants": 1, "rollout": 1, "sft": 1, "scaling": 4}
+PATH = [*(ROOT / f"{s}.py" for s in SCRIPTS), *sorted((ROOT / "minirlhf").glob("*.py"))]
+ROOMS = [f for room in ("support", "measure") for f in sorted((ROOT / "minirlhf" / room).glob("*.py"))]
 
 
-@pytest.mark.parametrize(("experiment", "tables"), TABLES.items())
-def test_readme_holds_the_tables_that_its_commands_print(experiment, tables):
-    printed = subprocess.check_output(
-        [sys.executable, f"benchmarks/{experiment}.py", "--tables"], cwd=ROOT, text=True
-    )
-    printed, readme = printed.strip().split("\n\n"), (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("file", PATH + ROOMS, ids=lambda f: str(f.relative_to(ROOT)))
+def test_tools_and_interop_are_imported_by_nobody_on_the_path(file):
+    """Nor by what the path stands on.  Where a script needs other people's formats, it looks them up by name."""
+    beside = {name for name in imports(file) if re.match(r"minirlhf\.(tools|interop)\b", name)}
+    assert beside == set()
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a node back to itself, both ends named; [] where there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node in done:
+            return []
+        found = next((c for after in sorted(graph[node]) if (c := walk(after, [*way, node]))), [])
+        done.add(node)
+        return found
+
+    return next((c for node in sorted(graph) if (c := walk(node, []))), [])
+
+
+def test_no_circle_of_imports():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    names = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in LIBRARY}
+    names = {file: name.removesuffix(".__init__") for file, name in names.items()}
+    graph = {name: imports(file) & set(names.values()) - {name} for file, name in names.items()}
+    assert circle(graph) == []
+
+
+TABLES = {  # the page that holds each benchmark's tables (None: printed only), and how many there are
+    "demo": ("results", 8),
+    "gaming": ("results", 1),
+    "rounds": ("feedback", 1),
+    "ppo": ("speed", 1),
+    "variants": ("speed", 1),
+    "rollout": ("speed", 1),
+    "sft": ("speed", 1),
+    "scaling": (None, 4),
+}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("experiment", TABLES)
+def test_docs_hold_the_tables_that_their_commands_print(experiment):
+    page, tables = TABLES[experiment]
+    command = [sys.executable, f"benchmarks/{experiment}.py", "--tables"]
+    printed = subprocess.check_output(command, cwd=ROOT, text=True).strip().split("\n\n")
     assert len(printed) == tables
-    for table in printed:
-        assert f"\n\n{table}\n\n" in readme, table
+    if page is not None:
+        text = (ROOT / f"docs/{page}.md").read_text()
+        for table in printed:
+            assert f"\n\n{table}\n\n" in text, table
 
 
-def test_readme_explains_a_text_as_the_command_did():
+def test_docs_explain_a_text_as_the_command_did():
     raw = (ROOT / "benchmarks/results/chat.txt").read_text()
     _, ours, table = raw.rpartition("\n[runs/demo/ppo]")
-    assert f"\n```{ours}{table}```\n" in (ROOT / "README.md").read_text()
+    assert f"\n```{ours}{table}```\n" in (ROOT / "docs/chat.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_pages_say_what_was_measured_and_not_what_was_hoped_for(page):
+    found = re.search(r"set out (to|for)\b|\bgoals?\b", page.read_text(), re.I)
+    assert not found, found
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -141,12 +202,28 @@ def test_configs_are_frozen(name):
         config.seed = 2
 
 
-def test_details_agree_in_code_tests_and_readme():
-    """D1 to D24: each stands as [D7] at a line of the source, in a test_D7_ and in one row of the README's register."""
+def test_details_agree_in_code_tests_and_docs():
+    """D1 to D24: each stands as [D7] at a line of the source, in a test_D7_ and in one row of docs/details.md."""
     code = "".join(file.read_text() for file in SOURCE)
     tests = "".join(file.read_text() for file in sorted((ROOT / "tests").rglob("*.py")))
-    rows = re.findall(r"^\| D(\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    register = (ROOT / "docs/details.md").read_text()
+    rows = re.findall(r"^\| D(\d+) \|", register, re.M)
     everything = {str(n) for n in range(1, 25)}
     assert set(re.findall(r"\[D(\d+)\]", code)) == everything
     assert set(re.findall(r"def test_D(\d+)_", tests)) == everything
     assert sorted(rows, key=int) == sorted(everything, key=int)
+    assert re.findall(r"^\| D(\d+) \|.*`-k D\1_`", register, re.M) == rows
+
+
+def test_functions_in_the_register_exist():
+    """`ppo.shape_rewards` and its like in docs/details.md: each is found in minirlhf or in kernels."""
+    cells = re.findall(r"^\| D\d+ \|[^|]*\|([^|]*)\|", (ROOT / "docs/details.md").read_text(), re.M)
+    places = [name for cell in cells for name in re.findall(r"`([a-z_.]+\.\w+)`", cell)]
+    assert len(places) > 24
+    for place in places:
+        if place.endswith(".py"):
+            assert (ROOT / place).is_file(), place
+            continue
+        module, _, name = place.rpartition(".")
+        module = module if module == "kernels" else f"minirlhf.{module}"
+        assert hasattr(importlib.import_module(module), name), place
