@@ -2,9 +2,9 @@
 
     python -m kernels.audit                                  # our kernels, for sm_80, sm_90, sm_100 and gfx942
     python -m kernels.audit --check --json audit.json        # and name each goal that is missed; exit 1 if one is
-    python -m kernels.audit package.module:CASES             # anyone's kernels, by the same instruments
+    python -m kernels.audit package.module:CASES             # anyone's kernels, by the same meters
 
-The instruments stand in instruments.py. Per kernel and target: registers, stack, spills, shared memory, and for each
+The meters are in meters.py. Per kernel and target: registers, stack, spills, shared memory, and for each
 innermost loop that touches global memory the accesses of one trip, its instructions per byte, barriers and shuffles. A loop
 that should be bound by bandwidth must not be bound by issue slots: an H100 can issue about ten thread-instructions for
 each byte that it can read. Per call, forward and backward: the bytes that kernels ask for, and the memory that buffers take.
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .instruments import NUMBERS, byte_trace, capture, read
+from .meters import NUMBERS, byte_trace, capture, read
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ours = ["kernels.audit:our_cases"]
+    ours = ["kernels.tools.audit:our_cases"]
     parser.add_argument(
         "cases", nargs="*", default=ours, help="module:NAME of a list of Case, or of a function that makes it"
     )

@@ -1,4 +1,4 @@
-"""The audit's instruments, on kernels whose answers are known; and that our kernels meet their goals.
+"""The audit's meters, on kernels whose answers are known; and that our kernels meet their goals.
 
 Everything that needs the compiler runs in a child process, which imports the small kernels below from this file: pytest's
 own process may have imported triton as an interpreter.
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from kernels.tools.audit import GOALS, Case, missed, nbytes
-from kernels.tools.instruments import Buffers, count, inner_loops, parse
+from kernels.tools.meters import Buffers, count, inner_loops, parse
 
 try:
     import triton

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import linear_token_logprobs, token_kl, token_logprobs
-from kernels.tools.instruments import Buffers
+from kernels.tools.meters import Buffers
 from kernels.tools.testing import INTERPRETED
 
 MIB = 1 << 20

@@ -1,4 +1,4 @@
-"""Three instruments for Triton kernels on a machine without a GPU; kernels/audit.py applies them.
+"""Three meters for Triton kernels on a machine without a GPU; kernels/tools/audit.py applies them.
 
 `capture` watches calls whose tensors are on the `meta` device, which gives them a shape but no memory. Triton's own
 launcher specialises and compiles each kernel and starts none: what is compiled is what would run, at sizes that no test
