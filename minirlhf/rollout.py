@@ -227,7 +227,7 @@ def generate(
         ended = running & (token == sampling.eos)
         lengths[rows] = torch.where(ended, t + 1, lengths[rows])
         running = running & ~ended
-        if t % ask_every == 0:
+        if (t + 1) % ask_every == 0:
             n_running = int(running.sum())
             if n_running == 0:
                 break
