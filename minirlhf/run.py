@@ -16,20 +16,19 @@ import dataclasses
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from minirlhf import Stopped, UserError, checkpoint, data, optim
+from minirlhf import Stopped, UserError, optim
 from minirlhf.rollout import Texts
-from minirlhf.support import claims, ledger, logs, steps
+from minirlhf.support import logs
 from minirlhf.support.cli import Count, Seed
-from minirlhf.support.files import Lock
+from minirlhf.support.folder import Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
     pick_precision,
@@ -37,7 +36,6 @@ from minirlhf.support.hardware import (
     setup_machine,
     trim_freed_memory,
 )
-from minirlhf.support.logs import MetricLogger
 
 STREAMS = {"sft": 1, "rm": 2, "ppo": 3}  # a stage's own random numbers
 
@@ -82,123 +80,19 @@ class RunConfig:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
 
-class Run:
-    """One stage's process and folder."""
+class Run(Folder):
+    """One stage's process.  Its folder (what it starts from, saves and resumes) is support/folder.py."""
 
     def __init__(self, stage: str, config: RunConfig):
-        """Finds device and ranks, locks OUT, and decides whether to start, to resume or that there is nothing
-        to do.
-
-        Raises UserError where OUT holds another run, cannot be resumed, or is in use.
-        """
-        self.stage, self.config, self.out = stage, config, config.out
+        """Raises UserError where OUT holds another run, cannot be resumed, or is in use."""
         self.machine = setup_machine()
-        self.device, self.rank, self.world = self.machine.device, self.machine.rank, self.machine.world
+        super().__init__(stage, config, self.machine)
+        self.device = self.machine.device
         self.precision = pick_precision(config.precision)
-        self.lock: Lock | None = None
-        if self.rank == 0 and self.out.exists():
-            self.lock = Lock(self.out)
-        self.state = self._claim()
-        self.step, self.saved_step, self.seconds = 0, 0, 0.0
-        self.inputs: dict[str, Any] = {}
-        self.about: dict[str, Any] = {}  # what config.json says beside the usual
         self.times: dict[str, float] = {}  # of the running step, by metric name
         self.current_phase, self.phase_began = None, 0.0
         self.stop_signal = 0
         self.seed(0)
-
-    # --------------------------------------------------------------------------------------------- the folder
-
-    def _claim(self) -> str:
-        """'start', 'resume' or 'complete'."""
-        if self.config.overwrite:
-            return "start"
-        whole = (self.out / "latest" / "config.json").is_file()
-        self.saved = checkpoint.load_config(self.out) if whole else None
-        settings = checkpoint.settings_of(self.config)
-        state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume)
-        if state == "resume" and self.saved.get("world", self.world) != self.world:
-            self.print(
-                f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other random draws"
-            )
-        return state
-
-    def begin(self, source: data.Dataset, **checkpoints: Path | None) -> bool:
-        """Whether there is work to do.  Records the data and the checkpoints that this run starts from.
-
-        Raises UserError where the run in OUT was made from others.
-        """
-        self.inputs = {"data": source.sha256}
-        for name, path in checkpoints.items():
-            if path is not None:
-                checkpoint.refuse_stale(path, "init", checkpoints["init"])
-                self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
-        self.about["data"] = {"name": source.name, "sha256": source.sha256}
-        self.print(source.describe())
-        if self.state != "start":
-            claims.compare_inputs(self.out, self.saved, self.inputs)
-        if self.state == "complete":
-            if self.rank == 0:
-                steps.sweep(self.out)
-            self.print(f"{self.out} is complete: nothing to do (--overwrite to run it again)")
-        return self.state != "complete"
-
-    def account(self, what: str, counts: Counter[str]) -> None:
-        """Print what became of every row, and record it in config.json."""
-        self.about.setdefault("rows", {})[what] = dict(counts)
-        self.print(f"{what}: {ledger.account(counts)}")
-
-    def resume(self, tokenizer, model: nn.Module, counters: dict | None = None, **parts: Any) -> dict:
-        """Load the last checkpoint, if the run goes on, and open the logs -> the counters.
-
-        `model` is what the next stage will read; `parts` are the other modules and optimizers that training
-        changes."""
-        if self.rank == 0 and self.lock is None:
-            self.lock = Lock(self.out)
-            if self._claim() != self.state:
-                raise UserError(f"{self.out}: another process has begun a run here: choose another --out")
-        self.tokenizer, self.model, self.parts, self.counters = tokenizer, model, parts, counters or {}
-        if self.state == "resume":
-            tensors, state = checkpoint.load_trainer(self.out)
-            model.load_state_dict(checkpoint.load_state(self.out))
-            for name, part in parts.items():
-                if isinstance(part, nn.Module):
-                    prefix = f"{name}."
-                    part.load_state_dict(
-                        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                    )
-                else:
-                    checkpoint.unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
-            self.counters |= state["counters"]
-            self.step = self.saved_step = state["step"]
-            self.seconds = state["seconds"]
-        elif self.rank == 0:
-            steps.forget(self.out)
-        self.logger = MetricLogger(self.out, self.rank, self.config.tensorboard, self.step)
-        return self.counters
-
-    def save(self, step: int, complete: bool = False, best: bool = False, **about: Any) -> None:
-        """Write the checkpoint of `step`, the best so far or not; `about` goes into its config.json."""
-        tensors: dict[str, Tensor] = {}
-        optimizers: dict[str, dict] = {}
-        for name, part in self.parts.items():
-            if isinstance(part, nn.Module):
-                tensors |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
-            else:
-                packed, optimizers[name] = checkpoint.pack_optimizer(part, f"{name}.")
-                tensors |= packed
-        state = {"step": step, "seconds": self.elapsed, "counters": self.counters, "optimizers": optimizers}
-        shape = self.model.config if hasattr(self.model, "config") else self.model.members[0].backbone.config
-        more = {"inputs": self.inputs, "world": self.world} | self.about | about
-        described = checkpoint.describe(
-            self.stage, shape, self.config, step, complete, self.tokenizer, **more
-        )
-        if self.rank == 0:
-            trainer = {"tensors": tensors, "state": state}
-            checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer, best)
-        self.saved_step = step
-
-    # --------------------------------------------------------------------------------------------- the process
 
     def autocast(self):
         """The context in which models compute, at this run's precision."""
@@ -215,28 +109,16 @@ class Run:
         sums.add({name: values.sum() / count for name, values in per_text.items()})
         return sums.over_ranks(self.machine)
 
-    def print(self, text: str) -> None:
-        """Print on rank 0 alone."""
-        if self.rank == 0:
-            tqdm.write(text)
-
     @property
     def frozen_dtype(self) -> torch.dtype:
         return frozen_dtype(self.precision)
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds spent in the loop, those before a resume included."""
-        running = time.perf_counter() - self.started if getattr(self, "started", None) else 0.0
-        return self.seconds + running
-
-    def loop(self, total: int, first: int | None = None) -> Iterator[int]:
+    def loop(self, total: int) -> Iterator[int]:
         """The steps still to do, 0-based, each with its own seeds and with Ctrl-C and SIGTERM held back until
         its end."""
         self.started, self.total = time.perf_counter(), total
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        first = self.step if first is None else first
-        self.bar = tqdm(range(first, total), initial=first, total=total, disable=self.rank > 0)
+        self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.rank > 0)
         try:
             for step in self.bar:
                 self.times = {}
@@ -315,8 +197,6 @@ class Run:
             else "no checkpoint yet"
         )
         return f"{self.stage}, step {self.step + 1}; {last}"
-
-    # --------------------------------------------------------------------------------------------- the end of a step
 
     def log(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
         """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress

@@ -1,0 +1,136 @@
+"""A run's folder: what it holds, what the run in it started from, and how its state is saved and resumed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minirlhf import UserError, checkpoint, data
+from minirlhf.support import claims, ledger, steps
+from minirlhf.support.files import Lock
+from minirlhf.support.hardware import Machine
+from minirlhf.support.logs import MetricLogger
+
+
+class Folder:
+    """OUT, as one stage uses it.  Rank 0 alone writes."""
+
+    def __init__(self, stage: str, config: Any, machine: Machine):
+        """Locks OUT and decides whether to start, to resume, or that there is nothing to do: `state`.
+
+        Raises UserError where OUT holds another run, cannot be resumed, or is in use.
+        """
+        self.stage, self.config, self.out = stage, config, config.out
+        self.rank, self.world = machine.rank, machine.world
+        self.lock: Lock | None = None
+        if self.rank == 0 and self.out.exists():
+            self.lock = Lock(self.out)
+        self.state = self._claim()
+        self.step, self.saved_step = 0, 0  # how many steps are done, and how many the last checkpoint holds
+        self.seconds, self.started = 0.0, None
+        self.inputs: dict[str, Any] = {}
+        self.about: dict[str, Any] = {}  # what config.json says beside the usual
+
+    def _claim(self) -> str:
+        """'start', 'resume' or 'complete'."""
+        if self.config.overwrite:
+            return "start"
+        whole = (self.out / "latest" / "config.json").is_file()
+        self.saved = checkpoint.load_config(self.out) if whole else None
+        settings = checkpoint.settings_of(self.config)
+        state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume)
+        if state == "resume" and self.saved.get("world", self.world) != self.world:
+            self.print(
+                f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other random draws"
+            )
+        return state
+
+    def begin(self, source: data.Dataset, **checkpoints: Path | None) -> bool:
+        """Whether there is work to do.  Records the data and the checkpoints that this run starts from.
+
+        Raises UserError where the run in OUT was made from others.
+        """
+        self.inputs = {"data": source.sha256}
+        for name, path in checkpoints.items():
+            if path is not None:
+                checkpoint.refuse_stale(path, "init", checkpoints["init"])
+                self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
+        self.about["data"] = {"name": source.name, "sha256": source.sha256}
+        self.print(source.describe())
+        if self.state != "start":
+            claims.compare_inputs(self.out, self.saved, self.inputs)
+        if self.state == "complete":
+            if self.rank == 0:
+                steps.sweep(self.out)
+            self.print(f"{self.out} is complete: nothing to do (--overwrite to run it again)")
+        return self.state != "complete"
+
+    def account(self, what: str, counts: Counter[str]) -> None:
+        """Print what became of every row, and record it in config.json."""
+        self.about.setdefault("rows", {})[what] = dict(counts)
+        self.print(f"{what}: {ledger.account(counts)}")
+
+    def resume(self, tokenizer, model: nn.Module, counters: dict | None = None, **parts: Any) -> dict:
+        """Load the last checkpoint, if the run goes on, and open the logs -> the counters.
+
+        `model` is what the next stage will read; `parts` are the other modules and optimizers that training
+        changes."""
+        if self.rank == 0 and self.lock is None:
+            self.lock = Lock(self.out)
+            if self._claim() != self.state:
+                raise UserError(f"{self.out}: another process has begun a run here: choose another --out")
+        self.tokenizer, self.model, self.parts, self.counters = tokenizer, model, parts, counters or {}
+        if self.state == "resume":
+            tensors, state = checkpoint.load_trainer(self.out)
+            model.load_state_dict(checkpoint.load_state(self.out))
+            for name, part in parts.items():
+                if isinstance(part, nn.Module):
+                    prefix = f"{name}."
+                    part.load_state_dict(
+                        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                    )
+                else:
+                    checkpoint.unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
+            self.counters |= state["counters"]
+            self.step = self.saved_step = state["step"]
+            self.seconds = state["seconds"]
+        elif self.rank == 0:
+            steps.forget(self.out)
+        self.logger = MetricLogger(self.out, self.rank, self.config.tensorboard, self.step)
+        return self.counters
+
+    def save(self, step: int, complete: bool = False, best: bool = False, **about: Any) -> None:
+        """Write the checkpoint of `step`, the best so far or not; `about` goes into its config.json."""
+        tensors: dict[str, Tensor] = {}
+        optimizers: dict[str, dict] = {}
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                tensors |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
+            else:
+                packed, optimizers[name] = checkpoint.pack_optimizer(part, f"{name}.")
+                tensors |= packed
+        state = {"step": step, "seconds": self.elapsed, "counters": self.counters, "optimizers": optimizers}
+        shape = self.model.config if hasattr(self.model, "config") else self.model.members[0].backbone.config
+        more = {"inputs": self.inputs, "world": self.world} | self.about | about
+        described = checkpoint.describe(
+            self.stage, shape, self.config, step, complete, self.tokenizer, **more
+        )
+        if self.rank == 0:
+            trainer = {"tensors": tensors, "state": state}
+            checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer, best)
+        self.saved_step = step
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent in the loop, those before a resume included."""
+        return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
+
+    def print(self, text: str) -> None:
+        """Print on rank 0 alone, above the progress bar."""
+        if self.rank == 0:
+            tqdm.write(text)
