@@ -27,8 +27,8 @@ from torch import Tensor
 from minirlhf import UserError, checkpoint, data, optim, preference
 from minirlhf.feedback import raters
 from minirlhf.measure import reward_report
-from minirlhf.model import GPT, RewardEnsemble, RewardModel, run_blocks, train_last
-from minirlhf.rollout import Sampling, generate
+from minirlhf.measure.scoring import Reference, score_items, score_sequences
+from minirlhf.model import GPT, RewardEnsemble, run_blocks, train_last
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Share, ShareBelow1
@@ -223,109 +223,45 @@ def target_of(item: data.Judged) -> float:
     return item.record.share if isinstance(item.record, data.Preference) else item.record.rating
 
 
-def item_loss(scores: Tensor, items: list[data.Judged]) -> Tensor:
-    """Mean loss of items whose scores are [b]; of pairs whose scores are [2 b], the first texts before the
-    second ones."""
-    target = torch.tensor([target_of(item) for item in items], device=scores.device)
-    if items[0].ids_b is not None:
-        return preference.pairwise_loss(*scores.chunk(2), target)
-    return preference.regression_loss(scores, target)
+def loss_of(
+    run: Run, config: Config, kind: str, step: int, batch: list, rows: list[int], scores: Tensor
+) -> Tensor:
+    """The loss on the items `rows` of a batch, such that microbatches and ranks add up to the whole batch's [D17].
+
+    scores: [b] of rated texts, or [2 b] of pairs, the first texts before the second ones.
+    """
+    items = [batch[i] for i in rows]
+    target = torch.tensor([target_of(item) for item in items], device=run.device)
+    share = len(items) / len(batch)
+    if isinstance(batch[0].record, data.Preference):
+        return preference.pairwise_loss(*scores.chunk(2), target) * share if items else scores.sum()
+    loss = (
+        scores.sum() * 0
+        if kind == "pairwise" or not items
+        else preference.regression_loss(scores, target) * share
+    )
+    if kind != "regression" and len(batch) > 1:
+        loss = loss + rating_pairs_loss(run, config, step, batch, rows, scores)
+    return loss
 
 
 def rating_pairs_loss(
-    config: Config, run: Run, step: int, batch: list[data.Judged], mine: list[int], scores: Tensor
+    run: Run, config: Config, step: int, batch: list, rows: list[int], scores: Tensor
 ) -> Tensor:
-    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored the
-    items `mine`.
+    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored `rows`.
 
-    Scores of other ranks come as constants.  Each rank's gradient is then that of its own items, and the sum
-    over ranks is the gradient of one process [D17]."""
-    others = torch.zeros(len(batch), device=scores.device)
-    others[mine] = scores.detach().float()
-    everyone = run.sum_(others).index_put((torch.tensor(mine, device=scores.device),), scores.float())
+    Other ranks' scores are constants here: the sum over ranks of such gradients is that of one process [D17].  The value is
+    divided by the number of ranks, since each has all pairs.
+    """
+    everyone = torch.zeros(len(batch), device=run.device)
+    everyone[rows] = scores.detach().float()
+    everyone = run.sum_(everyone).index_put((torch.tensor(rows, device=run.device),), scores.float())
     ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
     rng = np.random.default_rng([config.seed, step])
     a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
-    share = torch.tensor(share, dtype=torch.float32, device=scores.device)
-    return preference.pairwise_loss(everyone[a], everyone[b], share)
-
-
-@torch.no_grad()
-def score_items(run: Run, members: list[RewardModel], items: list[data.Judged], pad: int) -> list[float]:
-    """The members' mean score of each item: of a text, or the margin between a pair's two texts."""
-    scores = score_sequences(run, members, [item.ids for item in items], pad)
-    if items[0].ids_b is not None:
-        scores = scores - score_sequences(run, members, [item.ids_b for item in items], pad)
-    return scores.tolist()
-
-
-@torch.no_grad()
-def score_sequences(run: Run, members: list[RewardModel], sequences: list[list[int]], pad: int) -> Tensor:
-    """The members' mean scores [len(sequences)] on the CPU; each rank reads a share, and all get all."""
-    found = torch.zeros(len(sequences), device=run.device)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for member in members:
-        member.eval()
-    for i in range(64 * run.rank, len(order), 64 * run.world):
-        rows = order[i : i + 64]
-        tokens, mask = (x.to(run.device) for x in data.collate([sequences[j] for j in rows], pad))
-        with run.autocast():
-            scores = torch.stack([member(tokens, mask) for member in members]).mean(0)
-        found[torch.tensor(rows, device=run.device)] = scores.float()
-    for member in members:
-        member.train()
-    return run.sum_(found).cpu()
-
-
-def load_reference(config: Config, init: Path, records: list, context: int) -> tuple[Path, Tokenizer, list]:
-    """(folder, tokenizer, prompts) of the policy whose samples scores are normalised on.  Checked before
-    training."""
-    remedy = (
-        "name a language model with --reference, or leave scores on the raters' scale with --normalise none"
-    )
-    is_gpt = checkpoint.shape_of(init).causal
-    folder = checkpoint.resolve(config.reference or (init if is_gpt else config.out.parent / "sft"), remedy)
-    tokenizer = checkpoint.writer(folder)[2]
-    room = min(context, checkpoint.shape_of(folder).context) - config.response_tokens
-    prompts = data.encode_prompts(tokenizer, records, config.prompt_tokens, room, config.too_long)
-    return folder, tokenizer, prompts
-
-
-@torch.no_grad()
-def normalise_scores(
-    config: Config,
-    run: Run,
-    model: RewardEnsemble,
-    tokenizer: Tokenizer,
-    reference: Path,
-    reference_tokenizer: Tokenizer,
-    prompts: list[list[int]],
-    mode: str,
-) -> None:
-    """Set each member's gain and bias such that samples of the reference policy average 0 [D14].
-
-    The samples are drawn as train_ppo.py will draw them.
-    """
-    policy = checkpoint.load_gpt(reference).to(run.device).eval()
-    pad = reference_tokenizer.pad
-    sampling = Sampling(config.response_tokens, config.temperature, reference_tokenizer.eot, pad)
-    picks = data.cursor(len(prompts), config.normalise_samples, config.seed, 0)
-    sequences = []
-    for i in range(0, len(picks), 64):
-        queries, query_mask = data.collate([prompts[j] for j in picks[i : i + 64]], pad, side="left")
-        texts = generate(policy, queries, query_mask, sampling)
-        rows = zip(texts.tokens.cpu(), texts.mask.cpu(), strict=True)
-        sequences += [
-            data.translate(row[real].tolist(), reference_tokenizer, tokenizer) for row, real in rows
-        ]
-    for k, member in enumerate(model.members):
-        scores = score_sequences(run, [member], sequences, tokenizer.pad)
-        gain, bias = preference.fit_affine(scores, mode)
-        member.gain.fill_(gain)
-        member.bias.fill_(bias)
-        run.print(
-            f"member {k}: scores x {gain:.3f} {bias:+.3f}, so that the reference policy's samples average 0"
-        )
+    share = torch.tensor(share, dtype=torch.float32, device=run.device)
+    loss = preference.pairwise_loss(everyone[a], everyone[b], share)
+    return loss - (1 - 1 / run.world) * loss.detach()
 
 
 def main() -> None:
@@ -350,7 +286,12 @@ def main() -> None:
         held_out[split] = data.encode_judged(tokenizer, part.records, context, config.too_long, part.ledger)
         records[split] = [item.record for item in held_out[split]]
         run.account(split, part.ledger)
-    samples_from = load_reference(config, init, records["val"], context) if normalise != "none" else None
+    reference = None
+    if normalise != "none":
+        remedy = "name a language model with --reference, or use --normalise none"
+        own = init if backbone.config.causal else config.out.parent / "sft"
+        policy = checkpoint.resolve(config.reference or own, remedy)
+        reference = Reference.load(policy, records["val"], context, config)
 
     schedule = []  # (member, places in training.items) of every step
     lengths = [len(item.ids) for item in training.items]
@@ -388,24 +329,18 @@ def main() -> None:
         mine = list(range(run.rank, len(batch), run.world))
         size = config.microbatch or len(batch)
         total = torch.zeros((), device=run.device)
-        for rows in [mine[i : i + size] for i in range(0, len(mine), size)]:
-            items = [batch[i] for i in rows]
-            sequences = [item.ids for item in items] + [
-                item.ids_b for item in items if item.ids_b is not None
-            ]
-            tokens, mask = data.collate(sequences, tokenizer.pad)
-            with run.autocast():
-                scores = model.members[k](tokens.to(run.device), mask.to(run.device))
-            loss = torch.zeros((), device=run.device)
-            if loss_kind in ("regression", "both") or not rated:
-                loss = loss + item_loss(scores, items) * (len(items) / len(batch))
-            total += loss.detach()
-            if loss_kind in ("pairwise", "both") and rated and len(batch) > 1:
-                pairs_loss = rating_pairs_loss(config, run, step, batch, rows, scores)
-                total += pairs_loss.detach() / run.world  # every rank has the whole of it
-                loss = loss + pairs_loss
-            if loss.requires_grad:  # a lone rated text makes no pair
+        for rows in [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]:
+            sequences = [batch[i].ids for i in rows]
+            sequences += [batch[i].ids_b for i in rows if batch[i].ids_b is not None]
+            scores = torch.zeros(0, device=run.device)  # of a rank without a row
+            if rows:
+                tokens, mask = data.collate(sequences, tokenizer.pad)
+                with run.autocast():
+                    scores = model.members[k](tokens.to(run.device), mask.to(run.device))
+            loss = loss_of(run, config, loss_kind, step, batch, rows, scores)
+            if loss.requires_grad:
                 loss.backward()
+            total += loss.detach()
 
         # 2. Step.
         norm = run.take_step(optimizer, config.max_grad_norm, "reward model")
@@ -428,8 +363,13 @@ def main() -> None:
     # The report on test texts, on the raters' own scale; then the transform that PPO will see [D14].
     predictions = score_items(run, model.members, held_out["test"], tokenizer.pad)
     run.seed(len(schedule) + 1)  # whether the last step was run or resumed from [D21]
-    if samples_from is not None:
-        normalise_scores(config, run, model, tokenizer, *samples_from, normalise)
+    sequences = reference.samples(config, run, tokenizer) if reference else []
+    for k, member in enumerate(model.members if reference else []):
+        scores = score_sequences(run, [member], sequences, tokenizer.pad)
+        gain, bias = preference.fit_affine(scores, normalise)
+        member.gain.fill_(gain)
+        member.bias.fill_(bias)
+        run.print(f"member {k}: scores x {gain:.3f} {bias:+.3f}: samples of the reference average 0")
     if run.rank == 0:
         report = reward_report.reward_report(source.kind, predictions, records, config.part, config.seed)
         results = report | ({"raters": training.raters} if training.raters else {}) | {"seconds": run.elapsed}
