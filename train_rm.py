@@ -62,8 +62,6 @@ class Config(RunConfig):
     init: Path | None = None
     """Checkpoint of the backbone and its tokenizer: a language model, or an imported encoder.  Default:
     OUT/../sft."""
-    backbone: Literal["auto", "gpt", "bert"] = "auto"
-    """What --init must be: a causal language model (gpt) or an encoder (bert).  auto: either."""
     pooling: Literal["last", "mean", "last+mean"] = "last+mean"
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
     head: Literal["mlp", "linear"] = "mlp"
@@ -183,12 +181,7 @@ def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
     tokenizer = Tokenizer.load(init)
     checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
     backbone = checkpoint.load_gpt(init)
-    kind = "gpt" if backbone.config.causal else "bert"
-    if config.backbone not in ("auto", kind):
-        raise UserError(
-            f"{init} holds a {kind} model, not a {config.backbone} one: change --backbone or --init"
-        )
-    if config.bidirectional and kind == "bert":
+    if config.bidirectional and not backbone.config.causal:
         raise UserError(
             f"{init} holds an encoder, which reads in both directions already: drop --bidirectional"
         )

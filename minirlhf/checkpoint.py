@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
@@ -142,41 +141,10 @@ def fingerprint(path: str | Path) -> str:
     return load_config(folder).get("sha256") or sha256_of(folder / "model.safetensors")
 
 
-def refuse_stale(path: str | Path, name: str, source: str | Path) -> None:
-    """UserError where the checkpoint at `path` started from the folder `source`, which was trained again
-    since."""
-    inputs = load_config(path).get("inputs", {})
-    before, now = inputs.get(name), fingerprint(source)
-    if (
-        before is None
-        or before == now
-        or Path(inputs[f"{name}_path"]).resolve().parent != resolve(source).parent
-    ):
-        return
-    raise UserError(
-        f"{path} was trained from {source} as it was before (sha256 {before[:12]}, now {now[:12]}): "
-        f"train it again, or give another checkpoint"
-    )
-
-
 def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:
     """UserError unless `tokenizer` is the one that the checkpoint with this config was trained with."""
     if config.get("tokenizer", {}).get("hash") != tokenizer.hash:
         raise UserError("tokenizer does not match the checkpoint: use the one in the checkpoint's own folder")
-
-
-def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict]:
-    """State of `opt` (AdamW: step, exp_avg, exp_avg_sq) as tensors '{prefix}{index}.{key}', all else for
-    JSON."""
-    state, groups = opt.state_dict()["state"], opt.state_dict()["param_groups"]
-    tensors = {f"{prefix}{i}.{key}": value for i, slots in state.items() for key, value in slots.items()}
-    return tensors, {"groups": groups, "keys": {i: list(slots) for i, slots in state.items()}}
-
-
-def unpack_optimizer(opt: Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
-    """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order."""
-    state = {int(i): {k: tensors[f"{prefix}{i}.{k}"] for k in keys} for i, keys in saved["keys"].items()}
-    opt.load_state_dict({"state": state, "param_groups": saved["groups"]})
 
 
 def shape_of(path: str | Path) -> GPTConfig:

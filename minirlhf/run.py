@@ -1,24 +1,20 @@
-"""A stage's process and its folder: where it computes, what it started from, how it logs, saves, resumes and
-stops.
+"""A stage's process: where it computes, its seeds, its logs, and how it stops.
 
-`Run` serves all three scripts alike.  It knows the folder and the process, and nothing of the algorithm's
-step:
+`Run` serves all three scripts alike.  It knows the process and its folder, and nothing of the algorithm:
 
-    run = Run("ppo", config)                          # device, ranks, precision; OUT is free, unfinished or complete
-    if not run.begin(source, init=sft_dir): return    # complete, from the same data and checkpoints: nothing to do
-    run.resume(tokenizer, model, optimizer=optimizer) # the state of the last checkpoint, if there is one
-    for step in run.loop(total): ...                  # progress bar, seeds, Ctrl-C
+    run = Run("ppo", config)                           # device, ranks, precision; is OUT free, unfinished, complete?
+    if not run.begin(source, init=sft): return         # complete, from the same data and checkpoints
+    run.resume(tokenizer, model, optimizer=optimizer)  # the state of the last checkpoint, if there is one
+    for step in run.loop(total): ...                   # progress bar, seeds, Ctrl-C
 """
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +23,6 @@ from tqdm import tqdm
 from minirlhf import Stopped, UserError, optim
 from minirlhf.rollout import Texts
 from minirlhf.support import logs
-from minirlhf.support.cli import Count, Seed
 from minirlhf.support.folder import Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -36,48 +31,9 @@ from minirlhf.support.hardware import (
     setup_machine,
     trim_freed_memory,
 )
+from minirlhf.support.run_config import RunConfig
 
 STREAMS = {"sft": 1, "rm": 2, "ppo": 3}  # a stage's own random numbers
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """The options that all three stages share."""
-
-    out: Path = Path("runs/demo/stage")
-    """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""
-    data: str = "vader"
-    """Source of the texts: vader (built in), toy (generated), or a file or folder (.jsonl, .jsonl.gz,
-    .txt)."""
-    data_dir: Path | None = None
-    """Cache folder of the built-in dataset.  Default: the user's cache."""
-    skip_bad: bool = False
-    """Skip and count malformed rows instead of stopping at the first."""
-    too_long: Literal["error", "drop", "cut"] = "drop"
-    """What happens to a prompt that does not fit the context: stop, drop and count the row, or cut its
-    beginning."""
-    resume: bool = False
-    """Continue from the newest checkpoint in OUT, bit for bit [D21]; start where there is none."""
-    overwrite: bool = False
-    """Start again even if OUT holds a run, which is lost."""
-    tensorboard: bool = False
-    """Write TensorBoard events, too."""
-    seed: Seed = 1
-    """Random seed, 0 or larger."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Precision of matrix products.  auto: bf16 where the hardware multiplies it natively."""
-    train_layers: Count | None = None
-    """Train only this many last blocks and what follows them.  Default: everything.  What is frozen is kept
-    in --precision and has no dropout."""
-    gradient_checkpointing: bool = False
-    """Keep only each block's input for backward and compute the rest again: far less memory, a third more
-    time."""
-    compile: bool = False
-    """Compile the blocks with torch.compile; worth it in long runs only."""
-
-    def __post_init__(self) -> None:
-        if self.resume and self.overwrite:
-            raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
 
 class Run(Folder):

@@ -15,6 +15,7 @@ from minirlhf.support import claims, ledger, steps
 from minirlhf.support.files import Lock
 from minirlhf.support.hardware import Machine
 from minirlhf.support.logs import MetricLogger
+from minirlhf.support.state import pack_optimizer, unpack_optimizer
 
 
 class Folder:
@@ -58,7 +59,7 @@ class Folder:
         self.inputs = {"data": source.sha256}
         for name, path in checkpoints.items():
             if path is not None:
-                checkpoint.refuse_stale(path, "init", checkpoints["init"])
+                refuse_stale(path, "init", checkpoints["init"])
                 self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())
@@ -95,7 +96,7 @@ class Folder:
                         {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                     )
                 else:
-                    checkpoint.unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
+                    unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
             self.counters |= state["counters"]
             self.step = self.saved_step = state["step"]
             self.seconds = state["seconds"]
@@ -112,7 +113,7 @@ class Folder:
             if isinstance(part, nn.Module):
                 tensors |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
             else:
-                packed, optimizers[name] = checkpoint.pack_optimizer(part, f"{name}.")
+                packed, optimizers[name] = pack_optimizer(part, f"{name}.")
                 tensors |= packed
         state = {"step": step, "seconds": self.elapsed, "counters": self.counters, "optimizers": optimizers}
         shape = self.model.config if hasattr(self.model, "config") else self.model.members[0].backbone.config
@@ -134,3 +135,20 @@ class Folder:
         """Print on rank 0 alone, above the progress bar."""
         if self.rank == 0:
             tqdm.write(text)
+
+
+def refuse_stale(path: str | Path, name: str, source: str | Path) -> None:
+    """UserError where the checkpoint at `path` started from the folder `source`, which was trained again
+    since."""
+    inputs = checkpoint.load_config(path).get("inputs", {})
+    before, now = inputs.get(name), checkpoint.fingerprint(source)
+    if (
+        before is None
+        or before == now
+        or Path(inputs[f"{name}_path"]).resolve().parent != checkpoint.resolve(source).parent
+    ):
+        return
+    raise UserError(
+        f"{path} was trained from {source} as it was before (sha256 {before[:12]}, now {now[:12]}): "
+        f"train it again, or give another checkpoint"
+    )
