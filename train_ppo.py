@@ -163,12 +163,12 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16, minibatch=8,
-                    epochs=2, response_tokens=12),
-    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64, train_layers=14,
-                      lr=1e-4, value_lr=1e-4, save_every=20),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512, minibatch=64,
-                   microbatch=16, lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16,
+                    minibatch=8, epochs=2, response_tokens=12),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64,
+                      train_layers=14, lr=1e-4, value_lr=1e-4, save_every=20),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512,
+                   minibatch=64, microbatch=16, lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
 }  # fmt: skip
 
 
@@ -247,7 +247,7 @@ def main() -> None:
     changing = {"value": critic, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
     state = run.resume(tokenizer, policy, {"kl_coef": config.kl_coef}, **changing)  # [D21]
     sum_ = run.machine.sum_  # statistics are of all ranks
-    run.print(f"{config.iterations} iterations of {config.batch} responses; {run.precision} on {run.device}")
+    run.print(f"{config.iterations} iterations of {config.batch} responses; {run.where}")
 
     for iteration in run.loop(config.iterations):
         kl_coef = state["kl_coef"]

@@ -3,7 +3,7 @@
     python train_rm.py                                    # after train_sft.py: the built-in human ratings
     python train_rm.py --preset smoke                     # seconds, to see that it runs
     python train_rm.py --data choices.jsonl --loss pairwise --out runs/mine/rm
-    python train_rm.py --part b --seed 2 --out runs/demo/judge      # a judge that shares no item with --part a
+    python train_rm.py --part b --seed 2 --out runs/demo/judge      # a judge: shares no item with --part a
 
 The model is the SFT model with a two-layer MLP head; all weights are trained.  Ratings are learnt as
 regression on the mean score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both;
@@ -128,11 +128,12 @@ PRESETS = {
     "demo": Config(),
     "smoke": Config(preset="smoke", out=Path("runs/smoke/rm"), data="toy", warmup=5, normalise_samples=32,
                     response_tokens=12),
-    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14, pooling="mean",
-                      bidirectional=14, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, epochs=3),
-    "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"), genres=("movies",),
-                     pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4, embedding_lr=1.0, epochs=4,
-                     normalise="none"),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/rm"), genres=("movies",), train_layers=14,
+                      pooling="mean", bidirectional=14, dropout=0.1, lowercase=0.0, batch=32, lr=1e-4,
+                      epochs=3),
+    "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"),
+                     genres=("movies",), pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4,
+                     embedding_lr=1.0, epochs=4, normalise="none"),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), lr=3e-5, members=3, microbatch=8),
 }  # fmt: skip
 
@@ -219,21 +220,19 @@ def target_of(item: data.Judged) -> float:
 def loss_of(
     run: Run, config: Config, kind: str, step: int, batch: list, rows: list[int], scores: Tensor
 ) -> Tensor:
-    """The loss on the items `rows` of a batch, such that microbatches and ranks add up to the whole batch's [D17].
+    """Loss on the items `rows` of a batch; those of microbatches and ranks add up to the batch's [D17].
 
     scores: [b] of rated texts, or [2 b] of pairs, the first texts before the second ones.
     """
-    items = [batch[i] for i in rows]
-    target = torch.tensor([target_of(item) for item in items], device=run.device)
-    share = len(items) / len(batch)
-    if isinstance(batch[0].record, data.Preference):
-        return preference.pairwise_loss(*scores.chunk(2), target) * share if items else scores.sum()
-    loss = (
-        scores.sum() * 0
-        if kind == "pairwise" or not items
-        else preference.regression_loss(scores, target) * share
-    )
-    if kind != "regression" and len(batch) > 1:
+    loss = torch.zeros((), device=run.device)
+    target = torch.tensor([target_of(batch[i]) for i in rows], device=run.device)
+    share = len(rows) / len(batch)
+    choices = isinstance(batch[0].record, data.Preference)
+    if choices and rows:
+        loss = preference.pairwise_loss(*scores.chunk(2), target) * share
+    elif kind in ("regression", "both") and rows:
+        loss = preference.regression_loss(scores, target) * share
+    if not choices and kind in ("pairwise", "both") and len(batch) > 1:
         loss = loss + rating_pairs_loss(run, config, step, batch, rows, scores)
     return loss
 
@@ -243,8 +242,8 @@ def rating_pairs_loss(
 ) -> Tensor:
     """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored `rows`.
 
-    Other ranks' scores are constants here: the sum over ranks of such gradients is that of one process [D17].  The value is
-    divided by the number of ranks, since each has all pairs.
+    Other ranks' scores are constants here: such gradients add up over ranks to that of one process [D17].
+    The value is divided by the number of ranks, since each has all pairs.
     """
     everyone = torch.zeros(len(batch), device=run.device)
     everyone[rows] = scores.detach().float()
@@ -300,7 +299,7 @@ def main() -> None:
     optimizers = [optim.adamw([member], *settings) for member in model.members]
     run.about["head"] = {"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"}
     run.resume(tokenizer, model, **{f"optimizer{k}": optimizer for k, optimizer in enumerate(optimizers)})
-    run.print(f"{loss_kind} loss; {len(schedule)} steps; {run.precision} on {run.device}")
+    run.print(f"{loss_kind} loss; {len(schedule)} steps; {run.where}")
     if training.raters:
         run.print(raters.describe_weakest(training.raters))
 

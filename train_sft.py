@@ -104,21 +104,15 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2, n_embd=64,
-                    epochs=2, warmup=5),
-    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/sft"), init=Path("runs/smollm2/base"), genres=("movies",),
-                      train_layers=14, dropout=0.0, epochs=1, final_epochs=1, lr=1e-4, warmup=20),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12, n_head=12,
-                   n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/sft"), data="toy", vocab=400, n_layer=2, n_head=2,
+                    n_embd=64, epochs=2, warmup=5),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/sft"), init=Path("runs/smollm2/base"),
+                      genres=("movies",), train_layers=14, dropout=0.0, epochs=1, final_epochs=1, lr=1e-4,
+                      warmup=20),
+    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12,
+                   n_head=12, n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
 }  # fmt: skip
-OF_A_NEW_MODEL = (
-    "tokenizer",
-    "vocab",
-    "context",
-    "n_layer",
-    "n_head",
-    "n_embd",
-)  # options that --init overrides
+OVERRIDDEN = ("tokenizer", "vocab", "context", "n_layer", "n_head", "n_embd")  # where --init brings a model
 
 
 def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: list) -> tuple[GPT, Tokenizer]:
@@ -156,15 +150,11 @@ def batches_of(config: Config, examples: dict[str, list[Example]]) -> list[tuple
 def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> Tensor:
     """Sum of -log p over the learnt tokens of the examples."""
     device = model.wte.weight.device
-    tokens, mask = data.collate([ids for ids, _ in examples], pad)
-    learnt = data.collate([[int(learn) for learn in loss_mask] for _, loss_mask in examples], 0)[0].bool()[
-        :, 1:
-    ]
-    where = learnt.reshape(-1).nonzero().squeeze(1).to(device)
+    tokens, mask = data.collate([ids for ids, _ in examples], pad)  # [B, T]
+    learnt, _ = data.collate([loss_mask for _, loss_mask in examples], 0)
+    where = learnt[:, 1:].flatten().nonzero().squeeze(1).to(device)  # [N], on the CPU
     tokens = tokens.to(device)
-    hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[
-        where
-    ]  # [N, C]; a token without a next one predicts nothing
+    hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[where]  # [N, C]
     targets = tokens[:, 1:].flatten()[where]
     if optim.fuse_head(fused_head, len(hidden), model.config.vocab_size):
         logprobs, _ = linear_token_logprobs(hidden, model.head_weight, targets)
@@ -177,22 +167,18 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
 def bits_per_byte(
     model: GPT, examples: list[Example], tokenizer: Tokenizer, run: Run, fused_head: str
 ) -> float:
-    """Validation loss that no tokenizer can flatter: -log2 p of all learnt tokens, per UTF-8 byte that they
-    stand for.
+    """Validation loss that no tokenizer can flatter: -log2 p of the learnt tokens per UTF-8 byte of their text.
 
-    The bytes are those of what is learnt, not of the whole text, which the context may have cut.
+    The text is what is learnt of the examples, which the context may have cut.  Each rank takes a share.
     """
-    learnt = [
-        [t for t, learn in zip(ids, mask, strict=True) if learn and t != tokenizer.eot]
-        for ids, mask in examples
-    ]
-    n_bytes = sum(len(tokenizer.encoding.decode_bytes(ids)) for ids in learnt)
+    n_bytes = 0
+    for ids, loss_mask in examples:
+        learnt = [t for t, learn in zip(ids, loss_mask, strict=True) if learn and t != tokenizer.eot]
+        n_bytes += len(tokenizer.encoding.decode_bytes(learnt))
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     ordered = sorted(examples, key=lambda example: len(example[0]))
-    for i in range(
-        64 * run.rank, len(ordered), 64 * run.world
-    ):  # each rank takes its share, and all get the sum
+    for i in range(64 * run.rank, len(ordered), 64 * run.world):
         with run.autocast():
             total += loss_sum(model, ordered[i : i + 64], tokenizer.pad, fused_head)
     model.train()
@@ -213,10 +199,9 @@ def print_samples(config: Config, run: Run, model: GPT, tokenizer: Tokenizer) ->
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    overridden = [name for name in OF_A_NEW_MODEL if name in cli.given()]
-    if config.init and overridden:
+    if config.init and (useless := [name for name in OVERRIDDEN if name in cli.given()]):
         raise UserError(
-            f"--{overridden[0].replace('_', '-')} is of a new model, but --init brings its own: drop one"
+            f"--{useless[0].replace('_', '-')} has no effect: --init brings its own; drop one of them"
         )
     run = Run("sft", config)
 
@@ -226,12 +211,9 @@ def main() -> None:
     init = checkpoint.resolve(config.init, remedy) if config.init else None
     if not run.begin(source, init=init):
         return
-    genres = source.genres_among(config.genres), source.genres_among([config.genre])
-    splits = {
-        "train": source.select("train", genres[0]),
-        "final": source.select("train", genres[1]),
-        "val": source.select("val", genres[1]),
-    }
+    home = source.genres_among([config.genre])
+    splits = {"train": source.select("train", source.genres_among(config.genres))}
+    splits |= {"final": source.select("train", home), "val": source.select("val", home)}
     model, tokenizer = load_model(config, run, init, splits["final"].records)
     examples = {}
     for name, part in splits.items():
@@ -240,14 +222,11 @@ def main() -> None:
         run.account(name, part.ledger)
     schedule = batches_of(config, examples)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
-    state = run.resume(
-        tokenizer, model, {"best": math.inf, "best_step": 0, "best_epoch": 0}, optimizer=optimizer
-    )
+    counters = {"best": math.inf, "best_step": 0, "best_epoch": 0}
+    state = run.resume(tokenizer, model, counters, optimizer=optimizer)  # [D21]
     n_tokens = sum(len(ids) for _, batch, _ in schedule for ids, _ in batch)
     n_parameters = sum(p.numel() for p in model.parameters())
-    run.print(
-        f"{n_parameters:,} parameters; {len(schedule)} steps, {n_tokens:,} tokens; {run.precision} on {run.device}"
-    )
+    run.print(f"{n_parameters:,} parameters; {len(schedule)} steps, {n_tokens:,} tokens; {run.where}")
 
     # The loop: one optimiser step per iteration; validation at the end of each epoch.
     model.train()
@@ -290,10 +269,8 @@ def main() -> None:
         model.load_state_dict(checkpoint.load_state(config.out / "best"))
     results = {"val_bits_per_byte": state["best"], "best_step": state["best_step"], "seconds": run.elapsed}
     run.save(run.step, complete=True, results=results)
-    run.print(
-        f"best validation {state['best']:.4f} bits per byte after {state['best_step']} steps; "
-        f"{run.elapsed:.0f} s; model in {config.out}"
-    )
+    run.print(f"best validation {state['best']:.4f} bits per byte, after {state['best_step']} steps")
+    run.print(f"{run.elapsed:.0f} s; model in {config.out}")
     print_samples(config, run, model, tokenizer)
 
 

@@ -7,8 +7,8 @@ today's and carry the gradient. All come from one forward at one temperature. `s
 model's; `rewards` [B, R] are scores after shaping, and the two are never mixed. Advantages and returns come
 from `kernels.gae` [D8].
 
-Papers: PPO arXiv 1707.06347 · RLHF arXiv 1909.08593, code openai/lm-human-preferences (lmhp) · details arXiv
-2403.17031 (N+) and "The N Implementation Details of RLHF with PPO" (N blog) · KL estimators
+Papers: PPO arXiv 1707.06347; RLHF arXiv 1909.08593, code openai/lm-human-preferences (lmhp); details arXiv
+2403.17031 (N+) and "The N Implementation Details of RLHF with PPO" (N blog); KL estimators
 joschu.net/blog/kl-approx.
 """
 

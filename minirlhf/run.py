@@ -2,7 +2,7 @@
 
 `Run` serves all three scripts alike.  It knows the process and its folder, and nothing of the algorithm:
 
-    run = Run("ppo", config)                           # device, ranks, precision; is OUT free, unfinished, complete?
+    run = Run("ppo", config)                           # device, ranks, precision; is OUT free or unfinished?
     if not run.begin(source, init=sft): return         # complete, from the same data and checkpoints
     run.resume(tokenizer, model, optimizer=optimizer)  # the state of the last checkpoint, if there is one
     for step in run.loop(total): ...                   # progress bar, seeds, Ctrl-C
@@ -66,6 +66,10 @@ class Run(Folder):
         return sums.over_ranks(self.machine)
 
     @property
+    def where(self) -> str:
+        return f"{self.precision} on {self.device}" + (f", {self.world} processes" if self.world > 1 else "")
+
+    @property
     def frozen_dtype(self) -> torch.dtype:
         return frozen_dtype(self.precision)
 
@@ -88,9 +92,9 @@ class Run(Folder):
                 signal.signal(s, handler)
 
     def seed(self, *parts: int) -> None:
-        """Seed all generators from (seed, stage, parts): 0 before the first step, (step + 1, rank) in a step [D21].
+        """Seed all generators from (seed, stage, parts) [D21], so that no two stages draw the same numbers.
 
-        The stage is among them, so that no two stages draw the same numbers.
+        parts: 0 before the first step, (step + 1, rank) in a step.
         """
         seed_everything(self.config.seed, STREAMS[self.stage], *parts)
 
@@ -119,7 +123,7 @@ class Run(Folder):
         try:
             return optim.take_step(self.machine, optimizer, max_norm, name)
         except UserError as error:
-            raise UserError(f"{error} ({self._where()})") from None
+            raise UserError(f"{error} ({self._progress()})") from None
 
     def require_finite(self, **quantities: Tensor) -> None:
         """End the run in one line, on all ranks, where one of these tensors holds nan or inf on any rank."""
@@ -127,7 +131,7 @@ class Run(Folder):
         names = [name for name, count in zip(quantities, self.sum_(bad).tolist(), strict=True) if count]
         if names:
             remedy = "lower the learning rate, or train in --precision fp32"
-            raise UserError(f"{' and '.join(names)}: not finite any more: {remedy} ({self._where()})")
+            raise UserError(f"{' and '.join(names)}: not finite any more: {remedy} ({self._progress()})")
 
     def together(self, function: Callable, *args: Any) -> Any:
         """function(*args), after which all ranks go on, or none.
@@ -143,12 +147,12 @@ class Run(Folder):
             if self.step > self.saved_step:
                 self.save(self.step)
             reason = error or "another process failed"
-            raise UserError(f"{reason} ({self._where()}; --resume does this step again)") from error
+            raise UserError(f"{reason} ({self._progress()}; --resume does this step again)") from error
         return result
 
-    def _where(self) -> str:
+    def _progress(self) -> str:
         last = (
-            f"the last good checkpoint is that of step {self.saved_step}"
+            f"the last checkpoint is that of step {self.saved_step}"
             if self.saved_step
             else "no checkpoint yet"
         )
@@ -190,8 +194,9 @@ class Run(Folder):
         if due or stop:
             self.save(step, best=best)
         if stop and step < self.total:
-            message = f"stopped at step {step} of {self.total}; the same command with --resume goes on from {self.out}"
-            raise Stopped(message, self.stop_signal or signal.SIGTERM)
+            message = f"stopped at step {step} of {self.total}"
+            remedy = f"the same command with --resume goes on from {self.out}"
+            raise Stopped(f"{message}; {remedy}", self.stop_signal or signal.SIGTERM)
 
     def _ask_to_stop(self, signum: int, frame: Any) -> None:
         if self.stop_signal:
