@@ -167,7 +167,7 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
 def bits_per_byte(
     model: GPT, examples: list[Example], tokenizer: Tokenizer, run: Run, fused_head: str
 ) -> float:
-    """Validation loss that no tokenizer can flatter: -log2 p of the learnt tokens per UTF-8 byte of their text.
+    """Validation loss that no tokenizer can flatter: -log2 p of what is learnt, per UTF-8 byte of its text.
 
     The text is what is learnt of the examples, which the context may have cut.  Each rank takes a share.
     """
