@@ -1,16 +1,18 @@
 """A transformer in PyTorch, and the models with a scalar head that are built on it.
 
-Dimension key: B sequences, T tokens, V vocabulary, C channels, H heads, G key-value heads, D = C / H channels
-per head, N real tokens of a batch.  Padding is not computed: between attention layers a batch is [N, C], and
-its Layout (support/ragged.py) turns that into rows and back.
+Dimension key: B sequences, T tokens, N real tokens of a batch, V vocabulary, C channels, H heads, G key-value
+heads, D = C / H channels per head.
+
+Padding is not computed.  A batch is [N, C] everywhere but in attention, for which its Layout makes rows
+[B, T, C] and flattens them again.  support/ragged.py does that; a reader of this page may skip it.
 
 One block, whose parts a config chooses.  The default is GPT-2's (Radford et al. 2019): learned positions,
 pre-norm blocks, GELU (tanh form), a head tied to the token embedding, and N(0, 0.02) weights, of which those
 that project into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other models make other choices:
 
-    Llama (Touvron et al. 2023)    norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
-    Qwen2 (Yang et al. 2024)       the same, with biases on q, k and v
-    BERT (Devlin et al. 2019)      an encoder, not causal: norms after residual sums, and one after the embeddings
+    Llama (Touvron et al. 2023)   norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
+    Qwen2 (Yang et al. 2024)      the same, with biases on q, k and v
+    BERT (Devlin et al. 2019)     an encoder, not causal: norms after residual sums, one after the embeddings
 
 Not supported: mixtures of experts, sliding windows, a head width other than C / H.
 """
@@ -76,8 +78,7 @@ class GPTConfig:
 
 
 def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """positions [..., T] -> cosines, sines [..., T, D / 2] of the angles by which channels turn (Su et al.
-    2021)."""
+    """positions [..., T] -> cosines, sines [..., T, D / 2] of each channel pair's angle (Su et al. 2021)."""
     steps = torch.arange(0, config.head_dim, 2, device=positions.device)
     frequency = 1.0 / config.rope_theta ** (steps / config.head_dim)
     if config.rope_scaling:  # Llama 3.1: slow channels turn slower still, so that a longer context fits
@@ -91,7 +92,7 @@ def rotary(config: GPTConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [..., T, D], where channels i and i + D / 2 are a point in the plane that is turned by angle i."""
+    """x [..., T, D] after channels i and i + D / 2, a point in the plane, have turned by angle i."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -99,9 +100,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """softmax(q k' / sqrt D) v over the keys that each query may see -> [H, B, T, D].
 
-    Heads come first: q [H, B, T, D], k and v [G, B, K, D].  mask [B or 1, T or 1, K]: True = may see; None:
-    all keys, or all up to the query if causal.  The weights have no dropout: it would rule out the fused
-    kernels."""
+    Heads come first: q [H, B, T, D], k and v [G, B, K, D].  mask [B or 1, T or 1, K]: True = may see; None =
+    all keys, or if causal all up to the query.  Weights have no dropout: it would rule out fused kernels.
+    """
     H, T, K = len(q), q.shape[2], k.shape[2]
     if ragged.is_short(q.device, T, K):
         return ragged.attend_short(q, k, v, mask)
@@ -239,14 +240,14 @@ class GPT(nn.Module):
         mask [B, T] bool: True = real; None: all are.  Padding may stand anywhere and costs (almost) nothing.
         wanted [B, T] bool: where hidden states will be read.  The last block computes no others; they are 0.
         cache: earlier tokens.  tokens and mask are then the new ones only.
-        mask and wanted are best on the CPU: each one that is on a GPU makes the host wait for the GPU once.
+        mask and wanted should be on the CPU: the host waits once for each that is on a GPU.
         """
         config, causal_kinds = self.config, {block.causal for block in self.blocks}
         layout = ragged.lay_out(tokens.shape, mask, wanted, cache, tokens.device, causal_kinds)
         if layout.length > config.context:
             raise UserError(
-                f"{layout.length} tokens do not fit the model's context of {config.context}: shorten the prompt "
-                "or response, or train with a larger --context"
+                f"{layout.length} tokens do not fit the model's context of {config.context}: shorten the "
+                "prompt or response, or train with a larger --context"
             )
         x = self.wte(layout.pick(tokens)).float()  # [N, C]; fp32, whatever frozen weights are stored in
         if config.positions == "learned":
@@ -272,8 +273,8 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> logits [..., V].
 
-        Under bf16 autocast they are rounded to bf16, by up to 0.03 between 8 and 16, before any fp32
-        log-softmax."""
+        Under bf16 autocast they are rounded to bf16 (by up to 0.03 between 8 and 16) before any log-softmax.
+        """
         return ragged.linear(hidden, self.head_weight)
 
 
@@ -287,8 +288,8 @@ class ValueModel(nn.Module):
     """A GPT with a head that scores every prefix: values [B, T], where values[:, t] has read tokens 0..t.
 
     The head is a two-layer MLP, or without `mlp` one linear layer, as in transformers' sequence classifiers.
-    Pooling is what it sees of a prefix: the last token's hidden state, the mean over all real tokens, or
-    both. If the GPT is not causal, every value has read the whole text, and only the last one has a meaning.
+    Pooling says what it sees of a prefix: the last token's hidden state, the mean over its tokens, or both.
+    If the GPT is not causal, every value has read the whole text, and only the last one has a meaning.
     """
 
     def __init__(self, config: GPTConfig, pooling: str = "last", mlp: bool = True):
@@ -310,8 +311,8 @@ class ValueModel(nn.Module):
     def values(self, tokens: Tensor, mask: Tensor, wanted: Tensor | None = None) -> Tensor:
         """tokens, mask [B, T] -> values [B, T] fp32, 0 at padding, which may stand on either side.
 
-        wanted [B, T] bool: where values will be read; elsewhere they mean nothing.  mask, wanted: as in
-        GPT.forward."""
+        wanted [B, T] bool: where values will be read; elsewhere they mean nothing.
+        """
         h = self.backbone(tokens, mask, wanted=None if "mean" in self.pooling else wanted).float()
         mask = ragged.send(mask, h.device)
         features = [h] if "last" in self.pooling else []
@@ -368,11 +369,10 @@ class RewardEnsemble(nn.Module):
 
 
 def critic_from(reward_model: RewardModel) -> ValueModel:
-    """A value model that starts as the reward model: V of a whole text is its score, scale included [D13]
-    [D14]."""
+    """A value model that starts as the reward model: V of a whole text is its score [D13], scaled [D14]."""
     if not reward_model.backbone.config.reads_prefixes:
         raise UserError(
-            "the reward model reads in both directions and cannot value a prefix: use --value-init sft or auto"
+            "the reward model reads in both directions, so it cannot value a prefix: use --value-init sft"
         )
     critic = ValueModel(reward_model.backbone.config, reward_model.pooling, reward_model.fc is not None)
     critic.load_state_dict({k: v for k, v in reward_model.state_dict().items() if k not in ("gain", "bias")})

@@ -38,7 +38,14 @@ NAME = "fakegpu"
 DEVICE = torch.device("privateuseone", 0)  # renamed by install()
 
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
-SIZE_DEPENDS_ON_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
+SIZE_DEPENDS_ON_VALUES = {
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+}
 READS_VALUES = {"_local_scalar_dense", "is_nonzero", "equal", "multinomial"}
 
 waits: collections.Counter[str] = collections.Counter()  # "kind file:line" -> how often
@@ -77,14 +84,18 @@ class OnGpu(Tensor):
         return f"OnGpu({self.cpu_copy!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         return dispatch(function, args, kwargs or {})
 
 
 class FakeGpuMode(TorchDispatchMode):
     """Sees the operations that have no tensor among their arguments, such as torch.zeros(3, device='fakegpu')."""
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         return dispatch(function, args, kwargs or {})
 
 
@@ -258,7 +269,7 @@ def run_command(words: list[str]) -> dict[str, Any]:
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words
-            runpy.run_path(words[0], run_name="__main__")
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
     except SystemExit as stop:
         code = stop.code or 0
     except Exception as stop:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf import UserError
 from minirlhf.model import (
@@ -18,18 +19,16 @@ from minirlhf.model import (
     RewardModel,
     ValueModel,
     attend,
-    brief,
     critic_from,
-    disable_dropout,
-    fill_up,
     last_real,
-    pack,
-    position_ids,
     rotary,
     rotate,
-    store_blocks,
-    train_last,
+    zero_critic,
 )
+from minirlhf.support import ragged
+from minirlhf.support.prepare import disable_dropout, run_blocks, store_blocks, train_last
+from minirlhf.support.ragged import fill_up, is_short, pack, places, position_ids, send
+from minirlhf.support.shape import MAX_LAYERS, MAX_MEMBERS, ROPE_SCALING
 
 SMALL = GPTConfig(vocab_size=50, context=32, n_layer=2, n_head=2, n_embd=16)
 SCALING = {
@@ -158,7 +157,7 @@ def test_the_last_block_works_where_its_results_are_wanted(shape, full):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("where", ["causal", "everywhere", "allowed"])
 def test_attention_of_short_texts_is_attention(lengths, groups, where):
-    """Both ways on both sides of SHORT, against the formula in float64."""
+    """Both ways on both sides of MAX_SHORT, against the formula in float64."""
     torch.manual_seed(0)
     (T, K), B, H, D = lengths, 3, 4, 8
     if where == "causal" and T != K:
@@ -180,7 +179,7 @@ def test_attention_of_short_texts_is_attention(lengths, groups, where):
     upstream = torch.randn_like(wanted)
     gradients = torch.autograd.grad(wanted, (q, k, v), upstream)
     q, k, v = (x.detach().float().requires_grad_() for x in (q, k, v))
-    short = brief(q.device, T, K)
+    short = is_short(q.device, T, K)
     bounds = None if where == "everywhere" or (where == "causal" and not short) else look
     bounds = (
         torch.zeros(look.shape).masked_fill(~look, -torch.inf) if short and bounds is not None else bounds
@@ -410,6 +409,174 @@ def test_ensemble_gives_mean_and_disagreement():
     torch.testing.assert_close(mean, each.mean(0))
     torch.testing.assert_close(spread, ((each - each.mean(0)) ** 2).mean(0).sqrt())
     assert (RewardEnsemble(SMALL).eval()(tokens, mask)[1] == 0).all()
+
+
+def test_R4_an_ensemble_scores_with_the_members_trained_so_far():
+    torch.manual_seed(0)
+    model = RewardEnsemble(SMALL, members=3).eval()
+    tokens, mask = torch.randint(50, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
+    each = model.each(tokens, mask)
+    assert torch.equal(model.each(tokens, mask, members=2), each[:2])
+    for members in (1, 2, 3):
+        mean, spread = model(tokens, mask, members=members)
+        torch.testing.assert_close(mean, each[:members].mean(0))
+        torch.testing.assert_close(spread, each[:members].std(0, correction=0))
+
+
+def test_D13_a_critic_without_a_reward_model_values_everything_0_and_can_learn():
+    torch.manual_seed(0)
+    critic = zero_critic(GPT(SMALL))
+    tokens, mask = torch.randint(50, (2, 6)), torch.ones(2, 6, dtype=torch.bool)
+    values = critic(tokens, mask)
+    assert (values == 0).all()
+    (values - 1).square().sum().backward()
+    assert critic.out.weight.grad.any() and critic.out.bias.grad.any()
+
+
+def test_a_cache_goes_on_with_some_rows_one_layer_at_a_time():
+    """REVIEW 7.22: beside the cache there is never more than the copy of a layer."""
+    torch.manual_seed(0)
+    model = GPT(LLAMA).eval()
+    tokens, mask = torch.randint(50, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    mask[1, :3] = False
+    full, cache, rows = model(tokens, mask), KVCache(model, 4, 9), torch.tensor([1, 3])
+    model(tokens[:, :6], mask[:, :6], cache)
+    stored = lambda: {x.data_ptr(): x.untyped_storage().nbytes() for x in (*cache.keys, *cache.values)}
+    before, peak = stored(), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "index" in function.__name__:
+                peak.append(sum(stored().values()) + result.untyped_storage().nbytes())
+            return result
+
+    with Watch():
+        cache.keep(rows)
+    layer = max(before.values())
+    assert len(peak) >= 4 and max(peak) <= sum(before.values()) + layer
+    assert sum(stored().values()) == sum(before.values()) // 2
+    for t in range(6, 9):
+        hidden = model(tokens[rows, t : t + 1], None, cache)[:, 0]
+        torch.testing.assert_close(hidden, full[rows, t], atol=2e-6, rtol=1e-5)
+
+
+def test_activations_that_are_computed_again_give_the_same_gradients():
+    found, tokens = [], torch.randint(50, (3, 7))
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = GPT(dataclasses.replace(SMALL, dropout=0.3))
+        run_blocks([model], recompute=again, compiled=False)
+        model(tokens).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_it_was_told():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 333)
+    for p in (0.1, 0.5, 0.9):
+        y = ragged.dropout(x, p, training=True)
+        assert (y == 0).float().mean() == pytest.approx(p, abs=0.004)  # p is rounded to 1/256
+        assert y.mean() == pytest.approx(1, abs=0.02) and len(y.unique()) == 2
+        assert not torch.equal(y, ragged.dropout(x, p, training=True))
+        assert ragged.dropout(x, p, training=False) is x
+    assert ragged.dropout(x, 0.9999, training=True).isfinite().all()
+
+
+def test_dropout_on_a_gpu_is_pytorchs(monkeypatch):
+    """REVIEW 7.26: its fused kernel is faster than bytes drawn by hand."""
+    calls = []
+    monkeypatch.setattr(ragged.F, "dropout", lambda *args: calls.append(args))
+    x = torch.ones(3, device="meta")
+    ragged.dropout(x, 0.25, training=True)
+    assert len(calls) == 1 and calls[0][0] is x and calls[0][1:] == (0.25, True)
+    ragged.dropout(torch.ones(3), 0.25, training=True)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_the_transposed_product_is_the_product(rows):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 16), torch.randn(50, 16, requires_grad=True)
+    expected = hidden @ weight.T
+    with torch.no_grad():
+        torch.testing.assert_close(ragged.linear(hidden, weight), expected)
+    with_gradient = ragged.linear(hidden, weight)
+    torch.testing.assert_close(with_gradient, expected)
+    assert with_gradient.requires_grad
+
+
+def test_places_are_where_the_mask_is_true():
+    torch.manual_seed(0)
+    x, mask = torch.randn(4, 6, 3), torch.rand(4, 6) < 0.5
+    assert torch.equal(x[places(mask, x.device)], x[mask])
+    empty = places(torch.zeros(4, 6, dtype=torch.bool), x.device)
+    assert x[empty].shape == (0, 3)
+    assert send(x, x.device) is x
+
+
+def test_a_batch_without_a_real_token_has_no_hidden_states():
+    tokens, mask = torch.randint(50, (2, 5)), torch.zeros(2, 5, dtype=torch.bool)
+    assert (GPT(SMALL)(tokens, mask) == 0).all()
+
+
+DAMAGED = {
+    "vocab_size": [0, -1, "9", None, 1e3, True, 2**40],
+    "context": [0, "128"],
+    "n_layer": [0, -2, 10**9, MAX_LAYERS + 1, None],
+    "n_head": [0, -1, 2.0],
+    "n_embd": [0, -64, [16]],
+    "dropout": [1, 1.5, -0.1, math.nan, math.inf, "0", None, False],
+    "n_kv_head": [0, -1, "2"],
+    "n_inner": [0, 1.5],
+    "norm": ["batch", None, 1],
+    "norm_eps": [0, -1e-5, math.nan, math.inf, "x", None],
+    "positions": ["sinusoidal", None],
+    "rope_theta": [0, math.nan, "1e4"],
+    "rope_scaling": [
+        27,
+        [],
+        {},
+        {"factor": 8.0},
+        dict.fromkeys(ROPE_SCALING, 1.0),  # low and high factors must differ
+        dict.fromkeys(ROPE_SCALING, "1"),
+        SCALING | {"low_freq_factor": math.nan},
+        SCALING | {"more": 1.0},
+    ],
+    "mlp": ["relu", None, "GELU"],
+    "bias": [1, None, "true"],
+    "qkv_bias": [0, "false"],
+    "tied": [1, None],
+    "causal": [0, None],
+    "n_bidirectional": [-1, 0.0, None, True, 3],
+    "pre_norm": ["yes", 1],
+}
+
+
+@pytest.mark.parametrize("field", DAMAGED)
+def test_F5_F9_F10_a_damaged_config_is_refused_in_one_line(field):
+    """RELIABILITY F5: `mlp: relu` computed something else; F9: foreign errors; F10: hangs."""
+    for value in DAMAGED[field]:
+        with pytest.raises(UserError, match=field) as refusal:
+            dataclasses.replace(SMALL, **{field: value})
+        message = str(refusal.value)
+        assert "\n" not in message and len(message) < 200, message
+
+
+def test_F5_every_field_has_a_rule():
+    assert {*DAMAGED} == {field.name for field in dataclasses.fields(GPTConfig)}
+
+
+@pytest.mark.parametrize("members", [0, -1, MAX_MEMBERS + 1, 10**9, "3", None, 1.0])
+def test_F10_an_ensemble_of_an_impossible_size_is_refused(members):
+    with pytest.raises(UserError, match="members must be a whole number from 1 to 100"):
+        RewardEnsemble(SMALL, members=members)
+
+
+def test_rotary_positions_need_pairs_of_channels():
+    with pytest.raises(UserError, match="even number of channels per head, not 5"):
+        dataclasses.replace(LLAMA, n_embd=20, n_head=4)
 
 
 def test_errors_name_the_remedy():

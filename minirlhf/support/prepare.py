@@ -1,5 +1,4 @@
-"""What a stage does to a model before it trains or reads it: freeze, store in bf16, recompute, compile, drop
-dropout."""
+"""What a stage does to a model before using it: freeze, store in bf16, recompute, compile, no dropout."""
 
 from __future__ import annotations
 
@@ -12,8 +11,7 @@ from minirlhf import UserError
 
 
 def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None:
-    """Train only the last `layers` blocks of every GPT in `model`, and what follows them; None trains
-    everything.
+    """Train only the last `layers` blocks of every GPT in `model`, and what follows them; None trains all.
 
     Frozen matrices are stored in `dtype`, which saves memory, and under autocast the time to round them.
     """
@@ -35,8 +33,9 @@ def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None
 def store_blocks(model: nn.Module, dtype: torch.dtype) -> None:
     """Store the blocks' matrices of a model that is never trained in `dtype`.
 
-    Autocast multiplies the same bits as before, with half the memory and no rounding at each use.  Embeddings
-    stay."""
+    Autocast multiplies the same bits as before, from half the memory and without rounding them at each use.
+    Embeddings are not multiplied, and stay as they are.
+    """
     _store([block for gpt in gpts_in(model) for block in gpt.blocks], dtype)
 
 

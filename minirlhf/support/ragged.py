@@ -1,20 +1,20 @@
-"""Batches of texts of different lengths, computed without their padding.  A reader of model.py may skip this
-file.
+"""Batches of texts of different lengths, computed without their padding; and what is fast on a CPU.
 
-Of a padded batch [B, T], linear layers see the N real tokens alone, as [N, C].  Attention needs rows and sees
-[rows, width]: every text starts at column 0, where causality hides the padding behind it.  On a CPU, short
-texts share rows, and a mask keeps them apart.  `lay_out` decides this; its Layout moves tensors between the
-shapes:
+A reader of model.py may skip this file.  Linear layers see only the N real tokens of a padded batch [B, T],
+as [N, C].  Attention needs rows and sees [rows, width]: every text starts at column 0 of a row, where causality
+hides the padding behind it.  On a CPU short texts share rows, and a mask keeps them apart.  `lay_out` decides
+where everything goes; its Layout moves tensors from shape to shape:
 
-    batch [B, T, ...]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
-                       <--restore--
+    batch [B, T]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
+                  <-restore-
 
-To compute indices from a mask on a GPU, the host would have to wait until the GPU has done all work it was
-given. So the mask is copied to the host once per forward pass (or is there already), all indices are computed
-there, and they are sent to the GPU without waiting.
+Indices depend on what a mask holds.  If a GPU computed them, the host would wait for it several times per
+forward pass.  So the mask is copied to the host once (or is there already), all indices are computed there,
+and they are sent to the GPU without waiting.
 
-The second half holds what else makes a small model fast on a CPU: attention as plain products, dropout from
-random bytes, and a transposed product for large vocabularies."""
+The second half is for the CPU alone: attention of short texts as plain products, dropout from random bytes,
+and a transposed product for large vocabularies.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +30,14 @@ if TYPE_CHECKING:
     from minirlhf.model import KVCache
 
 MAX_SHORT = 96  # up to this many tokens plain products beat a CPU's fused attention; at 128 both are equal
-MAX_ROWS_TRANSPOSED = (
-    8  # up to this many rows (W @ h.T).T is 2 to 5 times faster than h @ W.T on a CPU in fp32
-)
+MAX_ROWS_TRANSPOSED = 8  # up to this many rows (W @ h.T).T is 2 to 5 times faster than h @ W.T in fp32
 
 
 @dataclass
 class Layout:
     """Where the real tokens of a batch are: in the padded batch, and in the rows that attention sees.
 
-    Lists of tokens have M >= N entries: those behind the N real ones repeat the first (see fill_up).
+    Lists of tokens have M >= N entries: after the N real tokens the first is repeated (see fill_up).
     """
 
     batch: int  # rows of attention
@@ -47,20 +45,15 @@ class Layout:
     length: int  # the longest text, with the tokens in the cache
     n_real: int  # N
     positions: Tensor  # [M] position of each token in its text
-    # [M] flat index of each token in the padded batch (None: it has no padding), and in attention's rows.
-    source: Tensor | None
-    place: Tensor | None
-    # [K] flat index in the padded batch of each result (None: all of a batch without padding); [K or more]
-    # which of the tokens these are (None: all).
-    target: Tensor | None
-    wanted: Tensor | None
-    lengths: Tensor | None  # [B] new tokens of each text; None: `width` everywhere
+    source: Tensor | None  # [M] flat index of each token in the padded batch; None: it has no padding
+    place: Tensor | None  # [M] flat index of each token in the rows; None: as in the batch
+    wanted: Tensor | None  # [K or more] the tokens that the last block computes; None: all
+    target: Tensor | None  # [K] flat index of each result in the padded batch; None: as computed
+    lengths: Tensor | None  # [B] new tokens of each text; None: all texts have `width`
     masks: dict[bool, Tensor | None]  # attention masks of causal blocks (True) and of others
     cache: KVCache | None
-    cache_columns: (
-        Tensor | None
-    )  # [B, width] where the cache stores new tokens; None: at its end, in all rows
-    angles: tuple[Tensor, Tensor] | None = None  # cosines and sines [batch, width, D / 2] of rotary positions
+    cache_columns: Tensor | None  # [B, width] of the new tokens in the cache; None: right after the others
+    angles: tuple[Tensor, Tensor] | None = None  # cosines, sines [batch, width, D / 2] of rotary positions
 
     def pick(self, x: Tensor) -> Tensor:
         """Batch [B, T] -> tokens [M]."""
@@ -96,8 +89,9 @@ def lay_out(
 ) -> Layout:
     """The layout of a batch of this shape [B, T] on `device`.
 
-    mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, the
-    kinds of blocks that the model has."""
+    mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, as
+    the model has causal blocks, others, or both.
+    """
     batch, width = shape
     past = 0 if cache is None else cache.longest
     mask = None if mask is None else mask.cpu()
@@ -164,8 +158,9 @@ def _attention_mask(
 ) -> Tensor | None:
     """Which keys a query may see, [rows or 1, width or 1, keys]: bool, or for short texts 0 and -inf.
 
-    None: all keys, or all up to the query in a causal block.  owner [rows, width]: the text that each token
-    belongs to, where texts share rows."""
+    None: all keys, or in a causal block all up to the query.  owner [rows, width]: where texts share rows,
+    the text that each token belongs to.
+    """
     column = torch.arange(past + width, device=device)
     short = is_short(device, width, past + width)
     mask = None
@@ -187,16 +182,16 @@ def _attention_mask(
 
 
 def position_ids(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only [D6]: [0,0,1,1,1] -> [0,0,0,1,2].  mask [B, T] -> [B, T]
-    int64."""
+    """Positions that count real tokens only [D6]: mask [0,0,1,1,1] -> [0,0,0,1,2].  Both are [B, T]."""
     return mask.long().cumsum(1) - mask.long()
 
 
 def fill_up(index: Tensor) -> Tensor:
     """index [N] -> [M]: the first entry is repeated at the end, up to a multiple of N / 16 to N / 32.
 
-    Tensors of a new size in every batch would fragment the heap.  It costs 3 % on average; nobody reads the
-    results."""
+    Tensors of a new size in every batch would fragment the heap.  What is computed for the repeated entries,
+    3 % on average, is never read.
+    """
     step = 1 << max(0, len(index).bit_length() - 5)
     return torch.cat([index, index[:1].expand(-len(index) % step)])
 
@@ -242,8 +237,7 @@ def is_short(device: torch.device, queries: int, keys: int) -> bool:
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """model.attend by plain products, with a mask of 0 and -inf.  Heads that share keys are rows of one
-    product."""
+    """model.attend by plain products, with a mask of 0 and -inf; heads that share keys are one product."""
     H, B, T, D = q.shape
     G, K = len(k), k.shape[2]
     q = q.view(G, H // G, B, T, D).transpose(1, 2).reshape(G * B, H // G * T, D)
@@ -256,9 +250,9 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """F.dropout.  On a CPU p is rounded to 1/256, and an element costs one random byte.
+    """F.dropout; on a CPU with p rounded to 1/256, and one random byte per element.
 
-    There, drawing a float per element takes three times as long, which would be a tenth of a training step.
+    There a float per element takes three times as long to draw, which would be a tenth of a training step.
     """
     if x.device.type != "cpu":
         return F.dropout(x, p, training)
@@ -271,8 +265,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., C] @ weight [V, C].T; few rows on a CPU are multiplied the other way round, which is faster
-    there."""
+    """x [..., C] @ weight [V, C].T -> [..., V]; by the transposed product for few rows on a CPU."""
     plain = x.device.type == "cpu" and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
     if plain and x.dim() == 2 and len(x) <= MAX_ROWS_TRANSPOSED:
         return (weight @ x.T).T

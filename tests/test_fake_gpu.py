@@ -1,0 +1,288 @@
+"""What a GPU would refuse or wait for, on a machine without one: see fake_gpu.py.
+
+The functions `check_...` run on the fake device, in one process of their own that this file starts (the device stays in
+a process once it is known).  The stages are run as a user would, one after the other, in another process.
+"""
+
+import inspect
+import json
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+LONGEST = 34  # tokens of a response in the checks: two questions "who still runs?" on a GPU
+
+
+def start(*argv, timeout=300) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=HERE.parent,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+    )
+
+
+# ------------------------------------------------------------------------- checks, on the fake device
+
+
+def texts_and_models(device):
+    """Prompts with padding on the CPU, a language model, a value model and three reward models on the device."""
+    import torch
+
+    from minirlhf.model import GPT, GPTConfig, RewardEnsemble, ValueModel
+
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=50, context=64, n_layer=2, n_head=2, n_embd=16)
+    prompts = torch.randint(2, 50, (6, 5))
+    prompt_mask = torch.arange(5) >= torch.tensor([0, 2, 0, 1, 4, 3])[:, None]
+    models = GPT(config), ValueModel(config, "last+mean"), RewardEnsemble(config, members=3)
+    return prompts, prompt_mask, *(model.to(device) for model in models)
+
+
+def check_mixed_devices_raise(device, waits):
+    import torch
+
+    here, there = torch.ones(3), torch.ones(3, device=device)
+    index, mask = torch.tensor([0, 2]), torch.tensor([True, False, True])
+    for name, mixed in {
+        "add": lambda: there + here,
+        "where": lambda: torch.where(mask, there, 0.0),
+        "cat": lambda: torch.cat([here, there]),
+        "index_select": lambda: there.index_select(0, index),
+        "masked_fill": lambda: there.masked_fill(mask, 0.0),
+        "a tensor on the CPU indexed from the GPU": lambda: here[index.to(device)],
+        "matmul": lambda: here @ there,
+    }.items():
+        try:
+            mixed()
+        except RuntimeError as error:
+            assert "fakegpu:0 and cpu" in str(error), (name, error)
+        else:
+            raise AssertionError(f"{name} accepted tensors of two devices")
+    assert (there + torch.tensor(2.0)).tolist() == [3.0] * 3  # numbers may come from the CPU
+
+
+def check_waits_are_counted(device, waits):
+    import torch
+
+    x, mask = torch.arange(6, device=device), torch.tensor([True, False] * 3).to(device, non_blocking=True)
+    y, index = torch.ones(6), torch.tensor([1, 2])
+    waits.clear()
+    for name, wait in {
+        "item": lambda: x[3].item(),
+        "if": lambda: bool((x > 2).any()),
+        "tolist": lambda: x.tolist(),
+        "cpu": lambda: x.cpu(),
+        "nonzero": lambda: x.nonzero(),
+        "x[mask]": lambda: x[mask],
+        "masked_select": lambda: x.masked_select(mask),
+        "repeats of unknown sum": lambda: x.repeat_interleave(x),
+        "copy into a tensor on the CPU": lambda: y.copy_(x),
+        "tensor": lambda: torch.tensor([1.0, 2.0], device=device),
+        "to": lambda: y.to(device),
+        "index on the CPU": lambda: x[index],
+    }.items():
+        wait()
+        assert waits.total() == 1, (name, dict(waits))
+        waits.clear()
+    index = index.to(device, non_blocking=True)
+    z = torch.zeros(6, device=device)
+    z[mask] = 2.0
+    z[index] = torch.full((2,), 3.0, device=device)
+    torch.where(mask, z, 0.0).masked_fill(~mask, 1.0).cumsum(0).argsort()[:2].repeat_interleave(2)
+    z.masked_scatter(mask, torch.arange(6.0, device=device)).index_put((index,), z[:2])
+    assert not waits, dict(waits)
+
+
+def check_forward_waits_once_for_each_mask_on_the_gpu(device, waits):
+    import torch
+
+    tokens, mask, gpt, critic, ensemble = texts_and_models(device)
+    tokens, wanted = tokens.to(device), mask & (torch.arange(5) > 2)
+    on_gpu, wanted_on_gpu = mask.to(device), wanted.to(device)
+    waits.clear()
+    hidden = gpt(tokens, mask, wanted=wanted)
+    values = critic(tokens, mask)
+    scores, disagreement = ensemble(tokens, mask)
+    (hidden.sum() + values.sum() + scores.sum() + disagreement.sum()).backward()
+    assert not waits, dict(waits)
+    for forward, n in (
+        (lambda: gpt(tokens, on_gpu), 1),
+        (lambda: gpt(tokens, on_gpu, wanted=wanted_on_gpu), 2),
+        (lambda: gpt(tokens), 0),
+        (lambda: critic(tokens, on_gpu), 1),
+        (lambda: ensemble(tokens, on_gpu), 1),
+    ):
+        again = forward()
+        assert waits.total() == n, (n, dict(waits))
+        waits.clear()
+    assert torch.equal(again[0].cpu(), scores.cpu())
+
+
+def check_sampling_waits_for_no_single_token(device, waits):
+    import torch
+
+    from minirlhf.rollout import Sampling, generate
+
+    prompts, mask, gpt, *_ = texts_and_models(device)
+    sampling = Sampling(LONGEST, 1.0, eos=1, pad=0, forbidden=1)
+    prompts_on_gpu, mask_on_gpu = prompts.to(device), mask.to(device)
+    waits.clear()
+    texts = generate(gpt, prompts, mask, sampling)
+    assert waits.total() == LONGEST // 16, dict(waits)
+    waits.clear()
+    generate(gpt, prompts_on_gpu, mask_on_gpu, sampling)
+    assert waits.total() == 1 + LONGEST // 16, dict(waits)
+    assert texts.response_mask.all() and not (texts.responses == 1).any()  # 1 is forbidden
+    assert texts.responses.device == texts.prompt_mask.device == device
+    ending = generate(gpt, prompts, mask, Sampling(LONGEST, 1.0, eos=int(texts.responses[0, 3]), pad=0))
+    assert not ending.response_mask.all()
+    greedy = generate(gpt, prompts, mask, Sampling(6, 0.0, eos=1, pad=0))
+    on_cpu = generate(gpt.cpu(), prompts, mask, Sampling(6, 0.0, eos=1, pad=0))
+    assert torch.equal(greedy.responses.cpu(), on_cpu.responses)
+
+
+def check_scoring_and_update_wait_once_per_rollout(device, waits):
+    import torch
+
+    from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
+
+    prompts, mask, gpt, critic, _ = texts_and_models(device)
+    for fused in (False, True):
+        sampling = Sampling(8, 0.7, eos=1, pad=0, fused_head=fused)
+        texts = generate(gpt, prompts, mask, sampling)
+        waits.clear()
+        with torch.no_grad():
+            logprobs, entropy = by_microbatch(response_logprobs, gpt, texts, 2, sampling)
+            values = by_microbatch(response_values, critic, texts, 2)
+        for rows in torch.randperm(6).split(3):
+            new, entropy = response_logprobs(gpt, texts[rows], sampling)
+            (new.sum() + entropy.sum() + response_values(critic, texts[rows]).sum()).backward()
+        assert waits.total() == 1, dict(waits)  # the copy of the mask
+        assert logprobs.device == values.device == device
+
+
+CHECKS = {name: check for name, check in globals().copy().items() if name.startswith("check_")}
+
+
+def run_checks() -> dict[str, str]:
+    """The traceback of each check, or nothing."""
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
+    import fake_gpu
+
+    failures = {}
+    with fake_gpu.fake_gpu() as device:
+        for name, check in CHECKS.items():
+            fake_gpu.waits.clear()
+            try:
+                check(device, fake_gpu.waits)
+                failures[name] = ""
+            except Exception:
+                failures[name] = traceback.format_exc()
+    return failures
+
+
+@pytest.fixture(scope="module")
+def checked() -> dict[str, str]:
+    done = start(__file__)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_the_fake_gpu(checked, name):
+    assert checked[name] == "", f"\n{inspect.getsource(CHECKS[name])}\n{checked[name]}"
+
+
+# ------------------------------------------------------------------------- the stages, as a user runs them
+
+RESPONSE = 20  # tokens at most: one question "who still runs?" on a GPU
+SMOKE = ["--preset", "smoke"]
+STAGES = {
+    "sft": ["train_sft.py", *SMOKE, "--epochs", 1, "--out", "{run}/sft"],
+    "rm": ["train_rm.py", *SMOKE, "--epochs", 1, "--out", "{run}/rm"],
+    "ppo": ["train_ppo.py", *SMOKE, "--iterations", 2, "--response-tokens", RESPONSE, "--out", "{run}/ppo"],
+    "evaluate": ["-m", "minirlhf.evaluate", "--run", "{run}", "--prompts", 4, "--best-of", 2],
+    "chat": ["-m", "minirlhf.chat", "{run}/ppo", "--reward-model", "{run}/rm", "--reference", "{run}/sft", "--explain",
+             "--response-tokens", RESPONSE],
+    "feedback": ["-m", "minirlhf.feedback", "sample", "{run}/sft", "--store", "{run}/feedback.db", "--prompts", "toy",
+                 "--limit", 4, "--response-tokens", RESPONSE, "--reward-model", "{run}/rm", "--by", "score", "--keep", 2],
+}  # fmt: skip
+TRAINING = ["sft", "rm", "ppo"]
+SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py")  # a checkpoint is copied to the host
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> dict[str, dict]:
+    """What fake_gpu.py reports of each stage."""
+    run = tmp_path_factory.mktemp("fake_gpu")
+    words: list[str] = []
+    for command in STAGES.values():
+        words += [*(str(word).format(run=run) for word in command), "++"]
+    done = start(HERE / "fake_gpu.py", run / "report.json", *words[:-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = dict(zip(STAGES, json.loads((run / "report.json").read_text()), strict=True))
+    for result in results.values():
+        result["output"] = done.stderr
+    return results
+
+
+def counted(waits: dict[str, int], *files: str) -> dict[str, int]:
+    """The waits that these files ask for; no file: all of them."""
+    return {line: n for line, n in waits.items() if not files or line.split()[-1].startswith(files)}
+
+
+def in_training_loop(result: dict) -> dict[str, int]:
+    """The waits between the first optimiser step and the last; what checkpoints copy is left out."""
+    saved = counted(result["loop"], *SAVING)
+    return {line: n for line, n in result["loop"].items() if line not in saved}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_operation_mixes_devices(stages, stage):
+    result = stages[stage]
+    assert result["code"] == 0, f"{result['error']}\n{result['output'][-3000:]}"
+    assert result["counts"].get("forwards", 0) > 5  # it did compute something here
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_forward_pass_waits_once_at_most(stages, stage):
+    result = stages[stage]
+    waits = counted(
+        result["waits"], "minirlhf/model.py", "minirlhf/support/ragged.py", "minirlhf/support/prepare.py"
+    )
+    assert sum(waits.values()) <= result["counts"].get("forwards", 0), waits
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rollout_waits_for_no_single_token_and_no_single_row(stages, stage):
+    """Once for the prompts' mask, every 16th token, once for the texts' mask, and once to decode them."""
+    result = stages[stage]
+    waits = counted(result["waits"], "minirlhf/rollout.py")
+    longest = 48 if stage == "sft" else RESPONSE
+    assert sum(waits.values()) <= (3 + longest // 16) * result["counts"].get("rollouts", 0), waits
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_training_waits_three_times_per_optimiser_step(stages, stage):
+    result = stages[stage]
+    steps, waits = result["counts"]["steps"] - 1, in_training_loop(stages[stage])
+    assert steps > 3
+    assert sum(waits.values()) <= 3 * steps, dict(sorted(waits.items(), key=lambda item: -item[1]))
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_training_waits_for_no_copy_from_the_host(stages, stage):
+    """Batches are sent with non_blocking=True, and indices into tensors on the device lie there."""
+    waits = {line: n for line, n in in_training_loop(stages[stage]).items() if line.startswith("from host")}
+    assert waits == {}
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_checks()))
