@@ -158,7 +158,7 @@ def load_training(
     records, found = raters.with_targets(records, config.raters)
     items = data.encode_judged(tokenizer, records, context, config.too_long, chosen.ledger)
     run.account(f"train, part {config.part}", chosen.ledger)
-    lowered = [data.encode_pair(tokenizer, lower(item.record), context) for item in items]
+    lowered = [data.encode_pair(tokenizer, lower(item.record), context, config.too_long) for item in items]
     return Training(items, lowered, found)
 
 

@@ -8,28 +8,25 @@ docs/data.md, and minirlhf/support/formats.py, which reads the rows.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import re
 import runpy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minirlhf import UserError
 from minirlhf.support import ledger as ledgers
 from minirlhf.support import sources
 from minirlhf.support.context import TooLong, fit, fit_prompt
-from minirlhf.support.formats import Scale
-from minirlhf.support.formats import transcript as transcript
-from minirlhf.support.ledger import account as account
+from minirlhf.support.dataset import Dataset, part_of, split_of
+from minirlhf.support.formats import Scale, transcript
+from minirlhf.support.ledger import account
 
+__all__ = ["Dataset", "account", "part_of", "split_of", "transcript"]
 BUILT_IN = {"toy": "minirlhf.interop.toy:load", "vader": "minirlhf.interop.vader:load"}
-Ledger = Counter[str] | None
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,10 @@ class Response:
     raters: tuple[str, ...] = ()  # who gave `ratings`; left out: their places in it are people
     where: str = field(default="", compare=False, repr=False)  # file:line
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.response,)
+
 
 @dataclass(frozen=True)
 class Preference:
@@ -55,84 +56,23 @@ class Preference:
     chosen: str
     rejected: str
     share: float = 1.0  # of the votes that went to `chosen`: .5 to 1, a tie counts a half
-    votes: tuple[
-        float, ...
-    ] = ()  # one per rater: 1 for `chosen`, 0 for `rejected`, .5 a tie; (): only counts
+    votes: tuple[float, ...] = ()  # each rater's: 1 for `chosen`, 0 for `rejected`, .5 a tie; (): unknown
     raters: tuple[str, ...] = ()  # who gave `votes`; left out: their places in it are people
     where: str = field(default="", compare=False, repr=False)  # file:line
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return self.chosen, self.rejected
+
 
 Record = Response | Preference
+Records = Sequence[Record]
+Ledger = Counter[str] | None
 
 
 def as_example(record: Record) -> tuple[str, str]:
     """(prompt, completion) as SFT sees any record: of two responses, the chosen one."""
-    return record.prompt, record.chosen if isinstance(record, Preference) else record.response
-
-
-# ---------------------------------------------------------------- sources and splits
-
-
-def _key(prompt: str, text: str) -> str:
-    """What decides where a record goes: its prompt, or its text where there is none [D15].
-
-    Only the words count: "Enjoy!" stays with "enjoy."; an emoticon, without any, is itself.
-    """
-    return " ".join(re.findall(r"\w+", (prompt or text).casefold())) or prompt or text
-
-
-def split_of(prompt: str, text: str = "") -> str:
-    """'train' | 'val' | 'test' (80/10/10), by a hash."""
-    digest = hashlib.sha256(_key(prompt, text).encode()).hexdigest()
-    return (["train"] * 8 + ["val", "test"])[int(digest, 16) % 10]
-
-
-def part_of(record: Record) -> str:
-    """'a' | 'b': halves of any split, by another hash, for two models that share no item."""
-    return "ab"[hashlib.sha256(("part " + _key(*as_example(record))).encode()).digest()[0] % 2]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The records of a source; its ledger says what became of each row (see support/ledger.py)."""
-
-    name: str
-    kind: str
-    records: list[Response] | list[Preference]
-    sources: list[str]
-    sha256: str  # of the content, decompressed
-    ledger: Counter[str]
-    skipped: Sequence[str] = ()  # what was wrong with the first rows that were skipped
-    note: str = ""  # who rated, and on which scale
-    remarks: Sequence[str] = ()  # columns and files that are not used
-
-    def describe(self) -> str:
-        """One line: what was detected, and what of the source is not used; account() says the rest."""
-        found = f"{self.name}: {len(self.records):,} {self.kind} rows{self.note}"
-        return "; ".join([found, *self.remarks, f"sha256 {self.sha256[:12]}"])
-
-    def genres_among(self, wanted: Sequence[str]) -> Sequence[str] | None:
-        """`wanted` where the rows have genres at all, else None: no choice to make."""
-        return wanted if any(getattr(r, "genre", "") for r in self.records) else None
-
-    def select(self, split: str | None = None, genres: Sequence[str] | None = None) -> Dataset:
-        """The records of a split and of some genres; the ledger counts the others.
-
-        Raises UserError where no record is left.
-        """
-        found = self
-        if genres is not None:
-            found = found._only("genre", genres, [getattr(r, "genre", "") for r in self.records])
-        if split is not None:
-            found = found._only("split", [split], [split_of(*as_example(r)) for r in found.records])
-        return found
-
-    def _only(self, what: str, wanted: Sequence[str], values: list[str]) -> Dataset:
-        kept = [r for r, value in zip(self.records, values, strict=True) if value in wanted]
-        if not kept:
-            raise UserError(f"{self.name}: {ledgers.why_empty(Counter(values), what, ' or '.join(wanted))}")
-        left = Counter({f"left: other {what}s": len(values) - len(kept)})
-        return replace(self, records=kept, ledger=self.ledger + left)
+    return record.prompt, record.texts[0]
 
 
 def load(source: str | Path, skip_bad=False, scale: Scale | None = None, data_dir=None) -> Dataset:
@@ -172,7 +112,7 @@ def encode_example(tok, prompt: str, completion: str, context: int, eos=True) ->
 
 
 def encode_examples(
-    tok, records: Sequence[Record], context: int, too_long: TooLong = "drop", ledger: Ledger = None
+    tok, records: Records, context: int, too_long: TooLong = "drop", ledger: Ledger = None
 ) -> list[tuple[list[int], list[bool]]]:
     """(ids, loss_mask) of each record that SFT learns; the ledger counts all records.
 
@@ -196,13 +136,12 @@ def encode_examples(
 
 def encode_pair(tok, record: Record, context: int, too_long: TooLong = "drop") -> Judged | None:
     """A rated text or a pair in the ids that SFT would see; None where the prompt leaves no room for them."""
-    texts = [record.chosen, record.rejected] if isinstance(record, Preference) else [record.response]
-    fitted = fit(tok, record.prompt, texts, context, too_long, record.where)
+    fitted = fit(tok, record.prompt, record.texts, context, too_long, record.where)
     return fitted and Judged(record, *fitted.sequences, cuts=fitted.cuts)
 
 
 def encode_judged(
-    tok, records: Sequence[Record], context: int, too_long: TooLong = "drop", ledger: Ledger = None
+    tok, records: Records, context: int, too_long: TooLong = "drop", ledger: Ledger = None
 ) -> list[Judged]:
     """Each record that a reward model learns; the ledger counts all records.
 
@@ -222,12 +161,7 @@ def encode_judged(
 
 
 def encode_prompts(
-    tok,
-    records: Sequence[Record],
-    prompt_tokens: int,
-    room: int,
-    too_long: TooLong = "drop",
-    ledger: Ledger = None,
+    tok, records: Records, prompt_tokens: int, room: int, too_long: TooLong = "drop", ledger: Ledger = None
 ) -> list[list[int]]:
     """Prompts in ids, each opened by the <bos> that opens every training text; the ledger counts all records.
 

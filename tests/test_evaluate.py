@@ -104,7 +104,8 @@ def writer(smoke):
     """(model, prompts of the test split, the policy's sampling, tokenizer)"""
     tokenizer, about = Tokenizer.load(smoke / "ppo"), checkpoint.load_config(smoke / "ppo")
     settings = evaluate.settings_of(about, smoke / "ppo", evaluate.SETTINGS)
-    prompts = data.prompts_of(data.load("toy").select("test").records, tokenizer, settings["prompt_tokens"])
+    records = data.load("toy").select("test").records
+    prompts = data.encode_prompts(tokenizer, records, settings["prompt_tokens"], room=99)
     return (
         checkpoint.load_gpt(smoke / "ppo").eval(),
         prompts,

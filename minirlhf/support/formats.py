@@ -29,6 +29,7 @@ Fields = dict[str, Any]  # of a Response or a Preference in data.py
 ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
 TURN = "\n\nAssistant:"  # ends a transcript's prompt; the completion keeps its leading space
 VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each vote is worth to the first text
+SURROGATE = re.compile("[\ud800-\udfff]")
 # Columns that hold content in one format or another.  Where a row has one that is not read, a remark says so.
 CONTENT = {"answer", "chosen", "completion", "content", "input", "instruction", "label", "messages", "output"}
 CONTENT |= {"prompt", "question", "rating", "ratings", "rejected", "response", "response_a", "response_b"}
@@ -58,7 +59,8 @@ class Row:
         except (ValueError, RecursionError) as error:
             form = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
             raise UserError(f"row: not {form}: {error}") from None
-        check(isinstance(columns, dict), f"row: expected an object, got {columns!r:.40}")
+        if not isinstance(columns, dict):
+            raise UserError(f"row: expected an object, got {columns!r:.40}")
         self.columns = {key: value for key, value in columns.items() if value is not None}
         self.read: set[str] = set()
 
@@ -67,7 +69,8 @@ class Row:
 
     def __getitem__(self, field: str) -> Any:
         """The value of a column.  Raises UserError where there is none."""
-        check(field in self.columns, f"{field}: missing")
+        if field not in self.columns:
+            raise UserError(f"{field}: missing")
         self.read.add(field)
         return self.columns[field]
 
@@ -75,10 +78,11 @@ class Row:
         """The text of a column; of messages their transcript."""
         value = self[field]
         if isinstance(value, list):
-            roles = f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}"
-            check(value and all(map(_is_message, value)), roles)
+            if not value or not all(map(_is_message, value)):
+                raise UserError(f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}")
             value = transcript(value, answer=field == "prompt")
-        check(isinstance(value, str), f"{field}: expected text, got {value!r:.40}")
+        if not isinstance(value, str):
+            raise UserError(f"{field}: expected text, got {value!r:.40}")
         _check_characters(value, field)
         return value
 
@@ -105,7 +109,8 @@ def _is_message(entry: object) -> bool:
 
 
 def _check_characters(text: str, field: str) -> None:
-    check(not re.search("[\ud800-\udfff]", text), f"{field}: half a surrogate pair")  # JSON can spell it
+    if not text.isascii() and SURROGATE.search(text):  # JSON can spell it
+        raise UserError(f"{field}: half a surrogate pair")
 
 
 def _are_numbers(values: object) -> bool:
@@ -131,10 +136,8 @@ def parse(line: bytes, plain: bool, scale: Scale | None = None) -> tuple[str, Fi
     elif "completion" in row or "label" in row or ("prompt" in row and "response" in row):
         kind, fields = _completion(row)
     elif "text" in row:
-        kind, fields = (
-            "text",
-            {"prompt": "", "response": row.text("text"), "genre": row.optional_text("genre")},
-        )
+        text, genre = row.text("text"), row.optional_text("genre")
+        kind, fields = "text", {"prompt": "", "response": text, "genre": genre}
     else:
         keys = f"{sorted(row.columns)}"
         check("prompt" in row, f"keys: {keys:.200} match no format: see python -m minirlhf.data --help")
@@ -178,14 +181,15 @@ def _votes(row: Row) -> Fields:
 def _rated(row: Row, scale: Scale | None) -> Fields:
     field = "ratings" if "ratings" in row else "rating"
     raters, values = row.by_rater(field) if field == "ratings" else ((), [row[field]])
-    check(_are_numbers(values) and values, f"{field}: expected finite numbers, got {row[field]!r:.40}")
+    if not values or not _are_numbers(values):
+        raise UserError(f"{field}: expected finite numbers, got {row[field]!r:.40}")
     if "scale" in row:
         ends = row["scale"]
         good = _are_numbers(ends) and len(ends) == 2 and ends[0] < ends[1]
         check(good, f"scale: expected [low, high], got {ends!r:.40}")
         scale = tuple(ends)
-    inside = not scale or scale[0] <= min(values) and max(values) <= scale[1]
-    check(inside, f"{field}: {row[field]!r:.40} is outside the scale {scale}")
+    if scale and not (scale[0] <= min(values) and max(values) <= scale[1]):
+        raise UserError(f"{field}: {row[field]!r:.40} is outside the scale {scale}")
     return {
         "prompt": row.optional_text("prompt"),
         "response": row.text("response" if "response" in row else "text"),
@@ -199,7 +203,8 @@ def _rated(row: Row, scale: Scale | None) -> Fields:
 
 def _conversation(row: Row, remarks: list[str]) -> Fields:
     messages = row["messages"]
-    check(isinstance(messages, list), f"messages: expected a list, got {messages!r:.40}")
+    if not isinstance(messages, list):
+        raise UserError(f"messages: expected a list, got {messages!r:.40}")
     whole, last = row.text("messages"), messages[-1]
     check(last["role"] == "assistant", "messages: the last turn must be the assistant's")
     for message in messages:

@@ -35,7 +35,7 @@ def account(ledger: Counter[str]) -> str:
     if "used" in ledger:
         cuts = [f"{n:,} cut: {what}" for what, n in _reasons(ledger, "cut").items()]
         parts.append(f"{ledger['used']:,} used" + (f" ({', '.join(cuts)})" if cuts else ""))
-    return f"{rows:,} rows: {', '.join(parts + losses(ledger)) or 'none'}"
+    return f"{rows:,} row{'s' * (rows != 1)}: {', '.join(parts + losses(ledger)) or 'none'}"
 
 
 def losses(ledger: Counter[str]) -> list[str]:

@@ -11,6 +11,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from io import BufferedReader
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def read(
                 kind, fields, unused = parse(line, plain, scale)
                 first = first or (kind, fields.get("scale"))
                 _check_same(kind, fields.get("scale"), *first)
-            except UserError as error:
+            except (UserError, RecursionError) as error:  # RecursionError: from showing a deeply nested value
                 if not skip_bad:
                     raise UserError(f"{where}: {error}") from None
                 ledger["skipped: malformed"] += 1
@@ -139,13 +140,24 @@ def lines_of(file: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
 
     Raises UserError for a file that cannot be read, or that decompresses to more than a text would.
     """
+    number, parts = 1, []  # of the line under way: its number, and what earlier blocks hold of it
     try:
         with open(file, "rb") as raw:
-            for number, line in enumerate(_split(_blocks(file, raw, digest)), 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                if line and not line.isspace():
-                    yield number, line.rstrip(b"\r")
+            for block in chain(_blocks(file, raw, digest), [b"\n"]):
+                if block.isspace() and not parts:
+                    whole, rest = [], block.rpartition(b"\n")[2]
+                    number += block.count(b"\n")
+                else:
+                    *whole, rest = block.split(b"\n")
+                if whole:
+                    whole[0], parts = b"".join([*parts, whole[0]]), []
+                for line in whole:
+                    if number == 1:
+                        line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                    if line and not line.isspace():
+                        yield number, line.rstrip(b"\r")
+                    number += 1
+                parts += [rest] if rest else []
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{shown(file)}: cannot be read: {_reason(error)}") from None
 
@@ -165,15 +177,3 @@ def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:
         check(total <= limit, f"{shown(file)}: holds more than {limit:,} bytes: unpack or split it first")
         digest.update(block)
         yield block
-
-
-def _split(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """All lines of these blocks.  A line may go over many of them."""
-    parts: list[bytes] = []
-    for block in blocks:
-        *whole, rest = block.split(b"\n")
-        if whole:
-            whole[0], parts = b"".join([*parts, whole[0]]), []
-        yield from whole
-        parts.append(rest)
-    yield b"".join(parts)

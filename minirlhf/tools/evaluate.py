@@ -258,8 +258,12 @@ def evaluate(config: Config) -> dict[str, Any]:
     source = data.load(
         settings["data"], settings["skip_bad"], data_dir=cache if isinstance(cache, str) else None
     )
-    records = source.select(config.split, source.genres_among([settings["genre"]])).records
-    prompts = data.prompts_of(records, tokenizer, settings["prompt_tokens"])
+    part = source.select(config.split, source.genres_among([settings["genre"]]))
+    room = min(sft.config.context, policy.config.context) - sampling.max_new
+    too_long = "cut" if settings.get("too_long") == "cut" else "drop"
+    length = settings["prompt_tokens"]
+    prompts = data.encode_prompts(tokenizer, part.records, length, room, too_long, part.ledger)
+    print(f"prompts, {config.split} split: {data.account(part.ledger)}")
     picked = data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
     prompts = [prompts[i] for i in picked]
 
