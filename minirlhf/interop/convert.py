@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf import UserError, checkpoint, run
+from minirlhf import UserError, checkpoint
 from minirlhf.interop import convert_tokenizer
 from minirlhf.interop.convert_tokenizer import read_json
 from minirlhf.interop.wordpiece import WordPiece
@@ -409,7 +409,7 @@ def import_model(source: str, out: Path) -> str:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model"
         )
-    about = run.describe("import", config, Import(source), 0, True, tokenizer)
+    about = checkpoint.describe("import", config, Import(source), 0, True, tokenizer)
     about["source"] = {"name": source, "sha256": {file.name: _sha256(file) for file in files}}
     with whole(out) as new:
         checkpoint.save(new, 0, state, about, tokenizer)
