@@ -26,6 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minirlhf import UserError
 from minirlhf.support import bpe
+from minirlhf.support.formats import ROLES, TURN
 from minirlhf.support.text import one_line
 from minirlhf.tokenizer import Tokenizer
 
@@ -88,7 +89,8 @@ def render(tokenizer: Tokenizer, messages: Messages, answer: bool) -> str:
 
 
 def _tell_apart(text: str, tokenizer: Tokenizer, messages: Messages, answer: bool) -> Parts:
-    """The text of a conversation in parts: filling in the template again, with marks, tells which is which."""
+    """The text of a conversation in parts: filling in the template again, with marks, tells which is
+    which."""
     marked = [message | {"content": MARK.format(i)} for i, message in enumerate(messages)]
     pieces = re.split(MARK.format("([0-9]{1,9})"), render(tokenizer, marked, answer))
     if any(int(number) >= len(messages) for number in pieces[1::2]):
@@ -104,6 +106,31 @@ def _tell_apart(text: str, tokenizer: Tokenizer, messages: Messages, answer: boo
     if "".join(part for part, _ in parts) != text:
         raise _refusal("it changes a message that contains the name of a special token")
     return parts
+
+
+def of_transcripts(tokenizer: Tokenizer) -> str:
+    """The chat template of HH-RLHF's transcripts: the layout in which this project's stages see
+    conversations.
+
+    It writes what SFT learns from: <bos>, the transcript, and <eot> after the last turn if it is the
+    assistant's."""
+    names = {i: json.dumps(name, ensure_ascii=False) for name, i in tokenizer.specials.items()}
+    return f"""{{%- set headers = {json.dumps(ROLES)} -%}}
+{{{{- {names[tokenizer.bos]} -}}}}
+{{%- for message in messages -%}}
+{{%- if message['role'] not in headers -%}}
+{{{{- raise_exception('the roles are {", ".join(ROLES)}') -}}}}
+{{%- elif loop.first and message['role'] == 'assistant' -%}}
+{{{{- ' ' + message['content'] -}}}}
+{{%- else -%}}
+{{{{- headers[message['role']] + message['content'] -}}}}
+{{%- endif -%}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}
+{{{{- {json.dumps(TURN)} -}}}}
+{{%- elif messages and messages[-1]['role'] == 'assistant' -%}}
+{{{{- {names[tokenizer.eot]} -}}}}
+{{%- endif -%}}"""
 
 
 def _refusal(reason: str) -> UserError:

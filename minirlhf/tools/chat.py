@@ -186,8 +186,8 @@ def parse() -> argparse.Namespace:
         "--layout",
         choices=LAYOUTS,
         default="auto",
-        help="How a line becomes a prompt: text continues it, dialogue is a transcript as in HH-RLHF, template "
-        "is the model's own chat template. The default is the template of an imported model, and else text.",
+        help="How a line becomes a prompt: text continues it, dialogue is a transcript as in HH-RLHF, and "
+        "template is the model's own. The default is the template of an imported model, and else text.",
     )
     parser.add_argument("--system", help="The system message that opens every conversation.")
     parser.add_argument(
