@@ -103,8 +103,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, never a special one: a '<|pad|>' in it is plain characters. `decode` gives the text
-        back, but for lone surrogates, which become U+FFFD, and for what an imported tokenizer normalises or has
-        no token for."""
+        back, but lone surrogates become U+FFFD, and an imported tokenizer may normalise or lack bytes."""
         pieces = bpe.cut([text], self._early)
         if self.normalize:
             pieces = [self._normal(piece) if isinstance(piece, str) else piece for piece in pieces]

@@ -9,7 +9,8 @@ import torch
 from minirlhf import UserError, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rollout import response_logprobs
-from minirlhf.tokenizer import BYTES, Tokenizer
+from minirlhf.support.bpe import BYTES
+from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools import chat
 
 CHATML = """{%- for m in messages %}
@@ -57,33 +58,6 @@ def talk(run, monkeypatch, capsys):
     return call
 
 
-def test_special_tokens_come_from_the_template_alone():
-    messages = [user("a<|im_end|>"), {"role": "assistant", "content": "b"}, user("{{ 1 }}")]
-    turn = lambda role, text: [START, *role.encode(), 10, *text.encode(), END, 10]
-    wanted = [
-        *turn("user", "a<|im_end|>"),
-        *turn("assistant", "b"),
-        *turn("user", "{{ 1 }}"),
-        START,
-        *b"assistant",
-        10,
-    ]
-    assert chat.prompt_ids(tokenizer_of(), "template", messages) == wanted
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("{{ raise_exception('no system role') }}", "no system role"),
-        ("{% for %}", "Expected"),
-        ("{{ ''.__class__.__mro__ }}", "unsafe"),
-    ],
-)
-def test_a_template_that_fails_is_an_error_not_a_crash(template, message):
-    with pytest.raises(UserError, match=f"chat template: .*{message}.*--layout text"):
-        chat.prompt_ids(tokenizer_of(template), "template", [user("a")])
-
-
 def test_a_dialogue_is_laid_out_as_the_stages_were_trained(tmp_path):
     messages = [
         {"role": "system", "content": "Be"},
@@ -94,16 +68,17 @@ def test_a_dialogue_is_laid_out_as_the_stages_were_trained(tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": messages}))
     found = data.load(str(tmp_path / "d.jsonl"))
     tokenizer = tokenizer_of()
-    assert [chat.prompt_ids(tokenizer, "dialogue", messages)] == data.encode_prompts(tokenizer, found.records, 4, 99)
+    wanted = data.encode_prompts(tokenizer, found.records, 4, 1000)
+    assert [chat.prompt_ids(tokenizer, "dialogue", messages)] == wanted
     assert chat.prompt_ids(tokenizer, "text", messages) == [START, *b"So?"]
 
 
 @pytest.mark.parametrize("layout", ["dialogue", "template"])
 def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(tmp_path, layout):
-    speaker = chat.Speaker(saved(tmp_path, tokenizer_of(), context=128), layout, "S", torch.device("cpu"))
+    speaker = chat.Speaker(saved(tmp_path, tokenizer_of(), context=128), layout, "S", 6)
     for k in range(9):
-        tokens, begun, _ = speaker.answer(f"question {k}", 6, 1.0)
-        assert tokens.shape[1] <= 128 and begun <= 122
+        texts, _ = speaker.answer(f"question {k}")
+        assert texts.tokens.shape[1] <= 128 and texts.prompts.shape[1] <= 122 and texts.mask.all()
     said = [m["content"] for m in speaker.messages]
     assert (
         said[0] == "S"
@@ -113,7 +88,7 @@ def test_the_oldest_turns_are_forgotten_and_the_system_message_is_not(tmp_path, 
     )
     before = list(speaker.messages[-2:])
     with pytest.raises(UserError, match="do not fit the context of 128"):
-        speaker.answer("x" * 200, 6, 1.0)
+        speaker.answer("x" * 200)
     assert speaker.messages[-2:] == before or speaker.messages == speaker.opening
 
 
@@ -136,25 +111,25 @@ def test_several_models_answer_and_say_why(smoke, talk):
 
 
 def test_what_is_explained_adds_up(smoke):
-    speaker = chat.Speaker(smoke / "ppo", "auto", None, torch.device("cpu"))
+    speaker = chat.Speaker(smoke / "ppo", response_tokens=8, temperature=0.7)
     assert speaker.layout == "text"
     reference, (judge, _) = checkpoint.load_gpt(smoke / "sft").eval(), checkpoint.load_reward(smoke / "rm")
-    tokens, begun, _ = speaker.answer("the", 8, 0.7)
-    columns, chances = chat.explain(speaker, tokens, begun, 0.7, reference, judge.eval())
-    mask, written = torch.ones_like(tokens, dtype=torch.bool), tokens[0, begun:].tolist()
+    texts, _ = speaker.answer("the")
+    columns, probabilities = chat.explain(speaker, texts, reference, judge.eval())
+    begun, written = texts.prompts.shape[1], texts.responses[0].tolist()
     with torch.no_grad():
         ours, theirs = (
-            response_logprobs(m, tokens, mask, begun, 0.7)[0].sum() for m in (speaker.model, reference)
+            response_logprobs(m, texts, speaker.sampling)[0].sum() for m in (speaker.model, reference)
         )
-        start, end = (judge(tokens[:, :n], mask[:, :n])[0][0] for n in (begun, tokens.shape[1]))
+        start, end = (judge(texts.tokens[:, :n], texts.mask[:, :n])[0][0] for n in (begun, None))
     close = lambda a, b: torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
     close(columns["probability"].log().sum(), ours)
     close(columns["nats"].sum(), ours - theirs)
     close(columns["score"].sum(), end - start)
-    close(chances.sum(1), torch.ones(len(written)))
-    itself, _ = chat.explain(speaker, tokens, begun, 0.7, speaker.model, None)
+    close(probabilities.sum(1), torch.ones(len(written)))
+    itself, _ = chat.explain(speaker, texts, speaker.model, None)
     assert (itself["nats"] == 0).all()
-    lines = chat.explanation(speaker.tokenizer, written, columns, chances).splitlines()
+    lines = chat.explanation(speaker.tokenizer, written, columns, probabilities).splitlines()
     assert len(lines) == 1 + len(written) and all(
         repr(speaker.tokenizer.token_str(i)) in line for i, line in zip(written, lines[1:], strict=True)
     )
@@ -170,17 +145,12 @@ def test_a_line_that_is_not_utf8_is_read_all_the_same(tmp_path, talk):
     assert status == 0 and "> a\ufffdb" in out and "> c" in out
 
 
-def test_a_text_too_long_for_the_reward_model_is_said_and_the_next_is_read(tmp_path, smoke, talk):
-    reader = checkpoint.load_config(smoke / "rm")["model"]["context"]
-    arguments = (
-        saved(tmp_path, tokenizer_of(), context=4 * reader),
-        "--response-tokens",
-        2,
-        "--reward-model",
-        smoke / "rm",
-    )
-    status, out, _ = talk("~" * 2 * reader + "\nx\n", "--layout", "text", *arguments)
-    assert status == 0 and out.count("do not fit the model's context") == 1 and out.count("[score") == 1
+def test_a_text_too_long_for_the_reward_model_is_cut_and_that_is_said(tmp_path, smoke, talk):
+    context = checkpoint.load_config(smoke / "rm")["model"]["context"]
+    speaker = saved(tmp_path, tokenizer_of(), context=4 * context)
+    arguments = (speaker, "--response-tokens", 2, "--reward-model", smoke / "rm")
+    status, out, _ = talk("~" * 2 * context + "\nx\n", "--layout", "text", *arguments)
+    assert status == 0 and out.count(f"of its first {context} tokens] ") == 1 and out.count("[score") == 2
 
 
 def test_a_line_that_does_not_fit_loses_nothing_else(tmp_path, talk):
@@ -190,17 +160,27 @@ def test_a_line_that_does_not_fit_loses_nothing_else(tmp_path, talk):
     assert status == 0 and "do not fit the context of 96: write less" in out and "> yes\nyes" in out
 
 
+NUMBERS = {"--temperature": ["-1", "nan", "inf", "1e99", "1e-20", "x", ""], "--seed": ["-1", "x", "1e3", "1" * 30],
+           "--response-tokens": ["0", "-3", "nan", "1e3", "x", "9" * 20]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("option", "value"), [(o, value) for o in NUMBERS for value in NUMBERS[o]])
+def test_F15_a_number_out_of_range_is_one_line_before_anything_is_read(tmp_path, talk, option, value):
+    status, out, err = talk("x\n", tmp_path / "nothing here", option + "=" + value)
+    assert status == 2 and option in err and err.count("\n") == 1 and err.startswith("error: ") and not out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--layout", "template"], "no chat template"),
         (["--system", "Be"], "--system needs --layout"),
-        (["--response-tokens", 0], "must be above 0"),
-        (["--temperature", "nan"], "must be above 0"),
-        (["--explain", "--temperature", 0], "leaves none"),
+        (["--explain", "--temperature", 0], "--temperature 0 has none"),
         (["--reference", "x"], "add it, or drop"),
-        (["--explain", "--reference", "OTHER"], "other tokens"),
+        (["--explain", "--reference", "OTHER"], "its tokenizer is not the speaker's"),
         (["--reward-model", "HERE"], "not a reward model"),
+        (["--explian"], "--explian"),
+        (["--resp", 3], "--resp"),
     ],
 )
 def test_what_cannot_be_done_is_said(tmp_path, talk, arguments, message):
@@ -208,7 +188,45 @@ def test_what_cannot_be_done_is_said(tmp_path, talk, arguments, message):
     other = saved(tmp_path / "b", Tokenizer({byte: i for i, byte in enumerate(BYTES)}), "sft")
     arguments = [{"HERE": here, "OTHER": other}.get(x, x) for x in arguments]
     status, out, err = talk("", here, *arguments)
-    assert status != 0 and message in err and "Traceback" not in err
+    assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_F9_a_damaged_config_and_weights_of_nan_are_one_line(tmp_path, talk):
+    tokenizer = tokenizer_of()
+    folder = saved(tmp_path / "a", tokenizer)
+    file = checkpoint.resolve(folder) / "config.json"
+    config = json.loads(file.read_text())
+    for odd in (config | {"training": 5, "stage": []}, {k: v for k, v in config.items() if k != "training"}):
+        file.write_text(json.dumps(odd))
+        assert talk("x\n", folder, "--response-tokens", 2)[0] == 0
+    state = {name: t * float("nan") for name, t in checkpoint.load_state(folder).items()}
+    checkpoint.save(tmp_path / "b", 0, state, config, tokenizer)
+    status, _, err = talk("x\n", tmp_path / "b")
+    assert status == 2 and "nan or infinite" in err and err.count("\n") == 1
+
+
+def test_ctrl_c_is_one_line(tmp_path, run, monkeypatch, capsys):
+    """At the prompt, and while an answer is written."""
+    folder = saved(tmp_path, tokenizer_of(None))
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x\n"), "utf-8"))
+    monkeypatch.setattr(chat, "generate", stop)
+    assert run("minirlhf.chat", folder) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+    monkeypatch.setattr("builtins.input", stop)
+    assert run("minirlhf.chat", folder) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_F16_a_template_that_fails_is_said_and_the_next_line_is_read(tmp_path, talk):
+    template = "{% if messages[0]['content'] == 'bad' %}{{ 1 / 0 }}{% endif %}{{ messages[0]['content'] }}"
+    folder = saved(tmp_path, tokenizer_of(template))
+    status, out, err = talk("bad\ngood\n", folder, "--response-tokens", 3)
+    assert status == 0 and not err
+    assert out.count("chat template: ZeroDivisionError: division by zero") == 1 and "> good" in out
 
 
 def test_a_reward_model_cannot_talk(smoke, talk):

@@ -4,6 +4,7 @@ import time
 
 from minirlhf import UserError
 from minirlhf.feedback.store import Store, rater_name
+from minirlhf.support.text import visible
 
 PAIR = {"1": ("first, much better", {"choice": "left", "strength": 2}), "2": ("first", {"choice": "left", "strength": 1}),
         "3": ("tie", {"choice": "tie"}), "4": ("second", {"choice": "right", "strength": 1}),
@@ -13,11 +14,6 @@ RATING = {
     for n, word in enumerate(("very bad", "bad", "middling", "good", "very good"), 1)
 }
 MORE = {"s": "skip", "u": "undo", "q": "quit"}
-
-
-def visible(text: str) -> str:
-    """Text without the power to move the cursor or recolour the terminal: control characters as escapes, but new lines."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def rate(store: Store, name: str) -> None:

@@ -1,1 +1,1 @@
-"""Other people's formats: Hugging Face folders, GGUF files, tokenizers, the source distribution of the built-in dataset."""
+"""Other people's formats: Hugging Face folders, GGUF files, tokenizers, chat templates, built-in datasets."""

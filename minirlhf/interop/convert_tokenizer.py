@@ -1,7 +1,8 @@
-"""Byte-level BPE tokenizers of Hugging Face folders and GGUF files as tiktoken encodings, and back.
+"""Byte-level BPE tokenizers of Hugging Face folders and GGUF files as our Tokenizer, and back.
 
-Both write a token's bytes as printable characters (GPT-2's table) and list the merges; a tiktoken encoding has neither, only
-ranks. The two agree where ids follow the order of the merges; whether they do is tried out on every token and on hard texts.
+Both formats write a token's bytes as printable characters (GPT-2's table) and list the merges. A tiktoken
+encoding has neither, only ranks. The two agree where ids follow the order of the merges; whether they do is
+tried out on every token, on hard texts and on the added tokens before anything is written.
 """
 
 from __future__ import annotations
@@ -11,25 +12,34 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import regex
 
 from minirlhf import UserError
+from minirlhf.interop.hard_texts import HARD_TEXTS
 from minirlhf.interop.wordpiece import WordPiece
+from minirlhf.support import bpe
 from minirlhf.support.bpe import BYTES
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
 
+Encode = Callable[[str], list[int]]
+
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-# Bytes that print stand for themselves, the others, in order, for the characters from 256 on (GPT-2, encoder.py).
+# Bytes that print stand for themselves, the others, in order, for the characters from 256 on (GPT-2,
+# encoder.py).
 CHARACTERS = [chr(b if b in PRINTABLE else 256 + b - sum(p < b for p in PRINTABLE)) for b in range(256)]
 BYTE_OF = {character: BYTES[b] for b, character in enumerate(CHARACTERS)}
 
 DIGIT = r"\p{N}"
-# Digits first, each alone, then GPT-2's words between them: so white space before a digit is at an end of its piece.
+# Digits first, each alone, then GPT-2's words between them: white space before a digit ends its piece.
 SMOLLM_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s+(?![^\s\p{N}])|\s"
-LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 QWEN2_PATTERN = LLAMA3_PATTERN.replace("{1,3}", "")
-# A pre-tokenizer is the regexes that cut a text, one after the other; tiktoken takes one regex.
+# A pre-tokenizer is a list of regexes that cut a text one after the other; tiktoken takes one regex.
 COMBINED = {(DIGIT, GPT2_PATTERN): SMOLLM_PATTERN}
 GGUF_STAGES = {
     "gpt-2": (GPT2_PATTERN,),
@@ -37,41 +47,45 @@ GGUF_STAGES = {
     "llama-bpe": (LLAMA3_PATTERN,),
     "qwen2": (QWEN2_PATTERN,),
 }
-HARD_TEXTS = [
-    "", " ", "  ", "\n", "\n\n \n", "\t\tx", " x", "x ", "   x   y  ", "a\r\nb\r\rc", "tail \n", "tail\n  ",
-    "\u00a0x\u2003y\u3000z",
-    "Hello, world!", "It's I'm you'll we've they'd he's SHE'S DON'T o'clock 'tis ''''s 'sss", "naïve café", "e\u0301 vs \u00e9",
-    "1", "12", "123", "1234", "12345678901", " 1 22  333   4444", "3.14159e-10", "$1,000.00", "1st 2nd x1y2z3", "a1 b22  c333",
-    "½ ² Ⅷ ٣٤ १२३ 〇", "  1", "x  1", "\n1", "1\n2", "9's 9 's",
-    "def f(x):\n    return x  # 4 spaces\n\n\n\tif a!=b: print('{}'.format(x))\n",
-    "<html>&amp;</html> {\"k\": [1, 2]} //--==>> ___",
-    "你好，世界。你好你好", "こんにちは 世界", "Привет, мир! Как дела?", "مرحبا بالعالم", "שלום", "ภาษาไทย", "हिन्दी", "한국어",
-    "🙂🙂 👩‍👩‍👧 🏳️‍🌈 a🙂b", "\ufeffbom \u200bzero\u200d", 
-    "\x00\x01\x04!\x06!", "\U000f0000\U0010ffff", "ab\x7f\x80\x85c", "ﬁ ŉ ǆ ſ K",
-    "<|endoftext|><|im_start|>user\n<s></s>[CLS]", "http://example.org/a?b=c&d=%20", "aaaaaaaaaaaaaaaaaaaa", "!!!!!!???...",
-    "ALL CAPS camelCase snake_case kebab-case", "the quick brown fox jumps over the lazy dog " * 3, " \u0301x", "'\u017f 'S",
-]  # fmt: skip
+STRIPPING = ("lstrip", "rstrip", "single_word")  # flags of added tokens that we do not reproduce
+WORD, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens in a GGUF file; 5 is unused
 
 
-def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], specials: dict[str, int], stages: tuple[str, ...],
-          named: dict[str, str | None], vocab_size: int, normalize: str | None = None, hf: dict | None = None,
-          ignore_merges: bool = False, reference: Callable[[str], list[int]] | None = None) -> Tokenizer:  # fmt: skip
-    """A tiktoken encoding with the ids of `vocab`; `named` says which tokens are bos, eos and pad (None: there is none).
-    UserError if any of its ids differs from those of `reference`, or, without one, of the merges applied as listed
-    (`ignore_merges`: to words that are no token whole)."""
+def build(
+    source: Path,
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    specials: dict[str, int],
+    stages: tuple[str, ...],
+    named: dict[str, str | None],
+    vocab_size: int,
+    normalize: str | None = None,
+    hf: dict | None = None,
+    ignore_merges: bool = False,
+    reference: Encode | None = None,
+    added: dict[str, bool] | None = None,
+) -> Tokenizer:
+    """The Tokenizer with the ids of `vocab` and `specials`.
+
+    named: the tokens that are bos, eos and pad, None where there is none.  added: those of `specials` that
+    texts may contain -> whether they are looked for after normalising.  ignore_merges: a word that is a token
+    is not merged. reference: the original's encode; without it, the merges are applied as they are listed.
+    Raises UserError where ids differ from the reference's, and for what makes no tokenizer.
+    """
     products = [left + right for left, right in merges]
+    is_word = lambda token: token in BYTE_OF or ignore_merges and all(c in BYTE_OF for c in token)
     try:
-        words = dict.fromkeys([*(token for token in vocab if token in BYTE_OF), *products])
+        words = dict.fromkeys([*filter(is_word, vocab), *products])
         ranks = {b"".join(BYTE_OF[c] for c in token): vocab[token] for token in words}
         order = [vocab[token] for token in products]
     except KeyError as error:
         raise UserError(
             f"{source}: {error} in the merges is no token of byte-level BPE: this tokenizer is not read"
         ) from None
-    # What no merge makes never comes from a text: it is kept as the specials are, so that it can be shown.
-    made = {*order}
-    specials = {t: i for t, i in vocab.items() if t not in BYTE_OF and i not in made} | specials
-    tokens = {*ranks.values(), *specials.values()}
+    # No text gives a token that no merge makes.  It is kept beside the special tokens, so that it can be
+    # shown.
+    unreached = {token: i for token, i in vocab.items() if token not in words}
+    specials = dict(sorted((unreached | specials).items(), key=lambda item: item[1]))
     for name in "bos_token", "eos_token", "pad_token":
         if named.get(name) is not None and named[name] not in specials:
             raise UserError(
@@ -79,40 +93,75 @@ def build(source: Path, vocab: dict[str, int], merges: list[tuple[str, str]], sp
             )
     if named.get("eos_token") is None:
         raise UserError(f"{source}: no eos_token: name the token that ends a text in tokenizer_config.json")
-    if max(tokens) >= vocab_size:
+    if (highest := max([*ranks.values(), *specials.values()])) >= vocab_size:
         raise UserError(
-            f"{source}: id {max(tokens)}, but the model has {vocab_size} rows: take both from one model"
+            f"{source}: id {highest}, but the model has {vocab_size} rows: take both from one model"
         )
-    specials = dict(sorted(specials.items(), key=lambda item: item[1]))
     bos, eot, pad = (specials.get(named.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
-    pad = None if pad == eot else pad
-    pattern = stages[0] if len(stages) == 1 else COMBINED[stages]
-    hf = {"bos_token": named.get("bos_token"), "pad_token": named.get("pad_token"), **(hf or {})}
+    hf = {"bos_token": named.get("bos_token"), "pad_token": named.get("pad_token")} | (hf or {})
+    hf |= {"unreached": [*unreached]} if unreached else {}
     try:
-        tokenizer = Tokenizer(ranks, pattern, specials, eot, bos, pad, vocab_size, normalize, hf)
-    except ValueError as error:
-        raise UserError(
-            f"{source}: its split {pattern!r} is not read ({error}): this tokenizer is not supported"
-        ) from None
-    reference = reference or replayer(vocab, merges, stages, normalize, ignore_merges)
-    if any(a > b for a, b in pairwise(order)):
-        at = next(i for i, (a, b) in enumerate(pairwise(order)) if a > b)
-        raise UserError(
-            f"{source}: ids do not follow the merges ({products[at + 1]!r}): ids would differ; not supported"
+        tokenizer = Tokenizer(
+            ranks,
+            stages[0] if len(stages) == 1 else COMBINED[stages],
+            specials,
+            eot,
+            bos,
+            None if pad == eot else pad,
+            vocab_size,
+            normalize,
+            hf,
+            added,
         )
-    whole = [text for token in ranks if "\ufffd" not in (text := token.decode("utf-8", "replace"))]
-    for text in HARD_TEXTS + whole + ["".join(whole[i : i + 20]) for i in range(0, len(whole), 400)]:
+    except (ValueError, regex.error) as error:
+        raise UserError(f"{source}: {error}: this tokenizer is not supported") from None
+    for i, (a, b) in enumerate(pairwise(order)):
+        if a > b:
+            token = products[i + 1]
+            raise UserError(
+                f"{source}: ids do not follow the merges ({token!r}): they would differ; not supported"
+            )
+    reference = reference or replayer(vocab, merges, stages, normalize, ignore_merges, tokenizer)
+    for text in trial_texts(tokenizer):
         if (ours := tokenizer.encode(text)) != (theirs := reference(text)):
             raise UserError(
-                f"{source}: the ids of {text!r} are {theirs[:20]}, here {ours[:20]}: not supported"
+                f"{source}: the ids of {text!r:.200} are {theirs[:20]}, here {ours[:20]}: not supported"
             )
     return tokenizer
 
 
-def replayer(vocab: dict[str, int], merges: list, stages: tuple[str, ...], normalize: str | None = None,
-             ignore_merges: bool = False) -> Callable[[str], list[int]]:  # fmt: skip
-    """text -> ids by the merges as listed, lowest first: the definition, slow."""
+def trial_texts(tokenizer: Tokenizer) -> Iterator[str]:
+    """Texts on which an imported tokenizer is compared with its original."""
+    yield from HARD_TEXTS
+    whole = [text for token in tokenizer.ranks if "\ufffd" not in (text := token.decode("utf-8", "replace"))]
+    yield from whole
+    for i in range(0, len(whole), 400):
+        yield "".join(whole[i : i + 20])
+    names = [name for name in tokenizer.specials if name not in tokenizer.hf.get("unreached", ())]
+    for name in tokenizer.added:
+        yield from (name, f"please {name} wait", f"a{name}1", f"{name}{name}", f" {name}\n", f"{name}\u0338")
+        yield from (f"{name[:-1]} {name}", f"{name[:1]}{name}", f"{name}{name[1:]}", name.swapcase())
+        for other in names:  # names that overlap
+            for a, b in (name, other), (other, name):
+                yield from (a + b[k:] for k in range(1, len(b)) if a.endswith(b[:k]))
+
+
+def replayer(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    stages: tuple[str, ...],
+    normalize: str | None = None,
+    ignore_merges: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> Encode:
+    """text -> ids by the merges as they are listed, lowest first: the definition, slow.
+
+    tokenizer: whose added tokens are cut out of the text first."""
     order = {tuple(pair): i for i, pair in reversed([*enumerate(merges)])}
+    normal = lambda text: unicodedata.normalize(normalize, text) if normalize else text
+    added = tokenizer.added if tokenizer else {}
+    early = {name: tokenizer.specials[name] for name, after in added.items() if not after}
+    late = {normal(name): tokenizer.specials[name] for name, after in added.items() if after}
 
     def ids(word: str) -> Iterator[int]:
         parts = [c for c in (CHARACTERS[b] for b in word.encode()) if c in vocab]
@@ -123,19 +172,23 @@ def replayer(vocab: dict[str, int], merges: list, stages: tuple[str, ...], norma
             parts[i : i + 2] = [parts[i] + parts[i + 1]]
         return (vocab[part] for part in parts)
 
-    def cut(pieces: list[str], pattern: str) -> list[str]:  # the matches, and what lies between them
-        return [part for piece in pieces for part in regex.split(f"({pattern})", piece) if part]
+    def words(text: str) -> list[str]:
+        pieces = [text]
+        for pattern in stages:  # the matches, and what lies between them
+            pieces = [part for piece in pieces for part in regex.split(f"({pattern})", piece) if part]
+        return pieces
 
     def replay(text: str) -> list[int]:
-        pieces = [unicodedata.normalize(normalize, text) if normalize else text]
-        for pattern in stages:
-            pieces = cut(pieces, pattern)
-        return [i for word in pieces for i in ids(word)]
+        pieces = [p if isinstance(p, int) else normal(p) for p in bpe.cut([text], early)]
+        found: list[int] = []
+        for piece in bpe.cut(pieces, late):
+            found += [piece] if isinstance(piece, int) else [i for word in words(piece) for i in ids(word)]
+        return found
 
     return replay
 
 
-# ----------------------------------------------------------------------------- Hugging Face
+# ---------------------------------------------------------------- Hugging Face
 
 
 def read_json(file: Path) -> dict:
@@ -144,7 +197,7 @@ def read_json(file: Path) -> dict:
         return {}
     try:
         found = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{file}: {error}: restore the file") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: not a JSON object: restore the file")
@@ -152,78 +205,136 @@ def read_json(file: Path) -> dict:
 
 
 def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
-    """The tokenizer of a Hugging Face folder whose config.json is `model`: tokenizer.json, or vocab.json and merges.txt."""
+    """The tokenizer of a Hugging Face folder whose config.json is `model`.
+
+    It is read from tokenizer.json, or from vocab.json and merges.txt.  What is in them may have any shape:
+    the caller turns a KeyError, TypeError and the like into a UserError.
+    """
     file, about = folder / "tokenizer.json", read_json(folder / "tokenizer_config.json")
-    document, reference = read_json(file), None
+    document = read_json(file)
     if document.get("model", {}).get("type") == "WordPiece":
         return WordPiece(file)
     if document:
-        bpe, stages, normalize = (
-            document["model"],
-            _stages(document.get("pre_tokenizer"), file),
-            _normalizer(document, file),
-        )
-        odd = [
-            key
-            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-            if bpe.get(key)
-        ]
-        if bpe.get("unk_token") and not bpe["vocab"].keys() >= BYTE_OF.keys():
-            odd.append("unk_token")
-        if bpe.get("type") != "BPE" or odd:
-            raise UserError(
-                f"{file}: model {bpe.get('type')} {' '.join(odd)}: only plain byte-level BPE is read"
-            )
-        vocab, merges = (
-            bpe["vocab"],
-            [tuple(m.split(" ") if isinstance(m, str) else m) for m in bpe["merges"]],
-        )
-        specials = {token["content"]: token["id"] for token in document.get("added_tokens", [])}
-        reference = _package(file)
+        vocab, merges = _plain_bpe(document["model"], file)
+        tokens = document.get("added_tokens") or []
+        stages, normalize = _stages(document.get("pre_tokenizer"), file), _normalizer(document, file)
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         file, vocab = folder / "vocab.json", read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
         family = {"gpt2": (GPT2_PATTERN, None), "qwen2": (QWEN2_PATTERN, "NFC")}.get(model.get("model_type"))
         if family is None:
-            raise UserError(
-                f"{file}: how {model.get('model_type')} splits text is not known: give its tokenizer.json"
-            )
+            kind = model.get("model_type")
+            raise UserError(f"{file}: how {kind} splits text is not known: give its tokenizer.json")
         stages, normalize = family[:1], family[1]
-        specials = read_json(folder / "added_tokens.json")
-        specials |= {token["content"]: int(i) for i, token in about.get("added_tokens_decoder", {}).items()}
+        tokens = _listed_tokens(folder, about)
     else:
         raise UserError(
-            f"{folder}: no tokenizer.json, and no vocab.json with merges.txt: copy the model's tokenizer there"
+            f"{folder}: no tokenizer.json, and no vocab.json with merges.txt: copy the tokenizer there"
         )
+    specials = {token["content"]: token["id"] for token in tokens}
     vocab = {token: i for token, i in vocab.items() if token not in specials}
-    names = {i: token for token, i in (vocab | specials).items()}
+    named = _named_tokens(folder, about, model, vocab | specials)
+    for name in {*named.values()} & vocab.keys():  # GPT-2's vocab.json lists it among the words
+        specials[name] = vocab.pop(name)
+    added = _added_tokens(tokens, named, file)
+    hf = _chat_template(folder, about)
+    if _opens(document.get("post_processor") or {}, named["bos_token"]):
+        hf["add_bos_token"] = True
+    return build(
+        file,
+        vocab,
+        merges,
+        specials,
+        stages,
+        named,
+        model["vocab_size"],
+        normalize,
+        hf,
+        document.get("model", {}).get("ignore_merges", False),
+        _package(file, named) if document else None,
+        added,
+    )
+
+
+def _plain_bpe(model: dict, file: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges of a tokenizer.json."""
+    unusual = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    odd = [key for key in unusual if model.get(key)]
+    if model.get("unk_token") and not model["vocab"].keys() >= BYTE_OF.keys():
+        odd.append("unk_token")
+    if model.get("type") != "BPE" or odd:
+        raise UserError(
+            f"{file}: model {model.get('type')} {' '.join(odd)}: only plain byte-level BPE is read"
+        )
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+    return model["vocab"], merges
+
+
+def _listed_tokens(folder: Path, about: dict) -> list[dict[str, Any]]:
+    """The added tokens of a folder without tokenizer.json, in tokenizer.json's form."""
+    listed = [about | read_json(folder / "special_tokens_map.json")]
+    special = {name for source in listed for name in _contents([*source.values()])}
+    tokens = [
+        {"content": name, "id": i, "special": name in special}
+        for name, i in read_json(folder / "added_tokens.json").items()
+    ]
+    decoder = about.get("added_tokens_decoder", {})
+    return tokens + [{**token, "id": int(i)} for i, token in decoder.items()]
+
+
+def _contents(values: list) -> Iterator[str]:
+    """The names in a special_tokens_map: texts, objects with a `content`, or lists of these."""
+    for value in values:
+        if isinstance(value, list):
+            yield from _contents(value)
+        elif isinstance(value, dict):
+            yield from _contents([value.get("content")])
+        elif isinstance(value, str):
+            yield value
+
+
+def _named_tokens(folder: Path, about: dict, model: dict, ids: dict[str, int]) -> dict[str, str | None]:
+    """Which tokens are bos, eos and pad, by tokenizer_config.json or else by the ids in the model's
+    config.json."""
+    names = {i: token for token, i in ids.items()}
     found = read_json(folder / "special_tokens_map.json") | about
     named = {}
     for name in "bos_token", "eos_token", "pad_token":
         value = found[name] if name in found else model.get(f"{name}_id")
         value = value[0] if isinstance(value, list) else value  # several ends: the first
-        named[name] = (
-            names.get(value)
-            if isinstance(value, int)
-            else value["content"]
-            if isinstance(value, dict)
-            else value
-        )
-        if named[name] in vocab:  # GPT-2's vocab.json lists it among the words
-            specials[named[name]] = vocab.pop(named[name])
+        if isinstance(value, int):
+            value = names.get(value)
+        named[name] = value["content"] if isinstance(value, dict) else value
+    return named
+
+
+def _added_tokens(tokens: list[dict], named: dict, file: Path) -> dict[str, bool]:
+    """The added tokens that texts may contain: all but the special ones, and bos, eos and pad."""
+    for token in tokens:
+        if flags := [flag for flag in STRIPPING if token.get(flag)]:
+            raise UserError(
+                f"{file}: added token {token['content']!r} has {flags[0]}: this tokenizer is not supported"
+            )
+    plain = [token for token in tokens if not token.get("special", True)]
+    return {
+        token["content"]: bool(token.get("normalized"))
+        for token in plain
+        if token["content"] not in named.values()
+    }
+
+
+def _chat_template(folder: Path, about: dict) -> dict[str, str]:
+    """{"chat_template": the folder's} or {}."""
     template = about.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    hf = {"chat_template": template} if template else {}
-    if _opens(document.get("post_processor") or {}, named["bos_token"]):
-        hf["add_bos_token"] = True
-    ignore = document.get("model", {}).get("ignore_merges", False)
-    return build(
-        file, vocab, merges, specials, stages, named, model["vocab_size"], normalize, hf, ignore, reference
-    )
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder}: chat_template is not a string: correct tokenizer_config.json")
+    return {"chat_template": template} if template else {}
 
 
 def _stages(step: dict | None, file: Path) -> tuple[str, ...]:
@@ -254,6 +365,7 @@ def _stages(step: dict | None, file: Path) -> tuple[str, ...]:
 
 
 def _normalizer(document: dict, file: Path) -> str | None:
+    """The Unicode form that a tokenizer.json normalises to."""
     step = document.get("normalizer") or {}
     kinds = [part["type"] for part in step.get("normalizers", [step] if step else [])]
     if kinds not in ([], ["NFC"]):
@@ -262,30 +374,33 @@ def _normalizer(document: dict, file: Path) -> str | None:
 
 
 def _opens(step: dict, bos: str | None) -> bool:
-    """Does this post-processor put `bos` before a text?"""
+    """Whether this post-processor puts `bos` before a text."""
     if "processors" in step:
         return any(_opens(part, bos) for part in step["processors"])
     first = (step.get("single") or [{}])[0]
     return bos is not None and first.get("SpecialToken", {}).get("id") == bos
 
 
-def _package(file: Path) -> Callable[[str], list[int]] | None:
-    """The `tokenizers` package's own ids, where it is installed."""
+def _package(file: Path, named: dict[str, str | None]) -> Encode | None:
+    """The `tokenizers` package's own encode, where the package is installed and reads the file."""
     try:
+        from tokenizers import AddedToken
         from tokenizers import Tokenizer as Reader
     except ImportError:
         return None
     try:
         reader = Reader.from_file(str(file))
-    except Exception:  # the package raises bare ones for what it cannot read: then the merges decide
+    except Exception:  # the package raises bare Exceptions for what it cannot read: then the merges decide
         return None
     reader.no_truncation()
     reader.no_padding()
+    special = [name for name in dict.fromkeys(named.values()) if name is not None]
+    reader.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     reader.encode_special_tokens = True
     return lambda text: reader.encode(text, add_special_tokens=False).ids
 
 
-# ----------------------------------------------------------------------------- GGUF
+# ---------------------------------------------------------------- GGUF
 
 
 def from_gguf(file: Path, fields: dict, vocab_size: int) -> Tokenizer:
@@ -298,90 +413,132 @@ def from_gguf(file: Path, fields: dict, vocab_size: int) -> Tokenizer:
             f"{file}: tokenizer {kind}: only byte-level BPE, split as {', '.join(GGUF_STAGES)}, is read"
         )
     tokens = fields["tokens"]
-    kinds = fields.get("token_type", [1] * len(tokens))  # 1 a word, 2 to 4 special, 5 unused
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind == 1}
-    specials = {
-        token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in (2, 3, 4)
+    kinds = fields.get("token_type", [WORD] * len(tokens))
+    of_kind = lambda *wanted: {
+        token: i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True)) if kind in wanted
     }
-    named = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
-    named = {name: tokens[fields[key]] for name, key in named.items() if key in fields}
+    vocab, specials = of_kind(WORD), of_kind(UNKNOWN, CONTROL, USER_DEFINED)
+    keys = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
+    named = {name: tokens[fields[key]] for name, key in keys.items() if key in fields}
     specials |= {token: vocab.pop(token) for token in named.values() if token in vocab}
+    added = {token: False for token in of_kind(USER_DEFINED) if token not in named.values()}
     hf = {"chat_template": fields["tokenizer.chat_template"]} if "tokenizer.chat_template" in fields else {}
     if fields.get("add_bos_token"):
         hf["add_bos_token"] = True
-    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
-    normalize = "NFC" if fields["pre"] == "qwen2" else None
-    ignore = fields["pre"] == "llama-bpe"  # llama.cpp reads Llama 3's so, as its own library does
-    return build(file, vocab, merges, specials, stages, named, vocab_size, normalize, hf, ignore)
+    return build(
+        file,
+        vocab,
+        [tuple(merge.split(" ")) for merge in fields["merges"]],
+        specials,
+        stages,
+        named,
+        vocab_size,
+        "NFC" if fields["pre"] == "qwen2" else None,
+        hf,
+        ignore_merges=fields["pre"] == "llama-bpe",  # as llama.cpp and Llama 3's own library do
+        added=added,
+    )
 
 
-# ----------------------------------------------------------------------------- out
+# ---------------------------------------------------------------- out
 
 
 def write(tokenizer: Tokenizer | WordPiece, folder: Path, context: int) -> dict[str, int]:
-    """tokenizer.json and tokenizer_config.json for AutoTokenizer; returns the ids that the model's config.json names."""
+    """Write tokenizer.json and tokenizer_config.json for AutoTokenizer.
+
+    Returns what the model's config.json says of the tokenizer: bos_token_id, eos_token_id, pad_token_id.
+    """
     if isinstance(tokenizer, WordPiece):
         tokenizer.save(folder)
         about = {"tokenizer_class": "BertTokenizer", "model_max_length": context}
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=1))
         return {"pad_token_id": tokenizer.pad}
-    name = {i: token for token, i in tokenizer.specials.items()}
-    hf = {"bos_token": name[tokenizer.bos], "pad_token": name[tokenizer.pad], **tokenizer.hf}
-    add_bos = hf.pop("add_bos_token", False)
+    names = {i: name for name, i in tokenizer.specials.items()}
+    hf = {"bos_token": names[tokenizer.bos], "pad_token": names[tokenizer.pad]} | tokenizer.hf
+    opening = names[tokenizer.bos] if hf.pop("add_bos_token", False) else None
+    hf.pop("unreached", None)
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": names[tokenizer.eot],
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    } | {key: value for key, value in hf.items() if value is not None}
+    for name, document in ("tokenizer.json", _document(tokenizer, opening)), ("tokenizer_config.json", about):
+        text = json.dumps(document, ensure_ascii=False, indent=1)
+        (folder / name).write_text(text, encoding="utf-8")
+    named = {
+        "bos_token_id": hf["bos_token"],
+        "eos_token_id": names[tokenizer.eot],
+        "pad_token_id": hf["pad_token"],
+    }
+    return {key: tokenizer.specials[name] for key, name in named.items() if name is not None}
+
+
+def _document(tokenizer: Tokenizer, opening: str | None) -> dict:
+    """tokenizer.json; `opening`: the token that the tokenizer puts before every text, if any."""
+    ranks, unreached = tokenizer.ranks, tokenizer.hf.get("unreached", ())
     word = lambda token: "".join(CHARACTERS[b] for b in token)
-    ranks = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
-    # Every pair that makes a token, where a list of merges would have the one met in training: tiktoken joins any of them.
-    pairs = ((t[:i], t[i:]) for t in ranks for i in range(1, len(t)))
-    merges = [
-        [word(left), word(right)]
-        for left, right in pairs
-        if left in tokenizer.ranks and right in tokenizer.ranks
-    ]
-    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    in_order = sorted(ranks, key=ranks.get)
+    # Every pair that makes a token, not only the pair that training joined: tiktoken joins any of them.
+    pairs = ((token[:i], token[i:]) for token in in_order for i in range(1, len(token)))
+    merges = [[word(left), word(right)] for left, right in pairs if left in ranks and right in ranks]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {
         "type": "Split",
         "pattern": {"Regex": tokenizer.pattern},
         "behavior": "Isolated",
         "invert": False,
     }
-    known = {GPT2_PATTERN: [], SMOLLM_PATTERN: [{"type": "Digits", "individual_digits": True}]}
-    steps = [*known.get(tokenizer.pattern, [split]), plain | {"use_regex": tokenizer.pattern in known}]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    bos = name[tokenizer.bos]
-    opening = [{"SpecialToken": {"id": bos, "type_id": 0}}] if add_bos else []
-    sequence = lambda which, kind: [{"Sequence": {"id": which, "type_id": kind}}]
-    document = {
+    digits = {"type": "Digits", "individual_digits": True}
+    built_in = {GPT2_PATTERN: [], SMOLLM_PATTERN: [digits]}
+    steps = [
+        *built_in.get(tokenizer.pattern, [split]),
+        byte_level | {"use_regex": tokenizer.pattern in built_in},
+    ]
+    added = [
+        {
+            "id": i,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": tokenizer.added.get(name, False),
+            "special": name not in tokenizer.added,
+        }
+        for name, i in tokenizer.specials.items()
+        if name not in unreached
+    ]
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": token} | flags for token, i in tokenizer.specials.items()],
+        "added_tokens": added,
         "normalizer": {"type": tokenizer.normalize} if tokenizer.normalize else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": opening + sequence("A", 0),
-            "pair": opening + sequence("A", 0) + sequence("B", 1),
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
-        } if add_bos else None,
-        "decoder": plain | {"use_regex": True},
+        "post_processor": _opened_by(opening, tokenizer.bos) if opening else None,
+        "decoder": byte_level | {"use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,  # a word that is a token: as tiktoken does
-            "vocab": {word(t): tokenizer.ranks[t] for t in ranks} | tokenizer.specials, "merges": merges,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a word that is a token is not merged, as in tiktoken
+            "vocab": {word(token): ranks[token] for token in in_order} | tokenizer.specials,
+            "merges": merges,
         },
-    }  # fmt: skip
-    (folder / "tokenizer.json").write_text(
-        json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name[tokenizer.eot], "model_max_length": context,
-             "clean_up_tokenization_spaces": False}  # fmt: skip
-    about |= {key: value for key, value in hf.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8"
-    )
-    ids = {
-        "bos_token_id": hf["bos_token"],
-        "eos_token_id": name[tokenizer.eot],
-        "pad_token_id": hf["pad_token"],
     }
-    return {key: tokenizer.specials[token] for key, token in ids.items() if token is not None}
+
+
+def _opened_by(token: str, i: int) -> dict:
+    """The post-processor that puts a token before a text, and before a pair of texts."""
+    opening = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [opening, first],
+        "pair": [opening, first, second],
+        "special_tokens": {token: {"id": token, "ids": [i], "tokens": [token]}},
+    }

@@ -17,7 +17,7 @@ from minirlhf import UserError, checkpoint  # noqa: E402
 from minirlhf.interop import convert, convert_tokenizer  # noqa: E402
 from minirlhf.interop.convert_tokenizer import HARD_TEXTS, SMOLLM_PATTERN  # noqa: E402
 from minirlhf.model import GPT, GPTConfig  # noqa: E402
-from minirlhf.rollout import generate  # noqa: E402
+from minirlhf.rollout import Sampling, generate  # noqa: E402
 from minirlhf.tokenizer import Tokenizer  # noqa: E402
 
 LLAMA = {"vocab_size": 304, "context": 64, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 32, "n_inner": 64,
@@ -204,10 +204,9 @@ def test_smollm2_knows_the_capital_of_france(smollm2):
     assert [tokenizer.token_str(i) for i in (tokenizer.bos, tokenizer.eot)] == ["<|im_start|>", "<|im_end|>"]
     assert tokenizer.pad not in (tokenizer.bos, tokenizer.eot)
     prompt = torch.tensor([tokenizer.encode("The capital of France is")])
-    written, _ = generate(
-        model, prompt, torch.ones_like(prompt, dtype=torch.bool), 1, 0.0, tokenizer.eot, tokenizer.pad
-    )
-    assert tokenizer.decode(written[0].tolist()) == " Paris"
+    greedy = Sampling(1, 0.0, tokenizer.eot, tokenizer.pad)
+    texts = generate(model, prompt, torch.ones_like(prompt, dtype=torch.bool), greedy)
+    assert tokenizer.decode(texts.responses[0].tolist()) == " Paris"
 
 
 def test_smollm2_is_what_transformers_reads_in_the_same_file(smollm2, tmp_path):

@@ -14,12 +14,11 @@ transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
 from minirlhf import UserError, checkpoint  # noqa: E402
-from minirlhf import run as stage_run  # noqa: E402
 from minirlhf.data import collate  # noqa: E402
 from minirlhf.interop import convert  # noqa: E402
 from minirlhf.interop.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN  # noqa: E402
 from minirlhf.model import GPTConfig, RewardEnsemble  # noqa: E402
-from minirlhf.rollout import generate  # noqa: E402
+from minirlhf.rollout import Sampling, generate  # noqa: E402
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer  # noqa: E402
 
 SENTENCES = [f"the {a} {b} isn't {c} {n}" for a in ("old", "new", "long") for b in ("film", "scene") for c in ("good", "bad")
@@ -278,10 +277,9 @@ def test_a_checkpoint_of_our_own_loads_in_transformers(smoke, tmp_path):
         greedy = model.generate(
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False
         )
-        written, mask = generate(
-            ours, prompt, torch.ones_like(prompt, dtype=torch.bool), 12, 0.0, tokenizer.eot, tokenizer.pad
-        )
-        assert written[mask].tolist() == greedy[0, prompt.shape[1] :].tolist()
+        sampling = Sampling(12, 0.0, tokenizer.eot, tokenizer.pad)
+        texts = generate(ours, prompt, torch.ones_like(prompt, dtype=torch.bool), sampling)
+        assert texts.responses[texts.response_mask].tolist() == greedy[0, prompt.shape[1] :].tolist()
         convert.import_model(str(tmp_path / stage), tmp_path / f"{stage} again")
         again = checkpoint.load_state(tmp_path / f"{stage} again")
         assert all(torch.equal(t, again[name]) for name, t in checkpoint.load_state(smoke / stage).items())
@@ -306,7 +304,7 @@ def test_a_linear_reward_head_is_a_sequence_classifier(shape, tmp_path, capsys):
             p.normal_(std=0.3)
         model.members[0].gain.fill_(2.5), model.members[0].bias.fill_(-0.75)
     head = {"pooling": "last", "members": 1, "mlp": False}
-    about = stage_run.describe("rm", config, convert.Import("random"), 1, True, tokenizer, head=head)
+    about = checkpoint.describe("rm", config, convert.Import("random"), 1, True, tokenizer, head=head)
     checkpoint.save(tmp_path / "rm", 1, model.state_dict(), about, tokenizer)
     kind = convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=False)
     assert kind.endswith("ForSequenceClassification")
