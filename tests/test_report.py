@@ -1,7 +1,9 @@
-"""The report of a run (minirlhf/report.py), from made-up measurements with the keys that the stages and evaluate.py write."""
+"""The report of a run (minirlhf/tools/report.py), from made-up measurements with the keys that the stages write."""
 
 import base64
 import json
+import math
+import os
 import re
 import sys
 from html.parser import HTMLParser
@@ -22,6 +24,7 @@ HOSTILE = "<script src=//x.y>alert(1)</script><img src=x onerror='a'>&\"\u202e</
 PPO_KEYS = {
     "objective/kl",
     "objective/rm_scores",
+    "objective/scores",
     "objective/judge",
     "policy/entropy_avg",
     "val/response_length",
@@ -152,11 +155,11 @@ def test_a_whole_run(tmp_path, run_report):
     p, rm = results["ppo"], results["rm"]
     low, high = p["judge_win_rate_interval"]
     for text in (
-        f"{p['judge_win_rate']:.1%}", f"judge: wins over SFT ({low:.1%} to {high:.1%}), at KL 8.7 nats a sequence",
+        f"{p['judge_win_rate']:.1%}", f"judge: wins over SFT ({low:.1%} to {high:.1%}), at KL 8.7 nats per sequence",
         f"{rm['test']['pearson']:.3f}", f"TF-IDF + ridge {rm['baselines']['TF-IDF + ridge']['pearson']:.3f}",
         f"one human {rm['humans']['one_pearson']:.3f}", "1.893", "12 min 00 s", "2 min 00 s", "best of 16", "half the humans",
         f"{p['lexicon_win_rate']:.1%}", f"{rm['test']['calibration']['bins'][0][0]:+.2f}", "256 test prompts", "Seed 7",
-        "torch 2.13.0", " a delight, no. 2", "score +1.75, KL 8.2 nats", "SFT 2.346 bits per byte; reward model 0.612",
+        "torch 2.13.0", " a delight, no. 2", "score +1.75, KL 8.2 nats", "SFT 2.346 bits per byte", "reward model 0.612",
     ):  # fmt: skip
         assert text in page.text, text
     for text in (
@@ -173,19 +176,22 @@ def test_a_whole_run(tmp_path, run_report):
 
 
 def test_plotted_keys_are_those_that_ppo_logs():
-    script = Path(report.__file__).parents[2] / "train_ppo.py"
-    logged = set(re.findall(r'"([a-z]+/\w+)"', script.read_text(encoding="utf-8")))
-    plotted = {about[0] for about in (*report.READERS.values(), *report.STRIPS.values())}
+    root = Path(report.__file__).parents[2]
+    source = [root / "train_ppo.py", root / "minirlhf/ppo.py", root / "minirlhf/rewards.py"]
+    logged = {
+        name for file in source for name in re.findall(r'"([a-z]+/\w+)"', file.read_text(encoding="utf-8"))
+    }
+    plotted = {*report.REWARD_METRICS, report.JUDGE_METRIC, *(metric for metric, _ in report.STRIPS.values())}
     assert plotted == PPO_KEYS and plotted <= logged
 
 
-def test_text_of_models_and_users_is_escaped(tmp_path, run_report, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda writers, history: b"")
+def test_F19_text_of_models_and_users_is_escaped(tmp_path, run_report, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *shown: b"")
     results, ppo = made_up()
     results["samples"] = [results["samples"][0] | {"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}]
-    results["versions"]["torch"] = HOSTILE
+    results["versions"] |= {"torch": HOSTILE, HOSTILE: "1"}
     results["rm"]["baselines"][HOSTILE] = None
-    results["best_of_n"][HOSTILE] = results["best_of_n"]["4"]
+    results["split"] = HOSTILE
     page = Page(run_report(write_run(tmp_path / "<b>'run", results, ppo))[0])
     tags = [tag for tag, _ in page.elements]
     assert not {"script", "link", "iframe", "a", "form", "object"} & set(tags)
@@ -194,8 +200,129 @@ def test_text_of_models_and_users_is_escaped(tmp_path, run_report, monkeypatch):
     links = [a[key] for _, a in page.elements for key in ("src", "href", "srcset", "action") if key in a]
     assert len(links) == 1 and links[0].startswith("data:image/png;base64,")
     assert "url(" not in report.STYLE and "@import" not in report.STYLE
-    assert page.text.count(HOSTILE) == 7  # prompt twice, both texts, version, baseline, writer
+    assert (
+        page.text.count(HOSTILE) == 8
+    )  # prompt twice, both texts, a version and a name of one, baseline, split
     assert "<b>'run" in page.text
+
+
+def test_F19_the_page_forbids_scripts_itself(tmp_path, run_report, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *shown: b"")
+    page = Page(run_report(write_run(tmp_path, *made_up()))[0])
+    policies = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert len(policies) == 1 and {"default-src 'none'", "base-uri 'none'"} <= set(policies[0].split("; "))
+    assert "script-src" not in policies[0]
+
+
+def mutations():
+    """(field, its new value): every kind of value in every kind of place."""
+    wrong = [
+        None,
+        True,
+        "x",
+        HOSTILE,
+        [],
+        {},
+        [1],
+        -1,
+        1e400,
+        math.nan,
+        10**400,
+        "\ud800",
+        "x" * 5000,
+        [[[]]],
+    ]
+    places = [
+        ("seed",), ("prompts",), ("split",), ("versions",), ("versions", "torch"), ("reward",), ("reward", 0),
+        ("sft",), ("sft", "val_bits_per_byte"), ("sft", "seconds"), ("rm",), ("rm", "test"), ("rm", "test", "pearson"),
+        ("rm", "test", "calibration"), ("rm", "test", "calibration", "bins"), ("rm", "test", "calibration", "bins", 0),
+        ("rm", "test", "calibration", "bins", 0, 0), ("rm", "baselines"), ("rm", "baselines", "longer text"),
+        ("rm", "baselines", "longer text", "pearson"), ("rm", "humans"), ("rm", "humans", "one_pearson"), ("rm", "seconds"),
+        ("judge",), ("judge", "test"), ("sft_samples",), ("sft_samples", "kl"), ("sft_samples", "entropy"), ("best_of_n",),
+        ("best_of_n", "4"), ("best_of_n", "4", "score"), ("best_of_n", "4", "score_interval"), ("ppo",), ("ppo", "kl"),
+        ("ppo", "judge"), ("ppo", "judge_win_rate"), ("ppo", "judge_win_rate_interval"), ("ppo", "seconds"), ("samples",),
+        ("samples", 0), ("samples", 0, "prompt"), ("samples", 0, "kl"), ("samples", 0, "score_sft"),
+    ]  # fmt: skip
+    return [(place, value) for place in places for value in wrong]
+
+
+def test_F19_any_value_anywhere_is_shown_or_refused_in_one_line(tmp_path, run_report, monkeypatch, capsys):
+    """Of results.json.  The plot is tried by the next test, where a page is written."""
+    monkeypatch.setattr(report, "draw", lambda *shown: b"")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    whole, ppo = made_up(iterations=3)
+    write_run(tmp_path, whole | {"reward": ["rm"]}, ppo)
+    whole = (tmp_path / "results.json").read_text()
+    pages = 0
+    for place, value in mutations():
+        results = at = json.loads(whole)
+        for key in place[:-1]:
+            at = at[key]
+        at[place[-1]] = value
+        (tmp_path / "results.json").write_text(json.dumps(results))
+        try:
+            html, _ = run_report(tmp_path)
+        except UserError as refused:
+            assert str(refused).startswith(f"{tmp_path}/results.json: ") and "\n" not in str(refused), place
+            assert len(str(refused)) < 300 and str(place[0]) in str(refused)
+        else:
+            pages += 1
+            assert Page(html).elements.count(("script", {})) == 0 and html.count("<img") == 1
+    assert 60 < pages < 300
+
+
+@pytest.mark.parametrize("place, value", [
+    (("sft_samples", "entropy"), None), (("ppo", "judge"), None), (("ppo", "kl"), None), (("ppo", "score"), 1e29),
+    (("best_of_n", "4", "score"), None), (("best_of_n", "4"), {}), (("sft_samples",), {}), (("ppo",), {}),
+])  # fmt: skip
+def test_odd_rows_are_drawn(tmp_path, run_report, place, value):
+    results, ppo = made_up(iterations=12)
+    at = results
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value
+    run_report(write_run(tmp_path, results, ppo))
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"step": 4, "objective/kl": "x"}', "'objective/kl': expected a number, found 'x'"),
+    ('{"step": 4, "objective/kl": null}', "'objective/kl': expected a number, found None"),
+    ('{"step": true}', "'step': expected a number, found True"), ("[4]", "expected an object, found a list"),
+    ('{"val/pearson": NaN}', "'val/pearson': expected a number, found nan"), ("[" * 100_000, "not JSON"),
+    ('{"step": 1', "not JSON"), ("", "not JSON"),
+])  # fmt: skip
+def test_metrics_that_hold_no_numbers_are_one_line(tmp_path, run_report, line, message):
+    results, ppo = made_up(iterations=3)
+    write_run(tmp_path, results, ppo)
+    with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError) as refused:
+        run_report(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}/ppo/metrics.jsonl:4: ") and message in str(
+        refused.value
+    )
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "missing", ["objective/kl", "objective/rm_scores", "objective/judge", "step", "val/response_length"]
+)
+def test_metrics_with_holes_are_drawn(tmp_path, run_report, missing):
+    results, ppo = made_up(iterations=12)
+    for row in ppo[3:7]:
+        del row[missing]
+    run_report(write_run(tmp_path, results, ppo))
+
+
+def test_a_policy_of_functions_alone(tmp_path, run_report):
+    """Without a reward model, `score` is the reward, and so it is called."""
+    results, ppo = made_up(("score",))
+    results["reward"] = ["minirlhf.rewards:length"]
+    ppo = [
+        {"objective/scores" if k == "objective/rm_scores" else k: v for k, v in row.items()} for row in ppo
+    ]
+    page = Page(run_report(write_run(tmp_path, results, ppo))[0])
+    assert "reward: wins over SFT" in page.text and "reward model: wins" not in page.text
 
 
 def without(name):
@@ -242,7 +369,7 @@ def test_optional_pieces_may_be_missing(tmp_path, run_report, name, monkeypatch)
 
 
 def test_a_half_written_line_is_not_read(tmp_path, run_report, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda writers, history: repr(history).encode())
+    monkeypatch.setattr(report, "draw", lambda writers, history, label: repr(history).encode())
     results, ppo = made_up()
     html, _ = run_report(write_run(tmp_path, results, ppo))
     with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
@@ -259,7 +386,7 @@ def test_best_of_n_and_sft_lie_where_results_say():
     figures, savefig = [], Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k))
-        report.draw(writers, ppo)
+        report.draw(writers, ppo, "reward model")
     left = figures[0].axes[0]
     markers = [c.get_offsets().tolist() for c in left.collections if len(c.get_offsets()) == 2]
     assert markers == [[[row["kl"], row["score"]], [row["kl"], row["judge"]]] for row in writers.values()]
@@ -281,13 +408,17 @@ def test_what_is_missing_is_told(tmp_path, run_report, monkeypatch, capsys):
         run_report(tmp_path)
     (tmp_path / "results.json").write_text("{'ppo': {}}")
     with pytest.raises(
-        UserError, match=r"results.json:1: not JSON \(.*\): run the command that wrote it again$"
+        UserError, match=r"results.json: not JSON \(.*\): run the command that wrote it again$"
     ):
         run_report(tmp_path)
     results, ppo = made_up()
     write_run(tmp_path, results, ppo)
     (tmp_path / "ppo" / "metrics.jsonl").write_text('{"step": 1}\n{step: 2}\n')
     with pytest.raises(UserError, match=r"ppo/metrics.jsonl:2: not JSON"):
+        run_report(tmp_path)
+    write_run(tmp_path, results, ppo)
+    (tmp_path / "results.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(UserError, match=r"results.json: cannot be read: 'utf-8' codec can't decode"):
         run_report(tmp_path)
     write_run(tmp_path, results, ppo)
     with monkeypatch.context() as patch:

@@ -322,6 +322,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         "split": config.split,
         "prompts": len(prompts),
         "seed": settings["seed"],
+        "reward": list(config.reward or settings.get("reward", ["rm"])),
         "versions": hardware.versions(),
     }
 
