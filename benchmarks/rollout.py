@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import beside  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/rollout.json"
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, "response": 32, "batch": 64}
@@ -121,7 +122,9 @@ def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=[*VARIANTS])
-    parser.add_argument("--calls", type=int, default=5, help="Calls per process that count.")
+    parser.add_argument(
+        "--calls", type=cli.number(cli.Count), default=5, help="Calls per process that count."
+    )
     args = parser.parse_args()
     if args.job:
         ours(args.job)
@@ -130,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)
