@@ -12,6 +12,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minirlhf.support import cli  # noqa: E402
+
 PEER = "benchmarks/peers/requirements.txt"
 
 
@@ -38,15 +42,15 @@ def machine(threads: int) -> dict:
 
 
 def parser(description: str, results: Path, rounds: int) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--peer-python",
         help=f"Python of an environment with {PEER} installed. Left out, only minirlhf is measured.",
     )
-    made.add_argument("--rounds", type=int, default=rounds, help="Number of processes per variant.")
-    made.add_argument("--threads", type=int, default=2, help="Threads per process.")
+    made.add_argument(
+        "--rounds", type=cli.number(cli.Count), default=rounds, help="Number of processes per variant."
+    )
+    made.add_argument("--threads", type=cli.number(cli.Count), default=2, help="Threads per process.")
     made.add_argument("--check", action="store_true", help="Exit with 1 if a ratio is below its bound.")
     made.add_argument(
         "--tables", action="store_true", help="Measure nothing, and print the table of the results file."

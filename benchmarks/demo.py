@@ -18,6 +18,10 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from minirlhf.support import cli  # noqa: E402
+
 PRESETS = ("demo", "minilm", "smollm2")
 VARIANTS = {"no-stop": ["--no-stop", "--missing-eos", "none"], "kl-0.01": ["--kl-coef", "0.01"]}
 SEEDS = {  # a row of the table over seeds: the path of its number in results.json, and its decimals
@@ -208,16 +212,16 @@ def tables(known: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--preset",
         choices=PRESETS,
         default="demo",
         help="demo trains from scratch, the others start from pretrained weights.",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Seeds, one whole run each.")
+    parser.add_argument(
+        "--seeds", type=cli.number(cli.Seed), nargs="+", default=[1, 2, 3], help="Seeds, one whole run each."
+    )
     parser.add_argument(
         "--variants", action="store_true", help="Also run PPO's variants, with the first seed."
     )
@@ -242,4 +246,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

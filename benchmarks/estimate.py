@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.demo import table  # noqa: E402
 from minirlhf.model import GPT, GPTConfig, ValueModel, store_blocks, train_last  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 from minirlhf.tools import estimate  # noqa: E402
 
 LLAMA = {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}
@@ -97,9 +98,7 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default, what in (
         ("batch", 512, "Responses per rollout, over all GPUs."),
         ("minibatch", 64, "Responses per optimiser step, over all GPUs."),
@@ -108,18 +107,32 @@ def main() -> None:
         ("response", 128, "Tokens per response."),
         ("epochs", 1, "Passes over a rollout."),
     ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=what)
-    parser.add_argument("--gpu-gb", type=float, default=80, help="Memory per GPU, in GB.")
+        parser.add_argument(f"--{name}", type=cli.number(cli.Count), default=default, help=what)
+    parser.add_argument("--gpu-gb", type=cli.number(cli.Above0), default=80, help="Memory per GPU, in GB.")
     parser.add_argument(
-        "--gpu-tflop-s", type=float, default=989, help="Peak rate per GPU in bf16, dense, in TFLOP/s."
+        "--gpu-tflop-s",
+        type=cli.number(cli.Above0),
+        default=989,
+        help="Peak rate per GPU in bf16, dense, in TFLOP/s.",
     )
-    parser.add_argument("--gpu-tb-s", type=float, default=3.35, help="Memory bandwidth per GPU, in TB/s.")
     parser.add_argument(
-        "--link-gb-s", type=float, default=100, help="Bandwidth between GPUs per direction and GPU, in GB/s."
+        "--gpu-tb-s", type=cli.number(cli.Above0), default=3.35, help="Memory bandwidth per GPU, in TB/s."
     )
-    parser.add_argument("--share", type=float, default=0.4, help="Share of the two peaks that is reached.")
     parser.add_argument(
-        "--gpus", type=int, nargs="+", default=[1, 8, 64], help="Numbers of GPUs, one column each."
+        "--link-gb-s",
+        type=cli.number(cli.Above0),
+        default=100,
+        help="Bandwidth between GPUs per direction and GPU, in GB/s.",
+    )
+    parser.add_argument(
+        "--share", type=cli.number(cli.Above0), default=0.4, help="Share of the two peaks that is reached."
+    )
+    parser.add_argument(
+        "--gpus",
+        type=cli.number(cli.Count),
+        nargs="+",
+        default=[1, 8, 64],
+        help="Numbers of GPUs, one column each.",
     )
     args = parser.parse_args()
     rows = []
@@ -137,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import demo  # noqa: E402
 from benchmarks.demo import command  # noqa: E402
 from benchmarks.readers import Fluency, Judge, looks, rows_of  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/gaming.json"
@@ -118,9 +119,7 @@ def plot(arms: dict[str, dict], target: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/demo"), help="Folder with the checkpoints sft and judge."
     )
@@ -142,8 +141,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--arms", choices=ARMS, nargs="+", default=[*ARMS], help="Rows of the table to train."
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="Seeds of PPO.")
-    parser.add_argument("--iterations", type=int, default=96, help="PPO iterations per policy.")
+    parser.add_argument("--seeds", type=cli.number(cli.Seed), nargs="+", default=[1], help="Seeds of PPO.")
+    parser.add_argument(
+        "--iterations", type=cli.number(cli.Count), default=96, help="PPO iterations per policy."
+    )
     parser.add_argument(
         "--tables", action="store_true", help="Train nothing, and print the table of the committed results."
     )
@@ -179,4 +180,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import beside  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/ppo.json"
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, "response": 32, "batch": 64, "minibatch": 16,
@@ -101,7 +102,6 @@ def ours(job: dict) -> None:
     import torch
 
     import train_ppo
-    from minirlhf.support import cli
 
     work, folder = job["work"], Path(job["folder"])
     torch.set_num_threads(job["threads"])
@@ -225,7 +225,9 @@ def main() -> None:
     parser.add_argument(
         "--tried", action="store_true", help="Measure fp32, bf16 and what did not make them faster."
     )
-    parser.add_argument("--iterations", type=int, default=3, help="Iterations per process that count.")
+    parser.add_argument(
+        "--iterations", type=cli.number(cli.Count), default=3, help="Iterations per process that count."
+    )
     args = parser.parse_args()
     if args.tried:
         args.variants = ["fp32", "bf16", *TRIED]
@@ -237,4 +239,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

@@ -1,4 +1,4 @@
-"""What readers that took no part say of texts: rows with a prompt and a response, as in the samples.jsonl of train_ppo.py."""
+"""What judges that took no part in training say of texts: rows with a prompt and a response, as in samples.jsonl."""
 
 import json
 import math
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-import train_rm
 from kernels import token_logprobs
 from minirlhf import checkpoint, data
 from minirlhf.measure import stats
@@ -26,51 +25,62 @@ def rows_of(samples: Path) -> dict[int, list[dict]]:
 
 
 class Judge:
-    """A reward model, read for its opinion."""
+    """A reward model that scores texts and is never optimised."""
 
     def __init__(self, folder: Path):
-        self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
+        self.machine, self.precision = hardware.setup_machine(), hardware.pick_precision("auto")
         self.model, self.tokenizer = checkpoint.load_reward(checkpoint.resolve(folder))
         self.model.to(self.machine.device).eval()
         self.context = self.model.members[0].backbone.config.context
 
+    @torch.no_grad()
     def __call__(self, rows: list[dict]) -> list[float]:
-        """Scores of whole texts, on the scale of its raters up to a constant."""
+        """Scores of whole texts, on the scale of the model's raters up to a constant."""
         ids = [data.encode_example(self.tokenizer, r["prompt"], r["response"], self.context)[0] for r in rows]
-        return train_rm.score(self.model, ids, self.tokenizer.pad, self.machine, self.precision).tolist()
+        scores = torch.empty(len(ids))
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), BATCH):
+            group = order[start : start + BATCH]
+            tokens, mask = data.collate([ids[i] for i in group], self.tokenizer.pad)
+            with self.machine.autocast(self.precision):
+                found, _ = self.model(tokens.to(self.machine.device), mask.to(self.machine.device))
+            scores[group] = found.float().cpu()
+        return scores.tolist()
 
 
 class Fluency:
-    """A language model, read for how much the responses surprise it."""
+    """A language model that says how much the responses surprise it."""
 
     def __init__(self, folder: Path):
-        self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
+        self.machine, self.precision = hardware.setup_machine(), hardware.pick_precision("auto")
         folder = checkpoint.resolve(folder)
-        self.model, self.tokenizer = (
-            checkpoint.load_gpt(folder).to(self.machine.device).eval(),
-            Tokenizer.load(folder),
-        )
+        self.model = checkpoint.load_gpt(folder).to(self.machine.device).eval()
+        self.tokenizer = Tokenizer.load(folder)
 
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> float:
-        """Perplexity a token of its own, over the tokens of all responses, their end left out."""
+        """Perplexity per token of its own, over the tokens of all responses, without their end."""
         nats = tokens = 0
-        encoded = [data.encode_example(self.tokenizer, r["prompt"], r["response"], self.model.config.context, eos=False)
-                   for r in rows if r["response"].strip()]  # fmt: skip
+        context = self.model.config.context
+        encoded = [
+            data.encode_example(self.tokenizer, r["prompt"], r["response"], context, eos=False)
+            for r in rows
+            if r["response"].strip()
+        ]
         encoded.sort(key=lambda pair: len(pair[0]))
         for start in range(0, len(encoded), BATCH):
             ids, mask = data.collate([e[0] for e in encoded[start : start + BATCH]], self.tokenizer.pad)
             learnt, _ = data.collate([e[1] for e in encoded[start : start + BATCH]], 0)
+            keep = learnt[:, 1:].bool() & mask[:, 1:]
+            ids, keep = ids.to(self.machine.device), keep.to(self.machine.device)
             with self.machine.autocast(self.precision):
-                hidden = self.model(ids.to(self.machine.device), None)[:, :-1]
-                keep = learnt[:, 1:].bool() & mask[:, 1:]
-                logits = self.model.logits(hidden[keep])
-            logprobs, _ = token_logprobs(logits, ids[:, 1:][keep].to(self.machine.device))
+                logits = self.model.logits(self.model(ids, None)[:, :-1][keep])
+            logprobs, _ = token_logprobs(logits, ids[:, 1:][keep])
             nats, tokens = nats - logprobs.sum().item(), tokens + int(keep.sum())
         return math.exp(nats / tokens)
 
 
 def looks(rows: list[dict]) -> dict[str, float]:
-    """What needs no reader: variety, and length in words."""
+    """Variety, and length in words."""
     words = [r["response"].lower().split() for r in rows]
     return {"distinct_2": stats.distinct_n(words, 2), "words": sum(map(len, words)) / len(words)}

@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import beside  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/rollout.json"
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, "response": 32, "batch": 64}
@@ -59,7 +60,8 @@ def ours(job: dict) -> None:
 
     work = job["work"]
     torch.set_num_threads(job["threads"])
-    machine = hardware.setup_machine(seed=0)
+    machine = hardware.setup_machine()
+    torch.manual_seed(0)
     model = GPT(GPTConfig(work["vocab"], 1024, work["n_layer"], work["n_head"], work["n_embd"])).eval()
     eos, pad = work["vocab"] - 1, work["vocab"] - 2
     prompts = torch.randint(pad, (work["batch"], work["prompt"]))
@@ -120,7 +122,9 @@ def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=[*VARIANTS])
-    parser.add_argument("--calls", type=int, default=5, help="Calls per process that count.")
+    parser.add_argument(
+        "--calls", type=cli.number(cli.Count), default=5, help="Calls per process that count."
+    )
     args = parser.parse_args()
     if args.job:
         ours(args.job)
@@ -129,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

@@ -29,6 +29,7 @@ from benchmarks import demo  # noqa: E402
 from benchmarks.demo import command  # noqa: E402
 from benchmarks.readers import Judge, looks, rows_of  # noqa: E402
 from minirlhf.feedback.store import Policy, Store  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 from minirlhf.support.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/rounds.json"
@@ -162,9 +163,7 @@ def table(seeds: dict[str, dict], nats: list[float]) -> str:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--init", type=Path, default=Path("runs/demo/sft"), help="SFT model, which PPO starts from."
     )
@@ -176,16 +175,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", default="demo", help="Preset of the stage scripts.")
     parser.add_argument("--prompts", default="vader", help="Prompts, as `feedback sample` takes them.")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Seeds, one whole run each.")
-    parser.add_argument("--rounds", type=int, default=2, help="Rounds after the first.")
-    parser.add_argument("--pairs", type=int, default=600, help="New pairs per round.")
     parser.add_argument(
-        "--epochs", type=int, default=4, help="Epochs of each reward model over all pairs so far."
+        "--seeds", type=cli.number(cli.Seed), nargs="+", default=[1, 2, 3], help="Seeds, one whole run each."
     )
-    parser.add_argument("--iterations", type=int, default=48, help="PPO iterations per policy.")
+    parser.add_argument("--rounds", type=cli.number(cli.CountOr0), default=2, help="Rounds after the first.")
+    parser.add_argument("--pairs", type=cli.number(cli.Count), default=600, help="New pairs per round.")
+    parser.add_argument(
+        "--epochs",
+        type=cli.number(cli.Count),
+        default=4,
+        help="Epochs of each reward model over all pairs so far.",
+    )
+    parser.add_argument(
+        "--iterations", type=cli.number(cli.Count), default=48, help="PPO iterations per policy."
+    )
     parser.add_argument(
         "--nats",
-        type=float,
+        type=cli.number(cli.Above0),
         nargs="+",
         default=[3.0, 4.0, 5.0],
         help="KLs, in nats per sequence, at which policies are compared.",
@@ -212,4 +218,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

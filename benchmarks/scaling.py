@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import beside  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
 from benchmarks.ppo import OURS, SMALL, WARM_UP, measure, prepare, summary  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/scaling.json"
 AXES = {
@@ -66,11 +67,13 @@ def rows_of(axis: str, found: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=1)
-    parser.add_argument("--iterations", type=int, default=3, help="Iterations per process that count.")
+    parser.add_argument(
+        "--iterations", type=cli.number(cli.Count), default=3, help="Iterations per process that count."
+    )
     args = parser.parse_args()
     known = beside.collect(parser, args, AXES, run)
     print("\n\n".join(rows_of(axis, known[axis]) for axis in AXES))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

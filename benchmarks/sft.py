@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import beside  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/sft.json"
 COMMIT = "3adf61e154c3fe3fca428ad6bc3818b27a3b8291"
@@ -94,7 +95,7 @@ def ours(job: dict) -> None:
 
     import train_sft
     from minirlhf import checkpoint, run
-    from minirlhf.support import cli, hardware
+    from minirlhf.support import hardware
     from minirlhf.tokenizer import Tokenizer
 
     folder, out = Path(job["folder"]), Path(job["out"])
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--nanogpt", type=Path, help=f"Clone of nanoGPT at {COMMIT[:8]}. Left out, only minirlhf is measured."
     )
-    parser.add_argument("--steps", type=int, default=2000, help="Optimiser steps per run.")
+    parser.add_argument("--steps", type=cli.number(cli.Count), default=2000, help="Optimiser steps per run.")
     args = parser.parse_args()
     if args.job:
         ours(args.job)
@@ -227,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.demo import command, table  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/variants.json"
 VARIANTS = {
@@ -52,11 +53,13 @@ def rows_of(found: dict[str, dict[str, dict[str, list[float]]]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--seeds", type=cli.number(cli.Seed), nargs="+", default=[1, 2, 3], help="Seeds of the demo's runs."
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="Seeds of the demo's runs.")
-    parser.add_argument("--iterations", type=int, default=40, help="PPO iterations per run.")
+    parser.add_argument(
+        "--iterations", type=cli.number(cli.Count), default=40, help="PPO iterations per run."
+    )
     parser.add_argument(
         "--tables", action="store_true", help="Train nothing, and print the table of the committed results."
     )
@@ -74,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

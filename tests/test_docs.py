@@ -193,6 +193,22 @@ def check_pytest(words: list[str]) -> None:
         assert not word.startswith("tests/") or (ROOT / word.split("::")[0]).exists(), word
 
 
+@pytest.fixture
+def your_own(tmp_path, monkeypatch):
+    """A folder with mydata.jsonl and mypackage/module.py, which the pages' commands name."""
+    rows = [{"prompt": f"Film {i}:", "completion": f" it is {('awful', 'great')[i % 2]}"} for i in range(80)]
+    (tmp_path / "mydata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mypackage").mkdir()
+    code = "def function(prompts, responses):\n    return [len(text) / 10 for text in responses]\n"
+    (tmp_path / "mypackage/module.py").write_text(code)
+    for name in ("mypackage", "mypackage.module"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("your_own")
 @pytest.mark.parametrize(("page", "command"), in_text(PAGES, commands_of_page))
 def test_commands_of_the_pages_are_accepted(page, command, monkeypatch):
     check(command, monkeypatch)
@@ -248,16 +264,9 @@ SKIPPED = (  # parsed, but not run: they train for minutes, wait for a browser, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/troubleshooting.md"])
-def test_commands_run_after_the_demo(page, smoke, run, tmp_path, monkeypatch):
+def test_commands_run_after_the_demo(page, smoke, run, your_own, monkeypatch):
     """In order, as they stand, but for --preset smoke and generated data in place of the downloaded."""
-    shutil.copytree(smoke, tmp_path / "runs/demo", symlinks=True)
-    rows = [{"prompt": f"Film {i}:", "completion": f" it is {('awful', 'great')[i % 2]}"} for i in range(80)]
-    (tmp_path / "mydata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "mypackage").mkdir()
-    code = "def function(prompts, responses):\n    return [len(text) / 10 for text in responses]\n"
-    (tmp_path / "mypackage/module.py").write_text(code)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(smoke, your_own / "runs/demo", symlinks=True)
     failed, done = {}, set()
     for command in commands_of_page(ROOT / page):
         text = " ".join(command)
@@ -363,6 +372,6 @@ def test_every_metric_is_explained(script, smoke):
     explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     lines = (smoke / METRICS[script] / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step"}
-    other_data = {"val/accuracy"}  # choices, where the smoke run has ratings
+    other_data = {"val/accuracy", "objective/rm_cut"}  # of choices; of a reward model with another tokenizer
     assert logged <= explained, sorted(logged - explained)
     assert explained - logged <= other_data, sorted(explained - logged)

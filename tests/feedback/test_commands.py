@@ -1,4 +1,4 @@
-"""The commands as a user runs them, and the whole loop of the README with a scripted rater."""
+"""The commands as a user runs them, and the whole loop of docs/feedback.md with a scripted rater."""
 
 import json
 import re
@@ -222,13 +222,14 @@ def test_mistakes_are_one_line(tmp_path, argv, message):
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def readme_commands() -> list[list[str]]:
-    section = (ROOT / "README.md").read_text().split("## Collecting feedback")[1].split("\n## ")[0]
-    blocks = "".join(section.split("```")[1:4:2])  # the loop, and its second round
-    return [shlex.split(line, comments=True) for line in blocks.splitlines() if line.startswith("python ")]
+def commands_of_the_page() -> list[list[str]]:
+    """Those of the loop and of its second round: the first two blocks of docs/feedback.md that sample."""
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/feedback.md").read_text(), re.M | re.S)
+    loop = "".join([block for block in blocks if "minirlhf.feedback sample" in block][:2])
+    return [shlex.split(line, comments=True) for line in loop.splitlines() if line.startswith("python ")]
 
 
-def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
+def test_the_loop_of_the_page(smoke, run, tmp_path, monkeypatch):
     """Its commands, on the smoke models, prompts of a file and generated data; two raters who like long texts."""
     pytest.importorskip("waitress", reason="pip install 'minirlhf[feedback]'")
     from benchmarks.feedback import Rater, running_server
@@ -241,7 +242,7 @@ def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
     places = {"vader": str(prompts), "runs/demo": str(smoke), "runs": str(tmp_path / "runs")}
     place = lambda word: re.sub(r"^(vader|runs/demo|runs)(?=$|/)", lambda found: places[found[1]], word)
     store, done = tmp_path / "feedback.db", []
-    for _, *words in readme_commands():
+    for _, *words in commands_of_the_page():
         words = list(map(place, words))
         if words[0] != "-m":
             assert run(words[0].removesuffix(".py"), "--preset", "smoke", *words[1:]) == 0, words
