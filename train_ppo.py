@@ -18,6 +18,9 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
+import minirlhf  # noqa: F401  (first: Ctrl-C while torch is imported then is one line)
+
+# isort: split
 import dataclasses
 from pathlib import Path
 from typing import Literal

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import time
@@ -199,7 +200,10 @@ class Run(Folder):
             raise Stopped(f"{message}; {remedy}", self.stop_signal or signal.SIGTERM)
 
     def _ask_to_stop(self, signum: int, frame: Any) -> None:
-        if self.stop_signal:
+        if self.stop_signal and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.stop_signal:
+            raise Stopped("stopped at once; --resume goes on from the last checkpoint", signum)
         self.stop_signal = signum
-        print("\nstopping after this step (again to stop at once)", file=sys.stderr)
+        with contextlib.suppress(RuntimeError):  # raised where the signal came while the bar was written
+            print("\nstopping after this step (again to stop at once)", file=sys.stderr)

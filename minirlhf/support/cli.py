@@ -8,7 +8,8 @@ A number's range is part of its type, so that no script has to check it again:
 `parse_config` reads a dataclass of such options from the command line; `Parser` is argparse's, for the tools.
 Both refuse a bad value with a UserError before anything is read or written.
 
-Exit codes: 0 done; 2 a mistake of the user's; 130 stopped by Ctrl-C and 143 by SIGTERM; 1 a crash.
+Exit codes: 0 done; 2 a mistake of the user's, or a machine without room; 130 stopped by Ctrl-C and 143 by
+SIGTERM; 141 nobody reads the output; 1 a crash.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import math
+import os
 import re
-import signal
 import sys
 import types
 import typing
@@ -30,8 +32,12 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from minirlhf import Stopped, UserError
+from minirlhf.support import ctrl_c
+from minirlhf.support.text import escaped, one_line
 
 Config = TypeVar("Config")
+EMPTY = "its value is empty; is a shell variable unset?"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a limit on files is full
 HUGE = 10**9  # no count is larger: a list of so many entries would not fit in memory
 
 
@@ -46,7 +52,8 @@ class Range:
     below: float = math.inf
 
     def __contains__(self, x: float) -> bool:
-        return math.isfinite(x) and self.low <= x <= self.high and self.above < x < self.below
+        finite = -math.inf < x < math.inf  # math.isfinite cannot take a whole number of 400 digits
+        return finite and self.low <= x <= self.high and self.above < x < self.below
 
     def __str__(self) -> str:
         bounds = {"at least": self.low, "above": self.above, "at most": self.high, "below": self.below}
@@ -72,24 +79,32 @@ def number(kind: Any) -> Callable[[str], float]:
         try:
             value = base(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {_noun(base)}, not {text!r}") from None
+            noun = "a whole number" if base is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {noun}, not {_shown(text)}") from None
         if value not in accepted:
-            raise argparse.ArgumentTypeError(f"must be {accepted}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be {accepted}, not {one_line(text, 40)}")
         return value
 
     return parse
 
 
-def _noun(base: type) -> str:
-    return "a whole number" if base is int else "a number"
+def _shown(text: str) -> str:
+    return f"'{one_line(text, 40)}'"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose mistakes are a UserError, so one line, and which accepts no abbreviated
-    option."""
+    """argparse's parser whose mistakes are a UserError, so one line, and which accepts no abbreviated option
+    and no empty argument."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["", *args], args, strict=False):
+            if not word or word.partition("=")[1:] == ("=", "") and word.startswith("--"):
+                raise UserError(f"{word.strip('=') or before or 'the first argument'}: {EMPTY}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (--help lists every option)")
@@ -103,23 +118,60 @@ def check_ranges(config: Any) -> None:
         value = getattr(config, name)
         for x in value if isinstance(value, tuple) else (value,):
             if accepted is not None and x is not None and x not in accepted:
-                raise UserError(f"--{name.replace('_', '-')} must be {accepted}, not {x}")
+                raise UserError(f"{_option(name)} must be {accepted}, not {one_line(x, 40)}")
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Refuse a config whose named numbers are not above 0 (nan included); None is no number and passes."""
-    for name in names:
-        if (value := getattr(config, name)) is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {value}")
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _check_words(options: dict[str, Any], argv: list[str]) -> None:
+    """Refuse values that cannot be read, in words of our own; `options`: the types of all options by name.
+
+    What remains for tyro to refuse: unknown options, and the number of values.
+    """
+    groups: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            groups.append((word.replace("_", "-"), []))
+        elif groups:
+            groups[-1][1].append(word)
+    for option, words in groups:
+        kind = options.get(option.replace("--no-", "--", 1)) if option not in options else options[option]
+        if kind is bool and words:
+            raise UserError(f"{option} takes no value, but {_shown(words[0])} follows it")
+        if kind not in (bool, None) and not words:
+            raise UserError(f"{option} needs a value")
+        for word in words if kind is not None else []:
+            _check_word(option, kind, word)
+
+
+def _check_word(option: str, kind: Any, word: str) -> None:
+    if not word:
+        raise UserError(f"{option}: {EMPTY}")
+    if type(None) in typing.get_args(kind) and word == "None":
+        return
+    plain = _inside(kind)
+    if typing.get_origin(plain) is typing.Literal and word not in typing.get_args(plain):
+        raise UserError(f"{option} must be one of {', '.join(typing.get_args(plain))}, not {_shown(word)}")
+    if typing.get_origin(plain) is Annotated:
+        try:
+            number(plain)(word)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{option} {error}") from None
+
+
+def _inside(kind: Any) -> Any:
+    """The type of one value: Count of Count | None and of tuple[Count, ...]."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
+        return next(_inside(k) for k in typing.get_args(kind) if k is not type(None))
+    return kind
 
 
 def _range_of(kind: Any) -> Range | None:
     """The Range inside a type: Annotated[int, Range], Annotated[...] | None, tuple[Annotated[...], ...]."""
-    if typing.get_origin(kind) is Annotated:
-        return next((m for m in typing.get_args(kind)[1:] if isinstance(m, Range)), None)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType, tuple):
-        return next((r for r in map(_range_of, typing.get_args(kind)) if r is not None), None)
-    return None
+    plain = _inside(kind)
+    return next((m for m in typing.get_args(plain)[1:] if isinstance(m, Range)), None)
 
 
 def parse_config(presets: dict[str, Config], description: str, argv: list[str] | None = None) -> Config:
@@ -129,13 +181,15 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
     range."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--") else [a])]
-    chosen = next((b for a, b in zip(argv, [*argv[1:], ""], strict=False) if a == "--preset"), "demo")
-    if chosen not in presets:
-        raise UserError(f"--preset {chosen!r} is not one of {', '.join(presets)}")
-    default = presets[chosen]
+    chosen = [b for a, b in zip(argv, [*argv[1:], ""], strict=False) if a == "--preset"][-1:] or ["demo"]
+    if chosen[0] not in presets:
+        raise UserError(f"--preset must be one of {', '.join(presets)}, not {_shown(chosen[0])}")
+    default = presets[chosen[0]]
+    kinds = typing.get_type_hints(type(default), include_extras=True)
+    _check_words({_option(field.name): kinds[field.name] for field in dataclasses.fields(default)}, argv)
     for field in dataclasses.fields(default):  # tyro would keep the last of --reward a --reward b, and drop a
         if isinstance(getattr(default, field.name), tuple):
-            argv = join_repeated(argv, "--" + field.name.replace("_", "-"))
+            argv = join_repeated(argv, _option(field.name))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -146,9 +200,10 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
         if not stop.code:
             raise
         words = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())  # tyro draws a box around its message
+        words = words.partition(" Argument helptext:")[0]
         raise UserError(re.sub(r"\s+", " ", words).strip(" -") + " (--help lists every option)") from None
     if unknown:
-        options = ["--" + f.name.replace("_", "-") for f in dataclasses.fields(default)]
+        options = [_option(field.name) for field in dataclasses.fields(default)]
         near = difflib.get_close_matches(unknown[0], options, n=1)
         raise UserError(
             f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help")
@@ -176,19 +231,45 @@ def join_repeated(argv: list[str], option: str) -> list[str]:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main and end the process with the exit code of what happened (see above)."""
     try:
+        ctrl_c.raises()
         main()
+        sys.stdout.flush()
     except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {mistake}", 2)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(128 + stopped.signum)
+        _end(str(stopped), 128 + stopped.signum)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _end(ctrl_c.MESSAGE, ctrl_c.EXIT_CODE)
+    except BrokenPipeError:  # `... | head`: nobody reads on
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes once more at its end)
+        sys.exit(141)
+    except (MemoryError, OSError, RuntimeError) as error:
+        reason = _lack(error)
+        if reason is None:
+            raise
+        _end(f"error: {reason}", 2)
     finally:
+        ctrl_c.ends_command()
         if "torch" in sys.modules:
             import torch.distributed as dist
 
             if dist.is_available() and dist.is_initialized():
                 dist.destroy_process_group()
+
+
+def _end(message: str, code: int) -> typing.NoReturn:
+    """One line, whatever names of files and texts of others stand in the message."""
+    print(escaped(message.replace("\n", " ")), file=sys.stderr)
+    sys.exit(code)
+
+
+def _lack(error: Exception) -> str | None:
+    """What the machine lacks, disk or memory, and what helps; None for any other error."""
+    text = one_line(error)
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: make room" if error.errno in NO_ROOM else None
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        remedy = "use a smaller model, --batch or --microbatch, or --gradient-checkpointing"
+        return f"out of memory ({text or type(error).__name__}): {remedy}"
+    return None
