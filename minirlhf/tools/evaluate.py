@@ -259,7 +259,8 @@ def evaluate(config: Config) -> dict[str, Any]:
         settings["data"], settings["skip_bad"], data_dir=cache if isinstance(cache, str) else None
     )
     records = source.select(config.split, source.genres_among([settings["genre"]])).records
-    prompts = data.prompts_of(records, tokenizer, settings["prompt_tokens"])
+    room = sft.config.context - sampling.max_new
+    prompts = data.encode_prompts(tokenizer, records, settings["prompt_tokens"], room)
     picked = data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
     prompts = [prompts[i] for i in picked]
 
