@@ -14,7 +14,7 @@ import torch
 
 from minirlhf import UserError, checkpoint
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
-from minirlhf.support import files
+from minirlhf.support import files, steps
 from minirlhf.support.hardware import seed_everything
 from minirlhf.tokenizer import Tokenizer
 
@@ -134,7 +134,9 @@ def crash_at(monkeypatch, n):
     )
     monkeypatch.setattr(Path, "write_bytes", breaking(Path.write_bytes, lambda path, data: path.touch()))
     half = lambda tensors, path, metadata: Path(path).write_bytes(b"\x08\x00")  # noqa: E731
-    monkeypatch.setattr(checkpoint, "save_file", breaking(checkpoint.save_file, half))
+    monkeypatch.setattr(steps, "save_file", breaking(steps.save_file, half))
+    torn = lambda source, target: Path(target).write_text("{")  # noqa: E731
+    monkeypatch.setattr(shutil, "copyfile", breaking(shutil.copyfile, torn))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, 
         if before is not None:
             write(out, before, OLD)
             if best:
-                checkpoint.point(out, "best", before)
+                steps.point(out, "best", before)
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, n)
             try:
@@ -160,7 +162,8 @@ def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, 
             except Crash:
                 pass
         if before is None and not (out / "latest").exists():
-            with pytest.raises(UserError, match="no checkpoint"):
+            message = "holds step-000002 but no link `latest`" if (out / "step-000002").exists() else "no checkpoint"
+            with pytest.raises(UserError, match=message):
                 checkpoint.resolve(out)
             seen.append(None)
         else:
@@ -192,15 +195,15 @@ def test_D21_files_reach_the_disk_before_their_name_and_the_name_before_latest(t
         rename(source, target)
 
     def replacing(source, target):
-        if Path(target).name == "latest" and "name" in events:
+        if Path(target).name in ("best", "latest") and "name" in events:
             assert tmp_path.stat().st_ino in synced
-            events.append("latest")
+            events.append(Path(target).name)
         replace(source, target)
 
     monkeypatch.setattr(os, "rename", renaming)
     monkeypatch.setattr(os, "replace", replacing)
-    write(tmp_path, 1 if same else 2, NEW)
-    assert events[:2] == ["name", "latest"]
+    write(tmp_path, 1 if same else 2, NEW, best=True)
+    assert events[0] == "name" and events[-1] == "latest" and "best" in events
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -229,25 +232,25 @@ def test_older_steps_go_but_the_linked_stay(tmp_path):
     for step in (1, 2):
         write(tmp_path, step, OLD)
     assert listing(tmp_path) == sorted([*RUN[1:], "step-000002"])
-    checkpoint.point(tmp_path, "best", 2)
+    steps.point(tmp_path, "best", 2)
     for step in (3, 4):
         write(tmp_path, step, NEW)
     assert listing(tmp_path) == sorted([*RUN, "step-000002", "step-000004"])
     assert read(tmp_path / "best") == OLD.vocab_size and read(tmp_path) == NEW.vocab_size
-    checkpoint.point(tmp_path, "best", 4)
+    steps.point(tmp_path, "best", 4)
     for step in (5, 6, 7):
-        write(tmp_path, step, NEW, keep=2)
-    assert [name for name in listing(tmp_path) if name.startswith("step")] == [
-        f"step-00000{i}" for i in (4, 6, 7)
-    ]
-    write(tmp_path, 5, OLD, keep=2)  # a run taken up again from an earlier step: its abandoned future goes
-    assert [name for name in listing(tmp_path) if name.startswith("step")] == ["step-000004", "step-000005"]
+        write(tmp_path, step, NEW)
+    assert steps.whole_steps(tmp_path) == ["step-000004", "step-000007"]
+    write(tmp_path, 5, OLD)  # a run taken up again from an earlier step: its abandoned future goes
+    assert steps.whole_steps(tmp_path) == ["step-000004", "step-000005"]
     assert read(tmp_path) == OLD.vocab_size
+    write(tmp_path, 6, NEW, best=True)
+    assert steps.whole_steps(tmp_path) == ["step-000006"] and read(tmp_path / "best") == NEW.vocab_size
 
 
 def test_the_same_step_again_takes_its_links_along(tmp_path):
     write(tmp_path, 7, OLD)
-    checkpoint.point(tmp_path, "best", 7)
+    steps.point(tmp_path, "best", 7)
     write(tmp_path, 7, NEW)
     assert read(tmp_path) == read(tmp_path / "best") == NEW.vocab_size
     assert os.readlink(tmp_path / "best") == os.readlink(tmp_path / "latest") == "step-000007"
@@ -256,7 +259,7 @@ def test_the_same_step_again_takes_its_links_along(tmp_path):
 
 def test_a_moved_run_still_reads(tmp_path):
     write(tmp_path / "a", 3, NEW)
-    checkpoint.point(tmp_path / "a", "best", 3)
+    steps.point(tmp_path / "a", "best", 3)
     (tmp_path / "else").mkdir()
     shutil.move(tmp_path / "a", tmp_path / "else" / "b")
     moved = tmp_path / "else" / "b"

@@ -67,6 +67,7 @@ def _replace(out: Path, name: str, new: Path) -> None:
     final = out / name
     if not final.exists():
         os.rename(new, final)
+        fsync(out)  # the name reaches the disk before a link that leads to it
         return
     # One folder cannot replace another at once: the links lead to a copy made of hard links meanwhile.
     followers = [
@@ -77,6 +78,7 @@ def _replace(out: Path, name: str, new: Path) -> None:
         point(out, link, f"{new.name}.old")
     os.rename(final, f"{new}.gone")
     os.rename(new, final)
+    fsync(out)
     for link in followers:
         point(out, link, name)
 
