@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from minirlhf import UserError, checkpoint
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
-from minirlhf.support import files
+from minirlhf.support import files, steps
 from minirlhf.support.hardware import seed_everything
 from minirlhf.tokenizer import Tokenizer
 
@@ -134,15 +135,24 @@ def crash_at(monkeypatch, n):
     )
     monkeypatch.setattr(Path, "write_bytes", breaking(Path.write_bytes, lambda path, data: path.touch()))
     half = lambda tensors, path, metadata: Path(path).write_bytes(b"\x08\x00")  # noqa: E731
-    monkeypatch.setattr(checkpoint, "save_file", breaking(checkpoint.save_file, half))
+    monkeypatch.setattr(steps, "save_file", breaking(steps.save_file, half))
+    torn = lambda source, target: Path(target).write_text("{")  # noqa: E731
+    monkeypatch.setattr(shutil, "copyfile", breaking(shutil.copyfile, torn))
 
 
 @pytest.mark.parametrize(
-    "before, step, best",
-    [(None, 2, False), (1, 2, False), (1, 2, True), (2, 2, True), (3, 2, False)],
-    ids=["first", "next", "next-best", "same-best", "earlier"],
+    "before, step, best, new_best",
+    [
+        (None, 2, False, False),
+        (1, 2, False, False),
+        (1, 2, True, False),
+        (1, 2, True, True),
+        (2, 2, True, False),
+        (3, 2, False, False),
+    ],
+    ids=["first", "next", "next-best", "new-best", "same-best", "earlier"],
 )
-def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, step, best):
+def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, step, best, new_best):
     old, new = OLD.vocab_size, NEW.vocab_size
     seen, n, crashed = [], 0, True
     while crashed:
@@ -151,26 +161,27 @@ def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, 
         if before is not None:
             write(out, before, OLD)
             if best:
-                checkpoint.point(out, "best", before)
+                steps.point(out, "best", before)
         with pytest.MonkeyPatch.context() as patch:
             crash_at(patch, n)
             try:
-                write(out, step, NEW)
+                write(out, step, NEW, best=new_best)
                 crashed = False
             except Crash:
                 pass
         if before is None and not (out / "latest").exists():
-            with pytest.raises(UserError, match="no checkpoint"):
+            message = "holds step-000002 but no link `latest`" if (out / "step-000002").exists() else "no checkpoint"
+            with pytest.raises(UserError, match=message):
                 checkpoint.resolve(out)
             seen.append(None)
         else:
             seen.append(read(out))
         assert seen[-1] in (old if before else None, new)
         if before and best:
-            assert read(out / "best") in ((old, new) if before == step else (old,))
+            assert read(out / "best") in ((old, new) if before == step or new_best else (old,))
         for folder in out.glob("step-*"):
             assert read(folder) in (old, new)  # whatever bears a step's name is whole
-        write(out, step, NEW)  # the next save works; leftovers go, unless the links led to one until now
+        write(out, step, NEW, best=new_best)  # works; leftovers go, unless the links led to one until now
         assert len([*out.glob(".*")]) <= (before == step)
         assert os.readlink(out / "latest") == "step-000002" and checkpoint.load_config(out)["mark"] == new
     assert n > 15 and seen[0] == (old if before else None)
@@ -192,15 +203,15 @@ def test_D21_files_reach_the_disk_before_their_name_and_the_name_before_latest(t
         rename(source, target)
 
     def replacing(source, target):
-        if Path(target).name == "latest" and "name" in events:
+        if Path(target).name in ("best", "latest") and "name" in events:
             assert tmp_path.stat().st_ino in synced
-            events.append("latest")
+            events.append(Path(target).name)
         replace(source, target)
 
     monkeypatch.setattr(os, "rename", renaming)
     monkeypatch.setattr(os, "replace", replacing)
-    write(tmp_path, 1 if same else 2, NEW)
-    assert events[:2] == ["name", "latest"]
+    write(tmp_path, 1 if same else 2, NEW, best=True)
+    assert events[0] == "name" and events[-1] == "latest" and "best" in events
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -229,25 +240,25 @@ def test_older_steps_go_but_the_linked_stay(tmp_path):
     for step in (1, 2):
         write(tmp_path, step, OLD)
     assert listing(tmp_path) == sorted([*RUN[1:], "step-000002"])
-    checkpoint.point(tmp_path, "best", 2)
+    steps.point(tmp_path, "best", 2)
     for step in (3, 4):
         write(tmp_path, step, NEW)
     assert listing(tmp_path) == sorted([*RUN, "step-000002", "step-000004"])
     assert read(tmp_path / "best") == OLD.vocab_size and read(tmp_path) == NEW.vocab_size
-    checkpoint.point(tmp_path, "best", 4)
+    steps.point(tmp_path, "best", 4)
     for step in (5, 6, 7):
-        write(tmp_path, step, NEW, keep=2)
-    assert [name for name in listing(tmp_path) if name.startswith("step")] == [
-        f"step-00000{i}" for i in (4, 6, 7)
-    ]
-    write(tmp_path, 5, OLD, keep=2)  # a run taken up again from an earlier step: its abandoned future goes
-    assert [name for name in listing(tmp_path) if name.startswith("step")] == ["step-000004", "step-000005"]
+        write(tmp_path, step, NEW)
+    assert steps.whole_steps(tmp_path) == ["step-000004", "step-000007"]
+    write(tmp_path, 5, OLD)  # a run taken up again from an earlier step: its abandoned future goes
+    assert steps.whole_steps(tmp_path) == ["step-000004", "step-000005"]
     assert read(tmp_path) == OLD.vocab_size
+    write(tmp_path, 6, NEW, best=True)
+    assert steps.whole_steps(tmp_path) == ["step-000006"] and read(tmp_path / "best") == NEW.vocab_size
 
 
 def test_the_same_step_again_takes_its_links_along(tmp_path):
     write(tmp_path, 7, OLD)
-    checkpoint.point(tmp_path, "best", 7)
+    steps.point(tmp_path, "best", 7)
     write(tmp_path, 7, NEW)
     assert read(tmp_path) == read(tmp_path / "best") == NEW.vocab_size
     assert os.readlink(tmp_path / "best") == os.readlink(tmp_path / "latest") == "step-000007"
@@ -256,7 +267,7 @@ def test_the_same_step_again_takes_its_links_along(tmp_path):
 
 def test_a_moved_run_still_reads(tmp_path):
     write(tmp_path / "a", 3, NEW)
-    checkpoint.point(tmp_path / "a", "best", 3)
+    steps.point(tmp_path / "a", "best", 3)
     (tmp_path / "else").mkdir()
     shutil.move(tmp_path / "a", tmp_path / "else" / "b")
     moved = tmp_path / "else" / "b"
@@ -280,6 +291,94 @@ def test_damaged_files_are_told_in_one_line(tmp_path, file, load, damage):
         load(tmp_path)
     message = str(error.value)
     assert message.startswith(f"{path}: ") and "\n" not in message and "another step folder" in message
+
+
+@pytest.mark.parametrize("file, load", [
+    ("model.safetensors", checkpoint.load_state), ("trainer.safetensors", checkpoint.load_trainer),
+])  # fmt: skip
+@pytest.mark.parametrize("damage", ["bit", "zeros", "shape", "dtype"])
+def test_F3_tensors_have_a_checksum(tmp_path, file, load, damage):
+    """Files that safetensors reads without a complaint: a bit, the numbers, their order, their type."""
+    tensors = {"w": torch.arange(6.0).view(3, 2)}
+    checkpoint.save(tmp_path, 1, tensors, {}, OLD, {"tensors": tensors, "state": {}})
+    path = tmp_path.resolve() / "step-000001" / file
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header, numbers = content[8:end], content[end:]
+    header = {"shape": header.replace(b"[3,2]", b"[2,3]"), "dtype": header.replace(b"F32", b"I32")}.get(damage, header)
+    numbers = {"bit": bytes([numbers[0] ^ 64, *numbers[1:]]), "zeros": bytes(len(numbers))}.get(damage, numbers)
+    path.write_bytes(content[:8] + header + numbers)
+    assert path.read_bytes() != content and not torch.equal(load_file(path)["w"], tensors["w"])
+    with pytest.raises(UserError, match="damaged: its checksum is not the one recorded") as error:
+        load(tmp_path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("failing", ["save_file", "write_text", "copyfile", "rename"])
+def test_F13_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, monkeypatch, failing):
+    write(tmp_path, 1, OLD)
+    before = listing(tmp_path)
+    full = OSError(28, "No space left on device")
+    if failing == "save_file":
+        full = steps.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    def fail(*args, **options):
+        raise full
+
+    where = {"save_file": steps, "write_text": Path, "copyfile": shutil, "rename": os}[failing]
+    monkeypatch.setattr(where, failing, fail)
+    for _ in range(2):  # a restart loop must not fill the disk
+        with pytest.raises(UserError, match="checkpoint of step 2 cannot be written .*No space left.*: make room"):
+            checkpoint.save(tmp_path, 2, {"w": torch.ones(1)}, {}, NEW)
+        assert listing(tmp_path) == before
+    assert read(tmp_path) == OLD.vocab_size
+    monkeypatch.undo()
+    write(tmp_path, 2, NEW)
+    assert read(tmp_path) == NEW.vocab_size
+
+
+def test_F14_a_run_copied_with_its_links_followed_goes_on(tmp_path):
+    """cp -rL, rsync -L: folders and files stand where links were."""
+    write(tmp_path / "a", 1, OLD, best=True)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=False)
+    assert not (tmp_path / "b" / "latest").is_symlink() and read(tmp_path / "b") == OLD.vocab_size
+    write(tmp_path / "b", 2, NEW)
+    assert read(tmp_path / "b") == NEW.vocab_size and read(tmp_path / "b" / "best") == OLD.vocab_size
+    write(tmp_path / "b", 3, OLD, best=True)
+    assert listing(tmp_path / "b") == sorted([*RUN, "step-000003"])
+    assert read(tmp_path / "b") == read(tmp_path / "b" / "best") == OLD.vocab_size
+    steps.forget(tmp_path / "b")
+    assert not {"latest", "best"} & {*listing(tmp_path / "b")}
+
+
+def test_F1_a_lost_link_is_named(tmp_path):
+    """Zip files, object storage and FAT lose links: the step is there, and the message says which."""
+    for step in (9, 10):
+        write(tmp_path, step, OLD, best=step == 9)
+    (tmp_path / "latest").unlink()
+    with pytest.raises(UserError, match="holds step-000010 but no link `latest`: name .*/step-000010, or make the link"):
+        checkpoint.load_gpt(tmp_path)
+    assert read(tmp_path / "step-000010") == OLD.vocab_size
+
+
+def test_H6_a_checkpoint_made_from_other_weights_is_stale(tmp_path):
+    """A reward model knows the weights that it started from."""
+
+    def stage(name: str, weight: float, **inputs):
+        checkpoint.save(tmp_path / name, int(weight), {"w": torch.tensor([weight])}, {"inputs": inputs}, OLD)
+        return tmp_path / name
+
+    sft = stage("sft", 1.0)
+    first = checkpoint.fingerprint(sft)
+    rm = stage("rm", 2.0, init=first, init_path=str(checkpoint.resolve(sft)))
+    checkpoint.refuse_stale(rm, "init", sft)
+    checkpoint.refuse_stale(stage("imported", 3.0), "init", sft)  # knows nothing of its origin
+    checkpoint.refuse_stale(rm, "init", stage("another", 5.0))  # another folder was asked for
+    stage("sft", 4.0)
+    assert checkpoint.fingerprint(sft) != first
+    with pytest.raises(UserError, match=f"^{rm} was trained from {sft} as it was before .*: train it again") as error:
+        checkpoint.refuse_stale(rm, "init", sft)
+    assert first[:12] in str(error.value) and checkpoint.fingerprint(sft)[:12] in str(error.value)
 
 
 def test_pickles_are_never_read(tmp_path, monkeypatch):

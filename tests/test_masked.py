@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirlhf.masked import masked_mean, masked_var, whiten
+from minirlhf.ppo import explained_variance
+from tests.ranks import in_ranks
 
 NAN, INF = math.nan, math.inf
 
@@ -48,7 +50,6 @@ def test_D22_only_real_values_count(seed, B, R):
     torch.testing.assert_close(masked_mean(poisoned, mask), real.mean())
     torch.testing.assert_close(masked_var(poisoned, mask), real.var(correction=0))
     if len(real) > 1:
-        torch.testing.assert_close(masked_var(poisoned, mask, unbiased=True), real.var(correction=1))
         white = whiten(poisoned, mask)
         torch.testing.assert_close(white.sum(), torch.zeros_like(white.sum()), atol=1e-9, rtol=0)
     for b in range(B):
@@ -72,3 +73,50 @@ def test_D22_entropy_of_a_padded_buffer():
         logprobs = torch.tensor([[-0.5, -0.7, pad, pad]])
         assert masked_mean(-logprobs, mask).item() * 2 == pytest.approx(1.2, abs=1e-6)
     assert -torch.tensor([-0.5, -0.7, 1.0, 1.0]).sum().item() == pytest.approx(-0.8, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------- over ranks
+
+
+def cut(world: int, *wholes):
+    """Rank -> its rows of each tensor."""
+    return lambda rank: tuple(x.tensor_split(world)[rank] for x in wholes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 5), st.sampled_from([0.1, 0.6]))
+def test_D17_statistics_of_ranks_are_those_of_the_whole_batch(seed, world, R, share):
+    """F7: whatever the number of ranks, and where a rank has not one real position."""
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, 5, R, generator=g, dtype=torch.float64) + torch.tensor([3.0, 1.0])[:, None, None]
+    mask = torch.rand(5, R, generator=g) < share
+    x, y = (z.masked_fill(~mask, NAN) for z in (x, y))
+    mine = cut(world, x, y, mask)
+
+    def statistics(rank, sum_):
+        x, y, mask = mine(rank)
+        per_place = whiten(x, mask, sum_=sum_), whiten(x, mask, shift_mean=False, sum_=sum_)
+        scalars = masked_mean(x, mask, sum_=sum_), masked_var(x, mask, sum_=sum_)
+        return per_place, (*scalars, explained_variance(y, x, mask, sum_))
+
+    found = in_ranks(world, statistics)
+    for i, shift_mean in enumerate((True, False)):
+        together = torch.cat([per_place[i] for per_place, _ in found])
+        torch.testing.assert_close(together, whiten(x, mask, shift_mean), atol=1e-12, rtol=1e-12)
+    whole = masked_mean(x, mask), masked_var(x, mask), explained_variance(y, x, mask)
+    for _, scalars in found:  # every rank knows them
+        torch.testing.assert_close(scalars, whole, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_D10_two_real_values_on_two_ranks_have_a_spread(world):
+    """Each rank has one at most: fewer than two are counted over all ranks, not on each."""
+    x = torch.tensor([[1.0, NAN], [3.0, NAN], [NAN, NAN]])
+    mask = torch.tensor([[True, False], [True, False], [False, False]])
+    mine = cut(world, x, mask)
+    found = torch.cat(in_ranks(world, lambda rank, sum_: whiten(*mine(rank), sum_=sum_)))
+    torch.testing.assert_close(found, torch.tensor([[-1.0, 0], [1, 0], [0, 0]]), atol=1e-6, rtol=0)
+    mask[1] = False  # one, on all ranks
+    mine = cut(world, x, mask)
+    found = torch.cat(in_ranks(world, lambda rank, sum_: whiten(*mine(rank), sum_=sum_)))
+    assert torch.equal(found, torch.tensor([[1.0, 0], [0, 0], [0, 0]]))

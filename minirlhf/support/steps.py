@@ -30,7 +30,7 @@ def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool =
     """Make OUT/step-XXXXXX of what write(folder) writes, flip `best` and `latest`, remove the other steps ->
     the folder.
 
-    Raises UserError, and leaves all as it was, where the disk is full or the folder cannot be written.
+    Raises UserError, and leaves the old checkpoint whole, where the disk is full or the folder cannot be written.
     """
     name = f"step-{step:06d}"
     new = out / f".{name}.{uuid.uuid4().hex[:8]}"
@@ -39,19 +39,19 @@ def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool =
         write(new)
         for path in [*new.iterdir(), new]:
             fsync(path)
+        _replace(out, name, new)
+        if best:
+            point(out, "best", name)
+        for file in LINKED:
+            if (out / name / file).exists():  # WordPiece has no ranks
+                point(out, file, f"latest/{file}")
+        point(out, "latest", name)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{out}: the checkpoint of step {step} cannot be written ({reason}): make room"
         ) from None
-    _replace(out, name, new)
-    if best:
-        point(out, "best", name)
-    for file in LINKED:
-        if (out / name / file).exists():  # WordPiece has no ranks
-            point(out, file, f"latest/{file}")
-    point(out, "latest", name)
     sweep(out)
     return out / name
 
@@ -67,6 +67,7 @@ def _replace(out: Path, name: str, new: Path) -> None:
     final = out / name
     if not final.exists():
         os.rename(new, final)
+        fsync(out)  # the name reaches the disk before a link that leads to it
         return
     # One folder cannot replace another at once: the links lead to a copy made of hard links meanwhile.
     followers = [
@@ -77,6 +78,7 @@ def _replace(out: Path, name: str, new: Path) -> None:
         point(out, link, f"{new.name}.old")
     os.rename(final, f"{new}.gone")
     os.rename(new, final)
+    fsync(out)
     for link in followers:
         point(out, link, name)
 
