@@ -35,6 +35,7 @@ from minirlhf.model import GPT, RewardEnsemble, run_blocks, train_last
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Share, ShareBelow1
+from minirlhf.support.judgements import load_judgements, target_of
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -141,30 +142,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-    """What the model learns from: judged items in their own spelling and in lower case, and the raters'
-    fit."""
-
-    items: list[data.Judged]
-    lowered: list[data.Judged]
-    raters: dict
-
-
-def load_training(
-    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, context: int
-) -> Training:
-    """The training split, of one part, with the targets that --raters makes of the judgements."""
-    chosen = source.select("train", source.genres_among(config.genres))
-    records = [r for r in chosen.records if config.part in ("all", data.part_of(r))]
-    chosen.ledger["left: other part"] += len(chosen.records) - len(records)
-    records, found = raters.with_targets(records, config.raters)
-    items = data.encode_judged(tokenizer, records, context, config.too_long, chosen.ledger)
-    run.account(f"train, part {config.part}", chosen.ledger)
-    lowered = [data.encode_pair(tokenizer, lower(item.record), context, config.too_long) for item in items]
-    return Training(items, lowered, found)
-
-
 def choose_loss(config: Config, source: data.Dataset) -> tuple[str, str]:
     """(loss, normalisation of the scores) for this kind of judgements, 'auto' resolved."""
     if source.kind not in ("rated", "preference"):
@@ -192,12 +169,6 @@ def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
     return tokenizer, backbone
 
 
-def lower(record: data.Response | data.Preference) -> data.Response | data.Preference:
-    """The record with its texts in lower case; the prompt stays as it is."""
-    names = ("chosen", "rejected") if isinstance(record, data.Preference) else ("response",)
-    return dataclasses.replace(record, **{name: getattr(record, name).lower() for name in names})
-
-
 def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | None) -> RewardEnsemble:
     """The ensemble: members share the backbone's start, and differ in their heads (and in their order of the
     data)."""
@@ -213,11 +184,6 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
     train_last(model, config.train_layers, run.frozen_dtype)
     run_blocks([model], config.gradient_checkpointing, config.compile)
     return model
-
-
-def target_of(item: data.Judged) -> float:
-    """What the model learns of an item: the mean rating, or the share of the votes for the first text."""
-    return item.record.share if isinstance(item.record, data.Preference) else item.record.rating
 
 
 def loss_of(
@@ -272,39 +238,31 @@ def main() -> None:
     loss_kind, normalise = choose_loss(config, source)
     tokenizer, backbone = load_backbone(config, init)
     context = backbone.config.context
-    home = source.genres_among([config.genre])
-    training = load_training(config, run, source, tokenizer, context)
-    records = {"train": raters.with_targets(source.select("train", home).records, config.raters)[0]}
-    held_out = {}
-    for split in ("val", "test"):
-        part = source.select(split, home)
-        held_out[split] = data.encode_judged(tokenizer, part.records, context, config.too_long, part.ledger)
-        records[split] = [item.record for item in held_out[split]]
-        run.account(split, part.ledger)
+    judged = load_judgements(config, run, source, tokenizer, context)
     reference = None
     if normalise != "none":
         remedy = "name a language model with --reference, or use --normalise none"
         own = init if backbone.config.causal else config.out.parent / "sft"
         policy = checkpoint.resolve(config.reference or own, remedy)
-        reference = Reference.load(policy, records["val"], context, config)
+        reference = Reference.load(policy, [item.record for item in judged.val], context, config)
 
-    schedule = []  # (member, places in training.items) of every step
-    lengths = [len(item.ids) for item in training.items]
+    schedule = []  # (member, places in judged.train) of every step
+    lengths = [len(item.ids) for item in judged.train]
     for k in range(config.members):
         for epoch in range(config.epochs):
             order = data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=k)
             schedule += [(k, picks) for picks in order]
     per_member = len(schedule) // config.members
     rated = source.kind == "rated"
-    mean_rating = float(np.mean([target_of(item) for item in training.items])) if rated else None
+    mean_rating = float(np.mean([target_of(item) for item in judged.train])) if rated else None
     model = make_model(config, run, backbone, mean_rating)
     settings = (config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr)
     optimizers = [optim.adamw([member], *settings) for member in model.members]
     run.about["head"] = {"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"}
     run.resume(tokenizer, model, **{f"optimizer{k}": optimizer for k, optimizer in enumerate(optimizers)})
     run.print(f"{loss_kind} loss; {len(schedule)} steps; {run.where}")
-    if training.raters:
-        run.print(raters.describe_weakest(training.raters))
+    if judged.raters:
+        run.print(raters.describe_weakest(judged.raters))
 
     # The loop: one optimiser step per iteration; validation four times per member.
     for step in run.loop(len(schedule)):
@@ -318,7 +276,7 @@ def main() -> None:
         #    the mean over microbatches and ranks [D17].
         in_lower_case = (run.same_on_all_ranks(torch.rand, step, len(picks)) < config.lowercase).tolist()
         batch = [
-            (training.lowered if low else training.items)[i]
+            (judged.train_lower if low else judged.train)[i]
             for i, low in zip(picks, in_lower_case, strict=True)
         ]
         mine = list(range(run.rank, len(batch), run.world))
@@ -346,8 +304,8 @@ def main() -> None:
         quarter = max(1, per_member // 4)
         validate = last or (step_of_member + 1) % quarter == 0 and per_member - step_of_member > quarter
         if validate:
-            predictions = score_items(run, model.members[: k + 1], held_out["val"], tokenizer.pad)
-            metrics |= reward_report.validation_measure(source.kind, predictions, records["val"])
+            predictions = score_items(run, model.members[: k + 1], judged.val, tokenizer.pad)
+            metrics |= reward_report.validation_measure(source.kind, predictions, judged.records["val"])
             measured = ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
             run.print(f"step {step + 1}: {measured}")
         if last:
@@ -356,7 +314,7 @@ def main() -> None:
         run.checkpoint(step + 1, due=validate)
 
     # The report on test texts, on the raters' own scale; then the transform that PPO will see [D14].
-    predictions = score_items(run, model.members, held_out["test"], tokenizer.pad)
+    predictions = score_items(run, model.members, judged.test, tokenizer.pad)
     run.seed(len(schedule) + 1)  # whether the last step was run or resumed from [D21]
     sequences = reference.samples(config, run, tokenizer) if reference else []
     for k, member in enumerate(model.members if reference else []):
@@ -366,9 +324,11 @@ def main() -> None:
         member.bias.fill_(bias)
         run.print(f"member {k}: scores x {gain:.3f} {bias:+.3f}: samples of the reference average 0")
     if run.rank == 0:
-        report = reward_report.reward_report(source.kind, predictions, records, config.part, config.seed)
-        results = report | ({"raters": training.raters} if training.raters else {}) | {"seconds": run.elapsed}
-        scale = getattr(records["test"][0], "scale", None)
+        report = reward_report.reward_report(
+            source.kind, predictions, judged.records, config.part, config.seed
+        )
+        results = report | ({"raters": judged.raters} if judged.raters else {}) | {"seconds": run.elapsed}
+        scale = getattr(judged.test[0].record, "scale", None)
         run.save(run.step, complete=True, results=results, normalise={"mode": normalise, "scale": scale})
         reward_report.print_report(report)
         run.print(f"{run.elapsed:.0f} s; model in {config.out}")

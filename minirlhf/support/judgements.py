@@ -1,0 +1,67 @@
+"""What a reward model learns from and is measured on: people's judgements, encoded, split and accounted for."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from minirlhf import data
+from minirlhf.feedback import raters
+from minirlhf.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgements:
+    """Training items, in their own spelling and in lower case; held-out items; and the raters' fit."""
+
+    train: list[data.Judged]
+    train_lower: list[data.Judged]
+    val: list[data.Judged]
+    test: list[data.Judged]
+    raters: dict[str, dict[str, float]]
+    home: list  # training records of the genre that is tested, for the baselines
+
+    @property
+    def records(self) -> dict[str, list]:
+        """The records of each split, as the report reads them."""
+        held_out = {"val": self.val, "test": self.test}
+        return {"train": self.home} | {
+            name: [item.record for item in items] for name, items in held_out.items()
+        }
+
+
+def load_judgements(
+    config: Any, run: Any, source: data.Dataset, tokenizer: Tokenizer, context: int
+) -> Judgements:
+    """The splits as train_rm.py's options say: genres, part, raters, too_long.  What is left out is counted.
+
+    Training targets are what --raters makes of several judgements; validation and test keep the mean.
+    """
+    home = source.genres_among([config.genre])
+    chosen = source.select("train", source.genres_among(config.genres))
+    records = [r for r in chosen.records if config.part in ("all", data.part_of(r))]
+    chosen.ledger["left: other part"] += len(chosen.records) - len(records)
+    records, found = raters.with_targets(records, config.raters)
+    train = data.encode_judged(tokenizer, records, context, config.too_long, chosen.ledger)
+    run.account(f"train, part {config.part}", chosen.ledger)
+    lowered = [
+        data.encode_pair(tokenizer, lower(item.record), context, config.too_long) or item for item in train
+    ]
+    held_out = []
+    for split in ("val", "test"):
+        part = source.select(split, home)
+        held_out.append(data.encode_judged(tokenizer, part.records, context, config.too_long, part.ledger))
+        run.account(split, part.ledger)
+    at_home, _ = raters.with_targets(source.select("train", home).records, config.raters)
+    return Judgements(train, lowered, *held_out, found, at_home)
+
+
+def lower(record: data.Response | data.Preference) -> data.Response | data.Preference:
+    """The record with its texts in lower case; the prompt stays as it is."""
+    names = ("chosen", "rejected") if isinstance(record, data.Preference) else ("response",)
+    return dataclasses.replace(record, **{name: getattr(record, name).lower() for name in names})
+
+
+def target_of(item: data.Judged) -> float:
+    """What the model learns of an item: the mean rating, or the share of the votes for the first text."""
+    return item.record.share if isinstance(item.record, data.Preference) else item.record.rating
