@@ -6,7 +6,8 @@ Dimension key: B sequences, P prompt (left-padded), R response (right-padded), T
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import linear_token_logprobs, token_logprobs
+from minirlhf import UserError
 from minirlhf.model import GPT, KVCache, ValueModel
 from minirlhf.support import ragged
 from minirlhf.support.ragged import send
@@ -44,7 +46,6 @@ class Texts:
     prompt_mask: Tensor  # [B, P] bool, True = real
     responses: Tensor  # [B, R] int64, right-padded
     response_mask: Tensor  # [B, R] bool, True = counts; the EOS counts
-    _host_mask: Tensor | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -53,7 +54,9 @@ class Texts:
         """The texts of some rows: a slice, or indices on the CPU."""
         here = rows if isinstance(rows, slice) else send(rows, self.prompts.device)
         parts = (self.prompts, self.prompt_mask, self.responses, self.response_mask)
-        return Texts(*(x[here] for x in parts), self.host_mask[rows])
+        found = Texts(*(x[here] for x in parts))
+        found.host_mask = self.host_mask[rows]
+        return found
 
     @property
     def tokens(self) -> Tensor:
@@ -65,13 +68,10 @@ class Texts:
         """[B, T] bool, True = real."""
         return torch.cat([self.prompt_mask, self.response_mask], 1)
 
-    @property
+    @cached_property
     def host_mask(self) -> Tensor:
-        """The mask on the CPU. Copied once from a GPU, which waits; all parts of these texts then share the
-        copy."""
-        if self._host_mask is None:
-            self._host_mask = self.mask.cpu()
-        return self._host_mask
+        """The mask on the CPU. The host waits once for a copy from a GPU; slices share the copy."""
+        return self.mask.cpu()
 
     def ended(self, eos: int) -> Tensor:
         """[B] bool: whether each response ended with EOS, rather than being cut off."""
@@ -188,9 +188,14 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits.float() / temperature).softmax(-1)
-    if logits.device.type == "cpu":  # a number for every row, so that no row's draw depends on the others
-        return draw_by_cdf(p, torch.rand(batch, 1, generator=generator)[rows])
-    return draw_by_race(p, torch.empty_like(p).exponential_(generator=generator))
+    if logits.device.type != "cpu":
+        return draw_by_race(p, torch.empty_like(p).exponential_(generator=generator))
+    if p[:, 0].isnan().any():  # one NaN or infinity in a row of logits makes all of its probabilities NaN
+        raise UserError(
+            "the model's logits are not numbers: its weights are damaged, or its training diverged"
+        )
+    # A number for every row of the batch, so that no row's draw depends on which others still run.
+    return draw_by_cdf(p, torch.rand(batch, 1, generator=generator)[rows])
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf import rollout
+from minirlhf import UserError, rollout
 from minirlhf.model import GPT, GPTConfig, ValueModel
 from minirlhf.ppo import kl_estimates, policy_loss
 from minirlhf.rollout import (
@@ -277,6 +277,16 @@ def test_R2_a_device_other_than_the_cpu_runs_the_race(monkeypatch):
     monkeypatch.setattr(rollout, "draw_by_cdf", None)
     logits, rows = torch.zeros(2, V, device="meta"), torch.arange(2, device="meta")
     assert sample(logits, 1.0, rows, 2, None).shape == (2,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_F9_logits_that_are_not_numbers_end_in_one_line(bad):
+    """RELIABILITY F9: NaN weights ended in an IndexError of the embedding."""
+    model = small_model()
+    with torch.no_grad():
+        model.ln_f.bias[3] = bad
+    with pytest.raises(UserError, match="weights are damaged, or its training diverged"):
+        generate(model, *left_padded(), sampling())
 
 
 def test_temperature_0_takes_the_likeliest_token():
