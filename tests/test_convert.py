@@ -1,7 +1,9 @@
 """Real models in and out, without the packages that make them: our own exports are the Hugging Face folders that are read."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from minirlhf import UserError, checkpoint
-from minirlhf.interop import convert, convert_tokenizer
+from minirlhf.interop import chat_template, convert, convert_tokenizer
 from minirlhf.interop.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
@@ -218,6 +220,169 @@ def test_a_file_that_is_no_gguf_and_a_package_that_is_not_there(tmp_path, monkey
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     refused(tmp_path / "x.gguf", tmp_path / "ours", r"needs the gguf package: pip install 'minirlhf\[gguf\]'")
+
+
+@pytest.mark.parametrize(
+    "weight_map", [5, [], {}, {"a": 5}, {"a": "../x.safetensors"}, {"a": "/etc/passwd"}, {"a": ""}]
+)
+def test_an_index_that_names_no_files_of_the_folder_is_refused(folder, tmp_path, weight_map):
+    """A name with .. or / in it would have been read wherever it leads."""
+    hf = folder()
+    (tmp_path / "x.safetensors").write_bytes((hf / "model.safetensors").read_bytes())
+    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    refused(hf, tmp_path / "ours", "index.json: weight_map names no files of this folder: fetch it again")
+
+
+ODD = [5, -2, 0, "x", [], {}, [5], {"a": {}}, True, 1e99, 2**40, "x" * 5000, None, "a\nb\x1b[31m"]
+KEYS = ("architectures", "vocab_size", "rope_scaling", "rope_parameters", "rope_theta", "num_hidden_layers", "hidden_act",
+        "num_key_value_heads", "head_dim", "layer_types", "tie_word_embeddings", "rms_norm_eps", "model_type",
+        "eos_token_id", "max_position_embeddings")  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_odd_values_in_a_config_are_one_line(folder, tmp_path, key):
+    hf = folder()
+    whole = (hf / "config.json").read_text()
+    for i, value in enumerate(ODD):
+        change(hf / "config.json", **{key: value})
+        try:
+            convert.import_model(str(hf), tmp_path / f"ours {i}")
+        except UserError as error:
+            message = str(error)
+            assert message.isprintable() and str(hf) in message and len(message) < 1000
+            assert not (tmp_path / f"ours {i}").exists()
+        (hf / "config.json").write_text(whole)
+
+
+TOKENIZERS = {
+    "added_tokens": [5, [5], [{}], [{"id": -1, "content": "<x>"}], [{"id": -(10**9), "content": "<x>"}],
+                     [{"id": 288, "content": "<x>"}, {"id": 288, "content": "<y>"}], [{"id": 288, "content": ""}],
+                     [{"id": "288", "content": "<x>"}], [{"id": 288, "content": 5}], [{"id": 97, "content": "<x>"}]],
+    "model": [5, [], {}, {"type": "BPE"}, {"type": "BPE", "vocab": [], "merges": []}, {"type": "BPE", "vocab": {}, "merges": 5},
+              {"type": "BPE", "vocab": {"a": -1}, "merges": []}, {"type": "BPE", "vocab": {"a": 2**40}, "merges": []},
+              {"type": "BPE", "vocab": {"a": 1, "b": 1}, "merges": []}, {"type": ["WordPiece"]}],
+    "normalizer": [5, "NFC", {"type": 5}, {}, {"normalizers": 5}, [{"type": "NFC"}]],
+    "pre_tokenizer": [5, {}, {"type": "Split"}, {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"},
+                      {"type": "Sequence", "pretokenizers": []}, {"type": "Sequence", "pretokenizers": [5]}],
+    "post_processor": [5, {"processors": 5}, {"single": 5}, {"single": [5]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TOKENIZERS)
+@pytest.mark.parametrize("package", [True, False])
+def test_odd_tokenizers_are_one_line(folder, tmp_path, monkeypatch, key, package):
+    """With two tokens of one id, tiktoken ends the process with a backtrace of Rust."""
+    if not package:
+        monkeypatch.setitem(sys.modules, "tokenizers", None)
+    hf = folder()
+    document = json.loads((hf / "tokenizer.json").read_text())
+    for i, value in enumerate(TOKENIZERS[key]):
+        (hf / "tokenizer.json").write_text(json.dumps(document | {key: value}))
+        try:
+            convert.import_model(str(hf), tmp_path / f"ours {i}")
+        except UserError as error:
+            assert str(error).isprintable() and str(hf) in str(error) and len(str(error)) < 1000
+            assert not (tmp_path / f"ours {i}").exists()
+        else:
+            assert key in ("normalizer", "post_processor"), value
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "a\x1b[31m\nb"])
+def test_a_source_or_a_folder_with_an_odd_name_is_one_line(folders, tmp_path, name):
+    with pytest.raises(UserError) as error:
+        convert.import_model(str(tmp_path / name), tmp_path / "ours")
+    assert str(error.value).isprintable() and not (tmp_path / "ours").exists()
+    (tmp_path / "file").write_text("")
+    for out in tmp_path / ("x" * 5000), tmp_path / "file" / name:
+        with pytest.raises(UserError) as error:
+            convert.export_model(folders / "gpt2 ours", out, backbone=False)
+        assert str(error.value).isprintable() and "cannot be written" in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_working_directory_may_be_the_folder(folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    convert.export_model(folders / "gpt2 ours", Path("."), backbone=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+
+
+@pytest.mark.parametrize("damage", ["integers", "nan", "infinite"])
+def test_F3_weights_that_are_no_numbers_to_compute_with_are_refused(folder, tmp_path, damage):
+    hf = folder()
+    tensors = load_file(hf / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    odd = {"integers": tensors[name].view(torch.int32), "nan": tensors[name] * float("nan"),
+           "infinite": tensors[name] / 0}[damage]  # fmt: skip
+    save_file(tensors | {name: odd}, hf / "model.safetensors")
+    refused(
+        hf, tmp_path / "ours", "layers.1.mlp.up_proj.weight holds .* not weights: damaged: fetch it again"
+    )
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("n_layer", 1, "weights do not fit config.json: blocks.1"), ("n_layer", 3, "weights do not fit config.json: blocks.2"),
+    ("n_embd", 64, "weights do not fit config.json: "), ("norm_eps", float("nan"), "norm_eps"), ("n_layer", 10**9, "n_layer"),
+    ("mlp", "relu", "mlp"), ("n_heae", 4, "n_heae"), ("vocab_size", 200, "weights do not fit config.json: head.weight"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["sft", "rm"])
+def test_F5_export_takes_all_weights_or_none(tokenizer, tmp_path, field, value, message, kind):
+    """With one layer less in config.json, a model without its second block was written."""
+    save(
+        tmp_path / "ours",
+        tokenizer,
+        kind,
+        RewardEnsemble if kind == "rm" else None,
+        **LLAMA | {"tied": False},
+    )
+    file = checkpoint.resolve(tmp_path / "ours") / "config.json"
+    about = json.loads(file.read_text())
+    about["model"][field] = value
+    file.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=re.sub(": (blocks|head)", r": .*\1", message)) as error:
+        convert.export_model(tmp_path / "ours", tmp_path / "out", backbone=kind == "rm")
+    assert str(error.value).isprintable() and not (tmp_path / "out").exists()
+
+
+def test_F5_a_head_that_is_none_is_one_line(tokenizer, tmp_path):
+    save(tmp_path / "ours", tokenizer, "rm", RewardEnsemble, **LLAMA)
+    file = checkpoint.resolve(tmp_path / "ours") / "config.json"
+    about = json.loads(file.read_text())
+    for head in 5, [], {"members": 10**6}, {"members": 1, "pooling": "x"}, {"mlp": False, "members": 1}, None:
+        file.write_text(json.dumps(about | {"head": head}))
+        with pytest.raises(UserError) as error:
+            convert.export_model(tmp_path / "ours", tmp_path / "out", backbone=True)
+        assert str(error.value).isprintable()
+
+
+TEMPLATE = "{% for m in messages %}<|pad|>{{ m['role'] }}\n{{ m['content'] }}<|endoftext|>{% endfor %}"
+
+
+@pytest.mark.parametrize("stage", ["import", "sft", "ppo"])
+def test_H8_R8_the_export_of_a_stage_has_the_template_of_its_transcripts(tokenizer, tmp_path, capsys, stage):
+    tokenizer = Tokenizer(tokenizer.ranks, hf={"chat_template": TEMPLATE})
+    save(tmp_path / "ours", tokenizer, stage, **LLAMA)
+    convert.export_model(tmp_path / "ours", tmp_path / "out", backbone=False)
+    out = capsys.readouterr().out
+    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    if stage == "import":
+        assert about["chat_template"] == TEMPLATE and not out
+        return
+    assert "trained on transcripts" in out and out.count("\n") == 1
+    exported = Tokenizer(tokenizer.ranks, hf={"chat_template": about["chat_template"]})
+    messages = [{"role": "user", "content": "Q 'a'"}, {"role": "assistant", "content": "A {{ 1 }}"}]
+    text = chat_template.render(exported, messages, answer=False)
+    assert text == "<|endoftext|>\n\nHuman: Q 'a'\n\nAssistant: A {{ 1 }}<|endoftext|>"
+    asked = chat_template.render(exported, messages[:1], answer=True)
+    assert asked == "<|endoftext|>\n\nHuman: Q 'a'\n\nAssistant:"
+    opened = chat_template.render(exported, messages[1:], answer=True)
+    assert opened == "<|endoftext|> A {{ 1 }}\n\nAssistant:"
+    with pytest.raises(UserError, match="the roles are system, user, assistant"):
+        chat_template.render(exported, [{"role": "tool", "content": ""}], answer=True)
 
 
 def test_an_existing_folder_is_kept(folders, tmp_path):

@@ -409,6 +409,54 @@ def test_text_is_normalised_where_the_model_was_trained_so():
     )
 
 
+def with_added(added, **changes):
+    specials = {"<|unk|>": 0, "<|open|>": 1, "<|close|>": 2} | {name: 290 + i for i, name in enumerate(added)}
+    return imported(specials=specials, added=added, **changes)
+
+
+def test_H5_added_tokens_are_recognised_in_texts():
+    found = with_added({"<tool>": False, "<tool>s": False, "ol>": False, "the t": True})
+    tool, tools, ol, the = (found.specials[name] for name in found.added)
+    e = imported().encode
+    for text, ids in {
+        "please <tool> wait": [*e("please "), tool, *e(" wait")],
+        "<tool><tool>s": [tool, tools],  # of two that start together the longer
+        "<toool>": [*e("<too"), ol],
+        "<|close|>": e("<|close|>"),  # bos, eot and other specials are no text
+        "the tool>": [the, *e("o"), ol],  # what is looked for after normalising comes second
+        "the tol>": [the, ol],
+        "the t": [the],
+        "": [],
+    }.items():
+        assert found.encode(text) == ids and found.decode(ids) == text, text
+
+
+def test_H5_added_tokens_and_normalising():
+    found = with_added({"<e\u0301>": False, "a\u0301": True}, normalize="NFC")
+    raw, normal = (found.specials[name] for name in found.added)
+    assert found.encode("<e\u0301>") == [raw] and found.encode("<\u00e9>") == imported().encode("<\u00e9>")
+    assert found.encode("a\u0301") == found.encode("\u00e1") == [normal]
+
+
+def test_H5_added_tokens_are_saved_and_make_another_tokenizer(tmp_path):
+    found = with_added({"<tool>": False})
+    found.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert (again.hash, again.added) == (found.hash, {"<tool>": False})
+    others = with_added({"<tool>": True}), imported(specials=found.specials), with_added({"<tool": False})
+    assert len({found.hash, *(other.hash for other in others)}) == 4
+    for change in (
+        {"added": {}},
+        {"added": {"<tool>": True}},
+        {"added": {"<tool>": False, "<|open|>": False}},
+    ):
+        meta = json.loads((tmp_path / "tokenizer.json").read_text())
+        (tmp_path / "tokenizer.json").write_text(json.dumps(meta | change))
+        with pytest.raises(UserError, match="hash"):
+            Tokenizer.load(tmp_path)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(meta))
+
+
 def test_hashes_of_older_folders_stand(tmp_path):
     """Computed by the first version, which wrote no more than these four fields."""
     old = Tokenizer(BYTES)
