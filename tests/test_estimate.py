@@ -1,17 +1,15 @@
-"""Bytes and operations that a run is said to need, against what is kept and done."""
+"""Bytes and operations that a run is told to need, against what is kept and done (minirlhf/tools/estimate.py)."""
 
 import dataclasses
-import json
+import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from minirlhf import optim
+from minirlhf import checkpoint
 from minirlhf.model import GPT, GPTConfig, ValueModel, train_last
-from minirlhf.rollout import read_before, response_logprobs, response_values
+from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
 from minirlhf.support import hardware
 from minirlhf.tools import estimate
 
@@ -26,30 +24,32 @@ def whole(rows: int, width: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(50, (rows, width)), torch.ones(rows, width, dtype=torch.bool)
 
 
+def texts(rows: int, prompt: int = 8, response: int = 12) -> Texts:
+    """Texts without padding."""
+    (prompts, prompt_mask), (responses, response_mask) = whole(rows, prompt), whole(rows, response)
+    return Texts(prompts, prompt_mask, responses, response_mask)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_activations_grow_by_the_row(shape, half, fused):
     torch.manual_seed(0)
-    policy = GPT(shape)
-    critic, known = ValueModel(shape, trunk=policy), [*policy.parameters()]
+    policy, critic = GPT(shape), ValueModel(shape)
+    sampling = Sampling(12, 1.0, 0, 0, fused_head=fused)
+    known = [*policy.parameters(), *critic.parameters()]
 
     def forward(n):
-        tokens, mask = whole(n)
-        hidden = read_before(policy, tokens, mask, 8)
-        return response_logprobs(policy, tokens, mask, 8, 1.0, None, fused, hidden), response_values(
-            critic, tokens, mask, 8, hidden
-        )
+        return response_logprobs(policy, texts(n), sampling), response_values(critic, texts(n))
 
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        said, kept = (
-            estimate.activation_bytes(forward, 9, known),
-            estimate.saved_bytes(lambda: forward(9), known),
-        )
-    assert kept > 9 * 19 * 32 * 3 * 4 * (
+        told = estimate.activation_bytes(forward, 9, known)
+        kept = estimate.saved_bytes(lambda: forward(9), known)
+    numbers = 9 * 19 * 32 * 3 * 2  # rows, tokens, channels, blocks, models
+    assert kept > numbers * 4 * (
         5 if half else 10
-    )  # at least ten numbers a channel and block, or as many halves
-    assert said == pytest.approx(kept, rel=0.01)
+    )  # at least ten numbers per channel and block, or as many halves
+    assert told == pytest.approx(kept, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -74,13 +74,13 @@ def test_gradient_checkpointing_keeps_little_and_changes_no_gradient(shape):
 def test_operations_are_those_that_torch_counts(shape, layers):
     """But for attention: on short texts all pairs of tokens are computed, and half of them are needed."""
     torch.manual_seed(0)
-    model, (tokens, mask) = GPT(shape), whole(16, 21)
+    model, batch = GPT(shape), texts(16, 8, 13)
     train_last(model, layers, torch.float32)
     with FlopCounterMode(display=False) as forward:
-        logprobs, _ = response_logprobs(model, tokens, mask, 8, 1.0)
+        logprobs, _ = response_logprobs(model, batch, Sampling(13, 1.0, 0, 0))
     with FlopCounterMode(display=False) as backward:
         logprobs.sum().backward()
-    lengths, predicted = mask[:, 1:].sum(1), 16 * 13
+    lengths, predicted = batch.mask[:, 1:].sum(1), 16 * 13
     more = 4 * 32 * 16 * (20**2 - 20 * 21 / 2)  # of a block's forward
     block, last, head = estimate.forward_operations(model, lengths, predicted, True)
     assert 2 * block + last + head + 3 * more == forward.get_total_flops()
@@ -103,7 +103,7 @@ def test_bytes_of_the_cache_and_of_what_is_trained():
     assert estimate.trained_bytes(model.parameters()) == 4 * sum(p.numel() for p in model.parameters())
     train_last(model, 0, torch.bfloat16)
     assert estimate.trained_bytes(model.parameters()) == 4 * LLAMA.n_embd  # of the last norm
-    assert len(estimate.parameters([model, ValueModel(LLAMA, trunk=model)])) == len([*model.parameters()]) + 4
+    assert len(estimate.parameters([model, model])) == len([*model.parameters()])
 
 
 def test_gemm_rate_is_a_rate():
@@ -117,54 +117,73 @@ def test_sizes_are_readable(n, said):
     assert estimate.size(n, "B") == said
 
 
-@given(
-    st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 9), st.none() | st.integers(1, 60)
-)
-def test_rows_are_split_by_number_and_by_tokens(lengths, rows, tokens):
-    lengths = torch.tensor(lengths)
-    picks = torch.randperm(len(lengths))
-    groups = optim.split_rows(lengths, rows, tokens, picks)
-    assert torch.equal(torch.cat(groups), picks)
-    for group, following in zip(groups, [*groups[1:], None], strict=True):
-        n = int(lengths[group].sum())
-        assert 1 <= len(group) <= rows and (tokens is None or n <= tokens or len(group) == 1)
-        if following is not None and len(group) < rows:  # no smaller than it had to be
-            assert n + lengths[following[0]] > tokens
+# ----------------------------------------------------------------------------- the command
+
+SMALL = ["--batch", 16, "--minibatch", 8, "--response-tokens", 12]
 
 
-def test_dry_run_says_what_and_leaves_nothing(run, smoke, tmp_path, capsys):
-    inputs = ["--init", smoke / "sft", "--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
-    assert run("train_ppo", "--preset", "smoke", *inputs, "--out", tmp_path / "ppo", "--dry-run") == 0
-    said = capsys.readouterr().out
-    for name in (
-        "policy",
-        "critic",
-        "reference",
-        "reward model",
-        "judge",
-        "weights",
-        "a microbatch",
-        "peak, about",
-    ):
-        assert name in said
-    assert "4 optimiser steps an iteration" in said and not (tmp_path / "ppo").exists()
-
-
-def test_profile_traces_the_second_iteration(run, smoke, tmp_path):
-    inputs = [
-        "--init",
-        smoke / "sft",
-        "--reward-model",
-        smoke / "rm",
-        "--iterations",
-        "3",
-        "--out",
-        tmp_path / "ppo",
+def told(run, capsys, *argv) -> dict[str, str]:
+    """What the command prints, by the name at the beginning of the line."""
+    assert run("minirlhf.estimate", *argv) == 0
+    lines = [
+        re.split(r"\s{2,}|: | (?=[\d,]+ param)", line, maxsplit=1)
+        for line in capsys.readouterr().out.splitlines()
     ]
-    assert run("train_ppo", "--preset", "smoke", *inputs, "--profile") == 0
-    names = {
-        event.get("name") for event in json.loads((tmp_path / "ppo/trace.json").read_text())["traceEvents"]
-    }
-    assert "aten::baddbmm" in names
-    lines = [json.loads(line) for line in (tmp_path / "ppo/metrics.jsonl").read_text().splitlines()]
-    assert all(0 < line["time/gemm_share"] < 2 and line["time/tokens_per_second"] > 0 for line in lines)
+    return {name.strip(): rest for name, rest in lines}
+
+
+def in_bytes(text: str) -> float:
+    number, unit = text.split()
+    return float(number) * 1000 ** ("B", "kB", "MB", "GB").index(unit)
+
+
+def test_the_command_counts_what_ppo_holds(run, smoke, capsys):
+    models = ["--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
+    found = told(run, capsys, smoke / "sft", *models, *SMALL, "--precision", "fp32")
+    policy = sum(p.numel() for p in checkpoint.load_gpt(smoke / "sft").parameters())
+    critic = sum(p.numel() for p in checkpoint.load_reward(smoke / "rm")[0].parameters())
+    for name, count, trained in (
+        ("policy", policy, policy),
+        ("critic", critic, critic),
+        ("reference", policy, 0),
+        ("reward model", critic, 0),
+        ("judge", critic, 0),
+    ):
+        assert found[name] == f"{count:,} parameters, {trained:,} trained"
+    assert in_bytes(found["weights"]) == pytest.approx(4 * (2 * policy + 3 * critic), rel=0.02)
+    assert in_bytes(found["Adam's moments"]) == pytest.approx(8 * (policy + critic), rel=0.03)
+    assert in_bytes(found["gradients"]) == pytest.approx(4 * max(policy, critic), rel=0.03)
+    assert in_bytes(found["peak, about"]) > sum(
+        in_bytes(found[k]) for k in ("Adam's moments", "gradients", "a microbatch")
+    )
+    assert found["a rollout"].startswith("up to 272 tokens, 192 of them")  # 16 texts of 1 + 4 + 12
+    assert found["an epoch over it"].startswith("2 optimiser steps, ")
+
+
+def test_what_saves_memory_is_seen_to(run, smoke, capsys):
+    plain = told(run, capsys, smoke / "sft", *SMALL, "--response-tokens", 60)
+    for options, less, same in (
+        (["--microbatch", 2], "a microbatch", "weights"),
+        (["--gradient-checkpointing"], "a microbatch", "weights"),
+        (["--train-layers", 1], "Adam's moments", "keys and values of a rollout"),
+        (["--precision", "bf16"], "weights", "keys and values of a rollout"),
+    ):
+        found = told(run, capsys, smoke / "sft", *SMALL, "--response-tokens", 60, *options)
+        assert in_bytes(found[less]) < 0.9 * in_bytes(plain[less]), options
+        assert found[same] == plain[same]
+    assert "reward model" not in plain and plain["critic"].startswith(plain["policy"].split()[0][:2])
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--batch", "0"], "--batch: must be at least 1"), (["--minibatch", "x"], "must be a whole number"),
+    (["--batch", "10"], "--batch 10 does not divide by --minibatch 32"), (["--response-tokens", "1000"], "the policy's context"),
+    (["--train-layers", "9"], "the model has 2 layers"), (["--bach", "8"], "--bach"), (["--reward-model", "README.md"], "README.md"),
+])  # fmt: skip
+def test_mistakes_are_one_line(run, smoke, capsys, options, message):
+    assert run("minirlhf.estimate", smoke / "sft", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_what_writes_no_text_has_no_policy(run, smoke, capsys):
+    assert run("minirlhf.estimate", smoke / "rm") == 2 and "writes no text" in capsys.readouterr().err

@@ -1,44 +1,52 @@
-"""What training will need, before it starts, and how close to the machine's limit it runs: bytes and operations.
+"""What PPO on a checkpoint needs, before it starts: parameters, bytes and operations.
 
-Bytes that autograd keeps are not a formula here: trial forwards of a few rows say what a row costs, for every
-architecture and option there is.  Operations are counted as they must be done: two for a multiply-add of a matrix product,
-once, whatever is computed a second time to save memory.
+    python -m minirlhf.estimate runs/demo/sft --reward-model runs/demo/rm
+    python -m minirlhf.estimate runs/smollm2/base --train-layers 14 --batch 64 --microbatch 8
+
+Nothing is trained.  The bytes that autograd keeps are not a formula here: trial forwards of a few rows tell
+what a row costs, for every architecture and option.  Operations are counted as they must be done: two for a
+multiply-add of a matrix product, once, whatever is computed a second time to save memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from minirlhf.model import GPT, GPTConfig, ValueModel
-from minirlhf.rollout import read_before, response_logprobs, response_values
+from minirlhf import UserError, checkpoint, optim
+from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from, run_blocks, store_blocks, train_last
+from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
+from minirlhf.support import cli, hardware
+from minirlhf.support.cli import Count, number
 
 
 def parameters(models: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """Of all models, each once."""
+    """The parameters of all models, shared ones once."""
     return list({id(p): p for model in models for p in model.parameters()}.values())
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that the tensors take."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def trained_bytes(tensors: Iterable[nn.Parameter]) -> int:
-    """Of what is trained: as much are its gradients, and twice as much Adam's moments."""
+    """Bytes of what is trained.  Its gradients take as many, and Adam's moments twice as many."""
     return stored_bytes(p for p in tensors if p.requires_grad)
 
 
 def cache_bytes(config: GPTConfig, batch: int, length: int, width: int = 4) -> int:
-    """Keys and values of `length` tokens a row, `width` bytes a number."""
+    """Bytes of the keys and values of `length` tokens per row, with `width` bytes per number."""
     return 2 * width * config.n_layer * config.kv_heads * config.head_dim * batch * length
 
 
 def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
-    """What autograd keeps for the backward of forward(), besides the `known` tensors (the weights)."""
+    """Bytes that autograd keeps for the backward of forward(), besides the `known` tensors (the weights)."""
     known, seen, held = {t.untyped_storage()._cdata for t in known}, {}, []
 
     def keep(t: Tensor) -> Tensor:
@@ -52,21 +60,26 @@ def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
 
 
 def activation_bytes(forward: Callable[[int], object], rows: int, known: Iterable[Tensor]) -> int:
-    """What autograd keeps for forward(rows), from trials with two rows and with four (one alone would copy less)."""
+    """Bytes that autograd keeps for forward(rows), from trials with two rows and four (one alone copies
+    less)."""
     known = list(known)
     two, four = (saved_bytes(lambda n=n: forward(n), known) for n in (2, 4))
     return two + (rows - 2) * (four - two) // 2
 
 
 def resident_bytes() -> int:
-    """Of this process, now; 0 where the system does not say."""
+    """Memory of this process now, in bytes; 0 where the system does not tell."""
     status = Path("/proc/self/statm")
     return int(status.read_text().split()[1]) * 4096 if status.exists() else 0
 
 
 def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> tuple[float, float, float]:
-    """Of a block but the last, of the last, whose results are wanted at so many places, and of the language-model head there;
-    texts are of these lengths.  Two a weight and token of matrices, four a channel and pair of tokens that attention joins."""
+    """Operations of a forward pass over texts of these lengths: (each block but the last, the last block, the
+    head).
+
+    The last block and the language-model head are needed at `wanted` places only.  A matrix takes two
+    operations per weight and token; attention takes four per channel and pair of tokens.
+    """
     lengths, block = lengths.double(), gpt.blocks[-1]
     back = sum(b.causal for b in gpt.blocks) / len(gpt.blocks)
     joined = back * lengths * (lengths + 1) / 2 + (1 - back) * lengths**2
@@ -77,7 +90,8 @@ def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> 
 
 
 def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> float:
-    """Forward and backward: twice as much again for blocks that are trained, once or twice for the head."""
+    """Operations of forward and backward.  Backward takes twice the forward for trained blocks, once or twice
+    for the head."""
     block, last, logits = forward_operations(gpt, lengths, wanted, head)
     trained = sum(b.qkv.weight.requires_grad for b in gpt.blocks)
     blocks = (len(gpt.blocks) - 1 + 2 * max(0, trained - 1)) * block + (1 + 2 * (trained > 0)) * last
@@ -85,20 +99,19 @@ def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) ->
 
 
 def update_operations(policy: GPT, critic: ValueModel, lengths: Tensor, predicted: float) -> float:
-    """Of one pass of PPO's update over texts of these lengths, with `predicted` response tokens."""
-    own = (
-        training_operations(critic.backbone, lengths, predicted, False)
-        if critic.backbone is not policy
-        else 0.0
-    )
-    return training_operations(policy, lengths, predicted, True) + own
+    """Operations of one pass of PPO's update over texts of these lengths, with `predicted` response
+    tokens."""
+    of_critic = training_operations(critic.backbone, lengths, predicted, False)
+    return training_operations(policy, lengths, predicted, True) + of_critic
 
 
 def gemm_rate(
     rows: int, columns: int, dtype: torch.dtype, device: torch.device, seconds: float = 0.2
 ) -> float:
-    """Operations a second of [rows, columns] @ [columns, 4 columns], the largest product of a block: the machine's limit for
-    this work, so the fastest within some tenths of a second."""
+    """Operations per second of [rows, columns] @ [columns, 4 columns], the largest product of a block.
+
+    It is the machine's limit for this work, so the fastest of many within some tenths of a second counts.
+    """
     a = torch.randn(rows, columns, device=device, dtype=dtype)
     b = torch.randn(4 * columns, columns, device=device, dtype=dtype)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -120,40 +133,132 @@ def size(n: float, unit: str) -> str:
     return f"{n:.1f} T{unit}"
 
 
-def show(
-    models: dict[str, nn.Module], turns: list, longest: int, response: int, rows: int, batch: int, fused: bool
-) -> None:  # fmt: skip
-    """Print what PPO will hold and do: `rows` texts of `longest` tokens a microbatch, `batch` a rollout, on this rank; `turns`:
-    which models are trained together."""
-    policy, critic = models["policy"], models["critic"]
-    device, known = policy.wte.weight.device, parameters(models.values())
-    for name, model in models.items():
-        own = parameters([model])
-        trained = sum(p.numel() for p in own if p.requires_grad)
-        print(f"{name:14s}{sum(p.numel() for p in own):>15,} parameters, {trained:,} trained")
+def needs(
+    models: dict[str, nn.Module], prompt: int, response: int, rows: int, batch: int, fused: bool
+) -> dict[str, int]:
+    """{what: bytes} that PPO holds, and its peak, for the models as they are to be trained.
 
-    def forward(n: int, parts: Sequence[str]) -> tuple:
-        tokens, prompt = torch.zeros(n, longest, dtype=torch.long, device=device), longest - response
-        hidden = read_before(policy, tokens, tokens == 0, prompt) if len(parts) == 2 else None
-        how = (prompt, 1.0, None, fused, hidden)
-        return (
-            response_logprobs(policy, tokens, tokens == 0, *how) if "policy" in parts else None,
-            response_values(critic, tokens, tokens == 0, prompt, hidden) if "critic" in parts else None,
-        )
+    models     policy, critic, and those that are only read
+    prompt, response  longest, in tokens
+    rows       texts per microbatch
+    batch      texts per rollout, on this rank
+    fused      whether the logits are never held
+    """
+    policy, critic, weights = models["policy"], models["critic"], parameters(models.values())
+    device = policy.wte.weight.device
+    sampling = Sampling(response, temperature=1.0, eos=0, pad=0, fused_head=fused)
 
+    def texts(n: int) -> Texts:
+        halves = [torch.zeros(n, width, dtype=torch.long, device=device) for width in (prompt, response)]
+        return Texts(halves[0], halves[0] == 0, halves[1], halves[1] == 0)
+
+    # The policy steps, then the critic: only one model's gradients and activations are in memory at a time.
+    of_policy = activation_bytes(lambda n: response_logprobs(policy, texts(n), sampling), rows, weights)
+    of_critic = activation_bytes(lambda n: response_values(critic, texts(n)), rows, weights)
     logits = 0 if fused else 4 * rows * response * policy.config.vocab_size  # their gradient
-    activations = (
-        max(activation_bytes(lambda n, parts=parts: forward(n, parts), rows, known) for parts in turns)
-        + logits
+    found = {
+        "weights": stored_bytes(weights),
+        "Adam's moments": 2 * trained_bytes(weights),
+        "gradients": max(trained_bytes(model.parameters()) for model in (policy, critic)),
+        "a microbatch": max(of_policy, of_critic) + logits,
+        "keys and values of a rollout": cache_bytes(policy.config, batch, prompt + response),
+    }
+    before = resident_bytes() if device.type == "cpu" else found["weights"]
+    most = max(found["gradients"] + found["a microbatch"], found["keys and values of a rollout"])
+    return found | {"peak, about": before + found["Adam's moments"] + most}
+
+
+def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module]:
+    """The models of PPO, prepared as train_ppo.py prepares them."""
+    folder, _, tokenizer = checkpoint.writer(args.checkpoint)
+    policy, models = checkpoint.load_gpt(folder), {}
+    critic, frozen = ValueModel(policy.config), {"reference": checkpoint.load_gpt(folder)}
+    for name, path in ("reward model", args.reward_model), ("judge", args.monitor):
+        if path is not None:
+            frozen[name], own_tokenizer = checkpoint.load_reward(path)
+            first = frozen[name].members[0]
+            if (
+                name == "reward model"
+                and own_tokenizer.hash == tokenizer.hash
+                and first.backbone.config.reads_prefixes
+            ):
+                critic = critic_from(first)
+    models = {"policy": policy, "critic": critic} | frozen
+    device, dtype = hardware.setup_machine().device, hardware.frozen_dtype(precision)
+    for name, model in models.items():
+        model.to(device)
+        if args.train_layers is not None:
+            train_last(model, 0 if name in frozen else args.train_layers, dtype)
+        if name in frozen:
+            store_blocks(model.requires_grad_(False), dtype)
+    run_blocks([policy, critic], args.gradient_checkpointing, False)
+    return models
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser("python -m minirlhf.estimate", description=__doc__, formatter_class=raw)
+    add = parser.add_argument
+    add("checkpoint", type=Path, metavar="CKPT", help="SFT checkpoint that PPO starts from")
+    add("--reward-model", type=Path, metavar="CKPT", help="reward model, from which the critic starts, too")
+    add("--monitor", type=Path, metavar="CKPT", help="second reward model that is only logged")
+    add("--batch", type=number(Count), default=128, help="responses per rollout (%(default)s)")
+    add("--minibatch", type=number(Count), default=32, help="responses per optimiser step (%(default)s)")
+    add("--microbatch", type=number(Count), help="responses per forward pass (default: --minibatch)")
+    add("--prompt-tokens", type=number(Count), default=4, help="longest prompt, in tokens (%(default)s)")
+    add("--response-tokens", type=number(Count), default=24, help="longest response, in tokens (%(default)s)")
+    add("--train-layers", type=number(Count), metavar="N", help="train only the last N blocks (default: all)")
+    add(
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="of matrix products (%(default)s)",
     )
-    moments, cache = 2 * trained_bytes(known), cache_bytes(policy.config, batch, longest)
-    gradients = max(trained_bytes(parameters([models[part] for part in parts])) for parts in turns)
-    before = resident_bytes() if device.type == "cpu" else stored_bytes(known)
-    for name, n in {
-        "weights": stored_bytes(known), "Adam's moments": moments, "gradients": gradients, "a microbatch": activations,
-        "keys and values of a rollout": cache, "peak, about": before + moments + max(gradients + activations, cache),
-    }.items():  # fmt: skip
+    add("--gradient-checkpointing", action="store_true", help="keep only each block's input for backward")
+    args = parser.parse_args(argv)
+    args.microbatch = args.microbatch or args.minibatch
+    for big, small in ("batch", "minibatch"), ("minibatch", "microbatch"):
+        if getattr(args, big) % getattr(args, small):
+            raise UserError(
+                f"--{big} {getattr(args, big)} does not divide by --{small} {getattr(args, small)}"
+            )
+    return args
+
+
+def main() -> None:
+    args = parse()
+    precision = hardware.pick_precision(args.precision)
+    models = load_models(args, precision)
+    policy, critic = models["policy"], models["critic"]
+    prompt = 1 + args.prompt_tokens  # the beginning-of-text token
+    length = prompt + args.response_tokens
+    for name, model in models.items():
+        context = next(m for m in model.modules() if isinstance(m, GPT)).config.context
+        if length > context:
+            raise UserError(
+                f"prompt and response of {length} tokens exceed the {name}'s context of {context}"
+            )
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        trained = sum(n for n, is_trained in counts if is_trained)
+        print(f"{name:14s}{sum(n for n, _ in counts):>15,} parameters, {trained:,} trained")
+
+    device = policy.wte.weight.device
+    fused = optim.fuse_head("auto", args.microbatch * args.response_tokens, policy.config.vocab_size)
+    with hardware.Machine(device).autocast(precision):
+        found = needs(models, prompt, args.response_tokens, args.microbatch, args.batch, fused)
+    for name, n in found.items():
         print(f"{name:30s}{size(n, 'B'):>10s}")
-    work = update_operations(policy, critic, torch.full((batch,), longest - 1), batch * response)
-    print(f"a rollout: up to {batch * longest:,} tokens, {batch * response:,} of them responses; "
-          f"an epoch over it: {size(work, 'FLOP')}")  # fmt: skip
+
+    predicted = args.batch * args.response_tokens
+    work = update_operations(policy, critic, torch.full((args.batch,), length - 1), predicted)
+    dtype = hardware.frozen_dtype(precision)
+    rate = gemm_rate(args.microbatch * length, policy.config.n_embd, dtype, device)
+    print(f"a rollout: up to {args.batch * length:,} tokens, {predicted:,} of them in responses")
+    print(
+        f"an epoch over it: {args.batch // args.minibatch} optimiser steps, {size(work, 'FLOP')}, at least "
+        f"{work / rate:.2g} s at the {size(rate, 'FLOP/s')} of this machine's matrix products in {precision}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
