@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-import train_rm
 from kernels import token_logprobs
 from minirlhf import checkpoint, data
 from minirlhf.measure import stats
@@ -29,22 +28,32 @@ class Judge:
     """A reward model, read for its opinion."""
 
     def __init__(self, folder: Path):
-        self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
+        self.machine, self.precision = hardware.setup_machine(), hardware.pick_precision("auto")
         self.model, self.tokenizer = checkpoint.load_reward(checkpoint.resolve(folder))
         self.model.to(self.machine.device).eval()
         self.context = self.model.members[0].backbone.config.context
 
+    @torch.no_grad()
     def __call__(self, rows: list[dict]) -> list[float]:
         """Scores of whole texts, on the scale of its raters up to a constant."""
         ids = [data.encode_example(self.tokenizer, r["prompt"], r["response"], self.context)[0] for r in rows]
-        return train_rm.score(self.model, ids, self.tokenizer.pad, self.machine, self.precision).tolist()
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        found = [0.0] * len(ids)
+        for start in range(0, len(ids), BATCH):
+            places = by_length[start : start + BATCH]
+            tokens, mask = data.collate([ids[i] for i in places], self.tokenizer.pad)
+            with self.machine.autocast(self.precision):
+                scores, _ = self.model(tokens.to(self.machine.device), mask.to(self.machine.device))
+            for i, score in zip(places, scores.tolist(), strict=True):
+                found[i] = score
+        return found
 
 
 class Fluency:
     """A language model, read for how much the responses surprise it."""
 
     def __init__(self, folder: Path):
-        self.machine, self.precision = hardware.setup_machine(0), hardware.pick_precision("auto")
+        self.machine, self.precision = hardware.setup_machine(), hardware.pick_precision("auto")
         folder = checkpoint.resolve(folder)
         self.model, self.tokenizer = (
             checkpoint.load_gpt(folder).to(self.machine.device).eval(),
@@ -53,7 +62,7 @@ class Fluency:
 
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> float:
-        """Perplexity a token of its own, over the tokens of all responses, their end left out."""
+        """Perplexity per token of its own, over the tokens of all responses, their end left out."""
         nats = tokens = 0
         encoded = [data.encode_example(self.tokenizer, r["prompt"], r["response"], self.model.config.context, eos=False)
                    for r in rows if r["response"].strip()]  # fmt: skip

@@ -59,7 +59,8 @@ def ours(job: dict) -> None:
 
     work = job["work"]
     torch.set_num_threads(job["threads"])
-    machine = hardware.setup_machine(seed=0)
+    machine = hardware.setup_machine()
+    hardware.seed_everything(0)
     model = GPT(GPTConfig(work["vocab"], 1024, work["n_layer"], work["n_head"], work["n_embd"])).eval()
     eos, pad = work["vocab"] - 1, work["vocab"] - 2
     prompts = torch.randint(pad, (work["batch"], work["prompt"]))

@@ -11,7 +11,7 @@ from benchmarks import gaming, rounds
 from benchmarks.readers import Fluency, Judge, rows_of
 from minirlhf import checkpoint, data
 from minirlhf.feedback.store import Policy, Store
-from minirlhf.rollout import response_logprobs
+from minirlhf.rollout import Sampling, Texts, response_logprobs
 from tests.feedback.conftest import make_items
 
 ROWS = [
@@ -30,11 +30,10 @@ def test_judge_and_fluency_are_the_models_own_numbers(smoke):
     for row in ROWS:
         head = [tokenizer.bos, *tokenizer.encode(row["prompt"])]
         body = tokenizer.encode(row["response"])
-        tokens = torch.tensor([head + body])
+        everything = [torch.ones(1, len(ids), dtype=torch.bool) for ids in (head, body)]
+        texts = Texts(torch.tensor([head]), everything[0], torch.tensor([body]), everything[1])
         with torch.no_grad():
-            logprobs, _ = response_logprobs(
-                policy, tokens, torch.ones_like(tokens, dtype=torch.bool), len(head), 1.0
-            )
+            logprobs, _ = response_logprobs(policy, texts, Sampling(99, 1.0, tokenizer.eot, tokenizer.pad))
         nats, count = nats - logprobs.sum().item(), count + len(body)
     assert Fluency(smoke / "sft")([*ROWS, {"prompt": "p", "response": " "}]) == pytest.approx(
         math.exp(nats / count), rel=0.02
