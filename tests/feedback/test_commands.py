@@ -294,7 +294,7 @@ def test_the_loop_of_the_readme(smoke, run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options, message", [
     (["--per-prompt", 1], "--per-prompt must be 2"), (["--temperature", "nan"], "above 0"), (["--limit", 0], "above 0"),
-    (["--response-tokens", 10_000], "over the model's context"), (["--prompts", "none.jsonl"], "no such file"),
+    (["--response-tokens", 10_000], "leaves no room for the response"), (["--prompts", "none.jsonl"], "no such file"),
 ])  # fmt: skip
 def test_sample_refuses(smoke, run, tmp_path, capsys, options, message):
     argv = ["sample", smoke / "ppo", "--prompts", "toy", "--store", tmp_path / "f.db", *options]
