@@ -30,11 +30,10 @@ def test_judge_and_fluency_are_the_models_own_numbers(smoke):
     for row in ROWS:
         head = [tokenizer.bos, *tokenizer.encode(row["prompt"])]
         body = tokenizer.encode(row["response"])
-        prompt, response = torch.tensor([head]), torch.tensor([body])
-        whole = [torch.ones_like(x, dtype=torch.bool) for x in (prompt, response)]
-        sampling = Sampling(len(body), 1.0, tokenizer.eot, tokenizer.pad)
+        everything = [torch.ones(1, len(ids), dtype=torch.bool) for ids in (head, body)]
+        texts = Texts(torch.tensor([head]), everything[0], torch.tensor([body]), everything[1])
         with torch.no_grad():
-            logprobs, _ = response_logprobs(policy, Texts(prompt, whole[0], response, whole[1]), sampling)
+            logprobs, _ = response_logprobs(policy, texts, Sampling(99, 1.0, tokenizer.eot, tokenizer.pad))
         nats, count = nats - logprobs.sum().item(), count + len(body)
     assert Fluency(smoke / "sft")([*ROWS, {"prompt": "p", "response": " "}]) == pytest.approx(
         math.exp(nats / count), rel=0.02

@@ -10,9 +10,11 @@ from torch import Tensor
 from minirlhf import UserError, checkpoint, data
 from minirlhf.feedback.add import tell
 from minirlhf.feedback.store import Store
-from minirlhf.rollout import read
+from minirlhf.model import RewardEnsemble
+from minirlhf.rewards import encode_for
+from minirlhf.rollout import Texts, by_microbatch
 from minirlhf.support import hardware
-from minirlhf.tools.evaluate import CHUNK, write
+from minirlhf.tools.evaluate import CHUNK, sampling_of, write
 
 
 def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[int]:
@@ -46,7 +48,7 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError("--per-prompt must be 2 or more to make pairs: raise it, or use --mode rating")
     if (args.keep is None) != (args.reward_model is None) or (args.keep or 1) < 1:
         raise UserError("--reward-model chooses and --keep N, above 0, says how many: give both or neither")
-    machine, reward_model = hardware.setup_machine(args.seed), None
+    machine, reward_model = hardware.setup_machine(), None
     if args.reward_model:
         reward_model, reader = checkpoint.load_reward(checkpoint.resolve(args.reward_model))
         reward_model.to(machine.device).eval()
@@ -69,13 +71,18 @@ def sample(args: argparse.Namespace) -> None:
         checkpoint.load_gpt(folder).to(machine.device).eval(),
         defaultdict(dict),
     )  # dicts: in order, each once
+
+    def read(reward_model: RewardEnsemble, rows: Texts) -> Tensor:  # each member's scores [b, members]
+        tokens, mask, _ = encode_for(reward_model, reader, rows, tokenizer)
+        return reward_model.each(tokens, mask).T
+
+    sampling = sampling_of(setting, tokenizer)
     for k in range(args.per_prompt):
-        texts = write(model, prompts, setting, tokenizer, machine, args.seed + k)
+        texts = write(model, prompts, sampling, args.seed + k)
         scores = [None] * len(prompts)
         if reward_model:
             with torch.no_grad():
-                chunks = zip(texts.tokens.split(CHUNK), texts.mask.split(CHUNK), strict=True)
-                scores = torch.cat([read(reward_model.each, reader, t, m, tokenizer) for t, m in chunks], 1).T
+                scores = by_microbatch(read, reward_model, texts, CHUNK)
         for i, (row, real) in enumerate(zip(texts.responses, texts.response_mask, strict=True)):
             responses[i].setdefault(tokenizer.decode(row[real].tolist()), scores[i])
     made = {"checkpoint": str(folder), "step": about["step"], "seed": args.seed} | setting
