@@ -1296,6 +1296,8 @@ def test_inspect_counts_what_a_context_cuts_and_drops(monkeypatch, capsys, tmp_p
     out = inspect(monkeypatch, capsys, path, "--tokenizer", "any", "--context", 12)
     account_line = "3 rows: 2 used (1 cut: the end of the text), 1 dropped (prompt longer than the context)"
     assert f"SFT at 12 tokens: {account_line}\n" in out
+    assert "tokens of texts: median 17, 95 % at most 99, longest 108\n" in out
+    assert "tokens of their prompts: median 9, 95 % at most 91, longest 100\n" in out
     path = write(tmp_path / "y.jsonl", {"prompt": "p"})
     out = inspect(monkeypatch, capsys, path, "--tokenizer", "any", "--context", 12)
     assert "SFT at 12 tokens: 1 row: 1 dropped (nothing to learn)\n" in out

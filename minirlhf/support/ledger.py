@@ -56,11 +56,11 @@ def _reasons(ledger: Counter[str], group: str) -> dict[str, int]:
 
 def enter(counts: Counter[str], ledger: Counter[str] | None, problem: str) -> None:
     """Add what an encoder counted to a ledger.  Raises UserError, with a remedy, where nothing is used."""
-    if ledger is not None:
-        ledger.update(+counts)  # without zeros
+    ledger = Counter() if ledger is None else ledger
+    ledger.update(+counts)  # without zeros
     if not counts["used"]:
         reasons = [key for key, _ in counts.most_common() if key in REMEDIES]
-        raise UserError(": ".join([f"{problem} in {account(counts)}", *map(REMEDIES.get, reasons[:1])]))
+        raise UserError(": ".join([f"{problem} in {account(ledger)}", *map(REMEDIES.get, reasons[:1])]))
 
 
 def why_empty(there: Counter[str], what: str, wanted: str) -> str:

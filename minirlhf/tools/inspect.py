@@ -1,7 +1,9 @@
 """What a source of data holds: counts, splits, ratings, agreement, and the first rows as a model sees them.
 
-python -m minirlhf.data inspect vader
-python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 128 -n 5
+    python -m minirlhf.data inspect vader
+    python -m minirlhf.data inspect rows.jsonl --tokenizer runs/demo/sft --context 128 -n 5
+
+With --context it also counts what SFT would learn, cut and drop.
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ import contextlib
 import math
 import sys
 from collections import Counter
+
+import numpy as np
 
 from minirlhf import UserError
 from minirlhf.data import (
@@ -59,6 +63,21 @@ def rating_lines(records: list[Response], genre: str) -> list[str]:
     return [head, *histogram(records)]
 
 
+def length_lines(records: list[Record], tokenizer: Tokenizer) -> list[str]:
+    """How long the texts are in tokens, as SFT sees them, <bos> and <eot> included; and their prompts alone."""
+    wholes, prompts = [], []
+    for prompt, completion in map(as_example, records):
+        ids, mask = encode_example(tokenizer, prompt, completion, sys.maxsize)
+        wholes.append(len(ids))
+        prompts += [mask.index(True)] if prompt else []
+    lengths = {"texts": wholes, "their prompts": prompts}
+    return [
+        f"tokens of {name}: median {np.median(n):.0f}, 95 % at most {np.quantile(n, 0.95):.0f}, longest {max(n):,}"
+        for name, n in lengths.items()
+        if n
+    ]
+
+
 def example(record: Record, tokenizer: Tokenizer | None) -> str:
     """A record as SFT sees it: its split, and what is learnt between [[ and ]]."""
     prompt, completion = as_example(record)
@@ -104,6 +123,8 @@ def main() -> None:
     print("account:", account(data.ledger))
     splits = Counter(split_of(*as_example(r)) for r in data.records)
     print("splits:", ", ".join(f"{splits[name]:,} {name}" for name in ("train", "val", "test")))
+    if tokenizer:
+        print("\n".join(length_lines(data.records, tokenizer)))
     if args.context:
         ledger = data.ledger.copy()
         with contextlib.suppress(UserError):  # nothing to learn: the ledger says why
