@@ -45,6 +45,7 @@ from minirlhf.rewards import RewardReader, Scorer, load_rewards
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
 from minirlhf.support.cli import Above0, AtLeast0, Count, Real, Share, parse_config, run_script
+from minirlhf.support.history import History
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -296,7 +297,7 @@ def main() -> None:
         # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's
         #    activations and gradients are in memory at a time.
         run.phase("update")
-        history = optim.History()
+        history = History()
         for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
             tokens = run.sum_(response_mask[minibatch].sum().float())  # real ones, over all ranks [D17]
             stats = history.new_step(tokens)

@@ -9,7 +9,6 @@ which returns one finite number per response; higher is better.  Each may carry 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +20,9 @@ from minirlhf.measure.rules import blocked_words, length, repetition, sameness
 from minirlhf.model import RewardEnsemble
 from minirlhf.rollout import Texts, by_microbatch
 from minirlhf.support import functions
-from minirlhf.support.functions import Reward
+from minirlhf.support.functions import Reward, load_rewards
 from minirlhf.tokenizer import Tokenizer
 
-SPEC = re.compile(r"(rm|(?!rm:)[\w.]+:\w+)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))?")
 __all__ = [
     "RewardReader",
     "Scorer",
@@ -131,19 +129,3 @@ class Scorer:
         if self.judge is not None:
             parts["objective/judge"] = self.judge.scores(texts, self.tokenizer, self.microbatch)[0]
         return scores, parts
-
-
-def load_rewards(specs: list[str]) -> list[tuple[str, Reward | None, float]]:
-    """[(name, function, weight)] of `rm`, `rm:0.5`, `package.module:function`,
-    `package.module:function:-0.5`.
-
-    The weight is 1 unless given.  The function of `rm` is None: Scorer has the model.
-    """
-    rewards: list[tuple[str, Reward | None, float]] = []
-    for spec in specs:
-        if not (match := SPEC.fullmatch(spec)):
-            form = "rm[:WEIGHT] or package.module:function[:WEIGHT], WEIGHT a number such as -0.5"
-            raise UserError(f"--reward {functions.one_line(spec)}: want {form}")
-        name, weight = match.groups(default="1")
-        rewards.append((name, None if name == "rm" else functions.find(name), float(weight)))
-    return rewards

@@ -18,6 +18,7 @@ from kernels import linear_token_logprobs, token_logprobs
 from minirlhf import UserError
 from minirlhf.model import GPT, KVCache, ValueModel
 from minirlhf.support import ragged
+from minirlhf.support.draw import draw_by_cdf, draw_by_race
 from minirlhf.support.ragged import send
 
 if TYPE_CHECKING:
@@ -156,29 +157,6 @@ def by_microbatch(
     if isinstance(parts[0], tuple):
         return tuple(torch.cat(column) for column in zip(*parts, strict=True))
     return torch.cat(parts)
-
-
-def draw_by_cdf(p: Tensor, u: Tensor) -> Tensor:
-    """One token [B] per row of p [B, V]: where the cumulative sum passes u [B, 1], uniform in [0, 1).
-
-    For the CPU, where it is far faster than torch.multinomial. It needs a cumsum that never decreases, which
-    a GPU's parallel sum does not promise (pytorch issue 21780).
-    """
-    cdf = p.cumsum(-1)
-    total = cdf[:, -1:].contiguous()
-    # Below the total, the first entry above u has a positive probability; u may have been rounded up to it.
-    u = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, u, right=True).squeeze(1)
-
-
-def draw_by_race(p: Tensor, noise: Tensor) -> Tensor:
-    """One token [B] per row of p [B, V]: the argmax of p / noise, where noise [B, V] is Exponential(1).
-
-    Token j arrives at the time noise_j / p_j, which is exponential with rate p_j, so j comes first with
-    probability p_j. For a GPU: the host does not wait, and a token of probability 0 cannot win.
-    """
-    smallest = torch.finfo(noise.dtype).tiny  # 0 / 0 is NaN, which argmax would choose
-    return (p / noise.clamp(min=smallest)).argmax(-1)
 
 
 def sample(

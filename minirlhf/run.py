@@ -22,8 +22,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, optim
-from minirlhf.rollout import Texts
-from minirlhf.support import logs
 from minirlhf.support.folder import Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -32,6 +30,7 @@ from minirlhf.support.hardware import (
     setup_machine,
     trim_freed_memory,
 )
+from minirlhf.support.history import Sums
 from minirlhf.support.run_config import RunConfig
 
 STREAMS = {"sft": 1, "rm": 2, "ppo": 3}  # a stage's own random numbers
@@ -62,7 +61,7 @@ class Run(Folder):
 
     def means(self, per_text: dict[str, Tensor], count: int) -> dict[str, float]:
         """The mean of each tensor [B] over all ranks, `count` numbers in all."""
-        sums = optim.Sums()
+        sums = Sums()
         sums.add({name: values.sum() / count for name, values in per_text.items()})
         return sums.over_ranks(self.machine)
 
@@ -166,25 +165,6 @@ class Run(Folder):
         self.step = step
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
         self.bar.set_postfix_str(note.format(**metrics), refresh=False)
-
-    def record_texts(
-        self,
-        step: int,
-        texts: Texts,
-        per_text: dict[str, Tensor],
-        kl_coef: float,
-        show: bool,
-        every: int | None,
-    ) -> None:
-        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three of them if asked
-        to."""
-        write = bool(every) and step % every == 0
-        if self.rank == 0 and (show or write):
-            rows = logs.sample_rows(*texts.decode(self.tokenizer), per_text)
-            if write:
-                self.logger.write("samples", step, rows)
-            if show:
-                self.print(logs.show_rows(rows[:3], kl_coef))
 
     def checkpoint(self, step: int, due: bool, best: bool = False) -> None:
         """Save if it is due or if the run was asked to stop; then stop, unless this step was the last.

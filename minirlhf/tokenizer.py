@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import sys
 import unicodedata
 from collections import Counter
@@ -21,7 +20,7 @@ import regex
 import tiktoken
 
 from minirlhf import UserError
-from minirlhf.support import bpe
+from minirlhf.support import bpe, vocabulary
 from minirlhf.support.bpe import BYTES
 from minirlhf.support.files import write_atomically
 from minirlhf.support.text import escaped, utf8
@@ -65,7 +64,7 @@ class Tokenizer:
         self.pad = spare[0] if pad is None else pad
         ids = [*ranks.values(), *self.specials.values()]
         self.vocab_size = max(ids) + 1 if vocab_size is None else vocab_size
-        self._check(ids)
+        vocabulary.check(self, ids)
         self._tokens, self._silent = {*ids}, {self.pad, self.eot, self.bos}
         self._early = {name: self.specials[name] for name, after in self.added.items() if not after}
         self._late = {self._normal(name): self.specials[name] for name, after in self.added.items() if after}
@@ -80,26 +79,6 @@ class Tokenizer:
         self.encoding = tiktoken.Encoding(
             self.hash[:8], pat_str=pattern, mergeable_ranks=ranks | absent, special_tokens=self.specials
         )
-
-    def _check(self, ids: list[int]) -> None:
-        """Raise ValueError for what tiktoken does not refuse by itself in one line."""
-        whole = lambda x: type(x) is int and x >= 0
-        if not whole(self.vocab_size) or self.vocab_size >= 2**31:
-            raise ValueError(f"vocab_size is {self.vocab_size!r:.40}")
-        if wrong := [i for i in ids if not whole(i) or i >= self.vocab_size]:
-            raise ValueError(f"id {wrong[0]!r:.40}, but vocab_size is {self.vocab_size}")
-        if len({*ids}) < len(ids):
-            raise ValueError("two tokens have the same id")
-        if not {self.eot, self.bos, self.pad} <= {*self.specials.values()}:
-            raise ValueError("eot, bos or pad is no special token")
-        if "" in self.specials or not self.added.keys() <= self.specials.keys():
-            raise ValueError("a special token has no name, or an added one no id")
-        if not isinstance(self.hf, dict):
-            raise ValueError(f"hf is {self.hf!r:.40}")
-        if self.normalize not in (None, "NFC", "NFD", "NFKC", "NFKD"):
-            raise ValueError(f"normalize is {self.normalize!r:.40}")
-        if regex.fullmatch(self.pattern, ""):
-            raise ValueError(f"the pattern {self.pattern!r:.40} takes nothing for a word")
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, never a special one: a '<|pad|>' in it is plain characters. `decode` gives the text
@@ -165,24 +144,17 @@ class Tokenizer:
                 remedy = "go online once, set TIKTOKEN_CACHE_DIR to a filled cache, or give a .tiktoken file"
                 raise UserError(f"tokenizer gpt2: not fetched ({type(error).__name__}); {remedy}") from error
             return cls(gpt2._mergeable_ranks, gpt2._pat_str)
-        folder = os.path.isdir(source)  # False where Path.is_dir raises: the name is too long
-        file = Path(source, "tokenizer.tiktoken") if folder else Path(source)
-        meta = file.with_suffix(".json")
-        if folder and meta.is_file() and not file.is_file():
+        file, meta = vocabulary.files_of(source)
+        if file is None:
             return importlib.import_module("minirlhf.interop.wordpiece").WordPiece(meta)
-        for needed in [file, meta] if folder else [file]:
-            if not os.path.isfile(needed):
-                raise UserError(f"{needed}: no such file; give a tokenizer folder, a .tiktoken file or gpt2")
         if not meta.is_file():
             return cls(bpe.read(file, dense=True))
         ranks = bpe.read(file, dense=False)
-        try:
+        with vocabulary.damage_is_one_line(meta, file):
             saved = json.loads(meta.read_text(encoding="utf-8"))
             if saved["format"] != FORMAT:
                 raise ValueError(f"its format is not {FORMAT}")
             tokenizer = cls(ranks, **{k: v for k, v in saved.items() if k not in ("format", "hash")})
             if saved["hash"] != tokenizer.hash:
                 raise ValueError(f"its hash is not that of {file.name}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
-            raise UserError(f"{meta}:1: {error!r}; restore it and {file.name} from the same save") from error
         return tokenizer

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minirlhf import UserError, checkpoint, data
-from minirlhf.support import claims, ledger, steps
+from minirlhf.rollout import Texts
+from minirlhf.support import claims, ledger, logs, steps
 from minirlhf.support.files import Lock
 from minirlhf.support.hardware import Machine
 from minirlhf.support.logs import MetricLogger
@@ -125,6 +126,25 @@ class Folder:
             trainer = {"tensors": tensors, "state": state}
             checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer, best)
         self.saved_step = step
+
+    def record_texts(
+        self,
+        step: int,
+        texts: Texts,
+        per_text: dict[str, Tensor],
+        kl_coef: float,
+        show: bool,
+        every: int | None,
+    ) -> None:
+        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three of them if asked
+        to."""
+        write = bool(every) and step % every == 0
+        if self.rank == 0 and (show or write):
+            rows = logs.sample_rows(*texts.decode(self.tokenizer), per_text)
+            if write:
+                self.logger.write("samples", step, rows)
+            if show:
+                self.print(logs.show_rows(rows[:3], kl_coef))
 
     @property
     def elapsed(self) -> float:

@@ -5,11 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable
 
 from minirlhf import UserError
 
 Reward = Callable[[list[str], list[str]], list[float]]
+SPEC = re.compile(r"(rm|(?!rm:)[\w.]+:\w+)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))?")
+
+
+def load_rewards(specs: list[str]) -> list[tuple[str, Reward | None, float]]:
+    """[(name, function, weight)] of `rm`, `rm:0.5`, `package.module:function`,
+    `package.module:function:-0.5`.
+
+    The weight is 1 unless given.  The function of `rm` is None: Scorer has the model.
+    """
+    rewards: list[tuple[str, Reward | None, float]] = []
+    for spec in specs:
+        if not (match := SPEC.fullmatch(spec)):
+            form = "rm[:WEIGHT] or package.module:function[:WEIGHT], WEIGHT a number such as -0.5"
+            raise UserError(f"--reward {one_line(spec)}: want {form}")
+        name, weight = match.groups(default="1")
+        rewards.append((name, None if name == "rm" else find(name), float(weight)))
+    return rewards
 
 
 def find(name: str) -> Reward:

@@ -38,10 +38,8 @@ def load_judgements(
     Training targets are what --raters makes of several judgements; validation and test keep the mean.
     """
     home = source.genres_among([config.genre])
-    chosen = source.select("train", source.genres_among(config.genres))
-    records = [r for r in chosen.records if config.part in ("all", data.part_of(r))]
-    chosen.ledger["left: other part"] += len(chosen.records) - len(records)
-    records, found = raters.with_targets(records, config.raters)
+    chosen = source.select("train", source.genres_among(config.genres), config.part)
+    records, found = raters.with_targets(chosen.records, config.raters)
     train = data.encode_judged(tokenizer, records, context, config.too_long, chosen.ledger)
     run.account(f"train, part {config.part}", chosen.ledger)
     lowered = [

@@ -1,0 +1,56 @@
+"""The key-value cache: what attention keeps of earlier tokens, so that each is read once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minirlhf import UserError
+from minirlhf.support.ragged import Layout
+
+if TYPE_CHECKING:
+    from minirlhf.model import GPT
+
+
+class KVCache:
+    """Keys and values [G, B, length, D] of every layer, allocated once for `length` tokens per row."""
+
+    def __init__(self, model: GPT, batch: int, length: int):
+        c, device = model.config, model.wte.weight.device
+        if not c.reads_prefixes:
+            raise UserError(
+                "a model that reads in both directions has no past to keep: every new token changes it"
+            )
+        half = device.type != "cpu" and torch.is_autocast_enabled(device.type)  # as attention gets them
+        dtype = torch.get_autocast_dtype(device.type) if half else torch.float32
+        empty = lambda: torch.zeros(c.kv_heads, batch, length, c.head_dim, dtype=dtype, device=device)
+        self.keys = [empty() for _ in range(c.n_layer)]
+        self.values = [empty() for _ in range(c.n_layer)]
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self.longest = 0
+        self.even = True  # whether all rows are as long as the longest
+
+    def append(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Store k, v [G, B, width, D] of the new tokens -> the keys and values of all tokens so far."""
+        end = self.longest + layout.width
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            if layout.cache_columns is None:
+                stored[:, :, self.longest : end] = new
+            else:
+                row = torch.arange(len(self.lengths), device=stored.device)[:, None]
+                stored[:, row, layout.cache_columns] = new.to(stored.dtype)
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def advance(self, layout: Layout) -> None:
+        """Count the new tokens, after all layers have stored them."""
+        self.lengths = self.lengths + (layout.width if layout.lengths is None else layout.lengths)
+        self.longest, self.even = self.longest + layout.width, self.even and layout.lengths is None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows [K] alone.  Layers are copied one by one: two whole caches never exist."""
+        for stored in (self.keys, self.values):
+            for layer, x in enumerate(stored):
+                stored[layer] = x[:, rows]
+        self.lengths = self.lengths[rows]

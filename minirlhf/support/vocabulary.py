@@ -1,0 +1,62 @@
+"""A tokenizer's files, and what they must hold: everything that a damaged or hostile one may get wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import regex
+
+from minirlhf import UserError
+
+if TYPE_CHECKING:
+    from minirlhf.tokenizer import Tokenizer
+
+
+def files_of(source: str | Path) -> tuple[Path | None, Path]:
+    """(ranks, JSON) of a tokenizer folder or a .tiktoken file; no ranks where a folder holds BERT's tokenizer.json.
+
+    The JSON beside a .tiktoken file may be missing.  Raises UserError where another file is.
+    """
+    folder = os.path.isdir(source)  # False where Path.is_dir raises: the name is too long
+    file = Path(source, "tokenizer.tiktoken") if folder else Path(source)
+    meta = file.with_suffix(".json")
+    if folder and meta.is_file() and not file.is_file():
+        return None, meta
+    for needed in [file, meta] if folder else [file]:
+        if not os.path.isfile(needed):
+            raise UserError(f"{needed}: no such file; give a tokenizer folder, a .tiktoken file or gpt2")
+    return file, meta
+
+
+@contextmanager
+def damage_is_one_line(meta: Path, file: Path) -> Iterator[None]:
+    """Whatever damaged JSON leads to in the block becomes a UserError."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, regex.error) as error:
+        raise UserError(f"{meta}:1: {error!r}; restore it and {file.name} from the same save") from error
+
+
+def check(tokenizer: Tokenizer, ids: list[int]) -> None:
+    """Raise ValueError for what tiktoken does not refuse by itself in one line."""
+    whole = lambda x: type(x) is int and x >= 0
+    if not whole(tokenizer.vocab_size) or tokenizer.vocab_size >= 2**31:
+        raise ValueError(f"vocab_size is {tokenizer.vocab_size!r:.40}")
+    if wrong := [i for i in ids if not whole(i) or i >= tokenizer.vocab_size]:
+        raise ValueError(f"id {wrong[0]!r:.40}, but vocab_size is {tokenizer.vocab_size}")
+    if len({*ids}) < len(ids):
+        raise ValueError("two tokens have the same id")
+    if not {tokenizer.eot, tokenizer.bos, tokenizer.pad} <= {*tokenizer.specials.values()}:
+        raise ValueError("eot, bos or pad is no special token")
+    if "" in tokenizer.specials or not tokenizer.added.keys() <= tokenizer.specials.keys():
+        raise ValueError("a special token has no name, or an added one no id")
+    if not isinstance(tokenizer.hf, dict):
+        raise ValueError(f"hf is {tokenizer.hf!r:.40}")
+    if tokenizer.normalize not in (None, "NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"normalize is {tokenizer.normalize!r:.40}")
+    if regex.fullmatch(tokenizer.pattern, ""):
+        raise ValueError(f"the pattern {tokenizer.pattern!r:.40} takes nothing for a word")
