@@ -40,6 +40,7 @@ from minirlhf.data import (
 )
 from minirlhf.interop import vader
 from minirlhf.support import sources
+from minirlhf.support.ledger import REMEDIES
 from minirlhf.tools import inspect as inspect_tool
 
 
@@ -649,6 +650,22 @@ def test_an_account_of_everything():
         "12 skipped (malformed)"
     )
     assert account(Counter()) == "0 rows: none"
+
+
+def test_the_page_explains_every_reason_of_the_ledger():
+    root = Path(data.__file__).parents[1]
+    code = "".join(file.read_text() for file in sorted((root / "minirlhf").rglob("*.py")))
+    reasons = set(re.findall(r'"((?:cut|dropped|skipped): [^"{}]+)"', code)) - {
+        "cut: what",
+        "dropped: why",
+        "skipped: why",
+    }
+    assert {"dropped: thumbs down", "skipped: malformed", "cut: the end of the text"} <= reasons
+    page = (root / "docs/data.md").read_text()
+    assert [reason for reason in sorted(reasons) if f"| {reason} |" not in page] == []
+    assert set(REMEDIES) <= reasons | {
+        f"dropped: pairs that the {x} makes equal" for x in ("cut", "tokenizer")
+    }
 
 
 LOST = ("dropped: ", "skipped: ", "left: ")

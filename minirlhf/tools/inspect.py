@@ -93,7 +93,7 @@ def example(record: Record, tokenizer: Tokenizer | None) -> str:
 def main() -> None:
     parser = Parser(
         "python -m minirlhf.data",
-        description=f"{__doc__}\nThe keys of a row tell what it is.\n\n{formats.__doc__}",
+        description=f"{__doc__}\nThe keys of a row tell its kind:\n\n{formats.__doc__.partition(chr(10) * 2)[2]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the table of formats
     )
     parser.add_argument("command", choices=["inspect"])
