@@ -44,7 +44,8 @@ from minirlhf.model import (
 from minirlhf.rewards import RewardReader, Scorer, load_rewards
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
-from minirlhf.support.cli import Above0, AtLeast0, Count, Real, Share, parse_config, run_script
+from minirlhf.support import cli
+from minirlhf.support.cli import Above0, AtLeast0, Count, Epsilon, Real, Share, Temperature
 from minirlhf.support.history import History
 from minirlhf.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ class Config(RunConfig):
     """Tokens of a text without a prompt of its own that become its prompt."""
     response_tokens: Count = 24
     """Longest response in tokens (Ziegler: 24)."""
-    temperature: Above0 = 1.0
+    temperature: Temperature = 1.0
     """Temperature of the sampler and of every log-probability [D3] (Ziegler: 0.7, safer and less varied)."""
     stop: bool = True
     """Let responses end.  --no-stop takes the end-of-text token out of policy and reference: full length for
@@ -124,7 +125,7 @@ class Config(RunConfig):
     """Learning rate of the policy, linear to 0 over the iterations [D16]."""
     value_lr: Above0 = 4e-4
     """Learning rate of the value model, which decays alike."""
-    adam_eps: Above0 = 1e-5
+    adam_eps: Epsilon = 1e-5
     """Adam's epsilon, larger than PyTorch's 1e-8 [D16]."""
     max_grad_norm: AtLeast0 = 1.0
     """Gradients of policy and value model are each scaled down to this norm.  0: no clipping."""
@@ -214,7 +215,9 @@ def load_prompts(
 
 
 def main() -> None:
-    config = parse_config(PRESETS, __doc__)
+    config = cli.parse_config(PRESETS, __doc__)
+    cli.refuse_unread("--kl-horizon", "without --kl-target", config.kl_target is None)
+    cli.refuse_unread("--missing-eos-penalty", "with --missing-eos none", config.missing_eos == "none")
     run = Run("ppo", config)
 
     # Setup: the policy and its frozen reference; a reward model, a judge, and a value model; prompts.
@@ -274,9 +277,7 @@ def main() -> None:
         with run.autocast(), torch.no_grad():
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
             ref_logprobs, _ = by_microbatch(response_logprobs, ref, texts, microbatch, sampling)  # [B, R]
-            values = by_microbatch(
-                response_values, critic, texts, microbatch
-            )  # [B, R], before each token [D8]
+            values = by_microbatch(response_values, critic, texts, microbatch)  # [B, R], before tokens [D8]
             scores, score_parts = run.together(scorer, texts)  # [B]
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
         has_eos = texts.ended(tokenizer.eot)
@@ -347,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

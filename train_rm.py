@@ -34,7 +34,7 @@ from minirlhf.measure.scoring import Reference, score_items, score_sequences
 from minirlhf.model import GPT, RewardEnsemble, run_blocks, train_last
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
-from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Share, ShareBelow1
+from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
 from minirlhf.support.judgements import load_judgements, target_of
 from minirlhf.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ class Config(RunConfig):
     """Weight decay of matrices; vectors have none."""
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.98)
     """Adam's betas."""
-    adam_eps: Above0 = 1e-8
+    adam_eps: Epsilon = 1e-8
     """Adam's epsilon."""
     max_grad_norm: AtLeast0 = 1.0
     """Gradients are scaled down to this norm.  0: no clipping."""
@@ -117,7 +117,7 @@ class Config(RunConfig):
     """Tokens of a text that become the prompt of a sample: as in train_ppo.py."""
     response_tokens: Count = 24
     """Longest sample in tokens: as in train_ppo.py."""
-    temperature: Above0 = 1.0
+    temperature: Temperature = 1.0
     """Temperature of these samples: as in train_ppo.py."""
 
     def __post_init__(self) -> None:
@@ -227,6 +227,8 @@ def rating_pairs_loss(
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
+    for option in ("--normalise-samples", "--prompt-tokens", "--response-tokens", "--temperature"):
+        cli.refuse_unread(option, "with --normalise none", config.normalise == "none")
     run = Run("rm", config)
 
     # Setup: data, a trained model as backbone of each member, optimisers.

@@ -31,7 +31,7 @@ from minirlhf.model import GPT, GPTConfig, run_blocks, train_last
 from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
-from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, ShareBelow1
+from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
 from minirlhf.tokenizer import Tokenizer
 
 Example = tuple[list[int], list[bool]]  # token ids, and which of them are learnt
@@ -87,7 +87,7 @@ class Config(RunConfig):
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.99)
     """Adam's betas.  Steps are small (about 900 tokens): 0.99 averages their squared gradients over enough of
     them."""
-    adam_eps: Above0 = 1e-8
+    adam_eps: Epsilon = 1e-8
     """Adam's epsilon."""
     max_grad_norm: AtLeast0 = 1.0
     """Gradients are scaled down to this norm.  0: no clipping."""
@@ -103,6 +103,8 @@ class Config(RunConfig):
         super().__post_init__()
         if self.microbatch is not None and self.batch % self.microbatch:
             raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"--n-embd {self.n_embd} does not divide by --n-head {self.n_head}")
 
 
 PRESETS = {
@@ -115,7 +117,7 @@ PRESETS = {
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12,
                    n_head=12, n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
 }  # fmt: skip
-OVERRIDDEN = ("tokenizer", "vocab", "context", "n_layer", "n_head", "n_embd")  # where --init brings a model
+OF_A_NEW_MODEL = ("--tokenizer", "--vocab", "--context", "--n-layer", "--n-head", "--n-embd")
 
 
 def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: list) -> tuple[GPT, Tokenizer]:
@@ -185,7 +187,9 @@ def bits_per_byte(
         with run.autocast():
             total += loss_sum(model, ordered[i : i + 64], tokenizer.pad, fused_head)
     model.train()
-    return run.sum_(total).item() / math.log(2) / n_bytes
+    run.sum_(total)
+    run.require_finite(validation_loss=total)
+    return total.item() / math.log(2) / n_bytes
 
 
 def print_samples(config: Config, run: Run, model: GPT, tokenizer: Tokenizer) -> None:
@@ -202,10 +206,9 @@ def print_samples(config: Config, run: Run, model: GPT, tokenizer: Tokenizer) ->
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    if config.init and (useless := [name for name in OVERRIDDEN if name in cli.given()]):
-        raise UserError(
-            f"--{useless[0].replace('_', '-')} has no effect: --init brings its own; drop one of them"
-        )
+    for option in OF_A_NEW_MODEL:
+        cli.refuse_unread(option, "with --init, which brings its own", config.init is not None)
+    cli.refuse_unread("--vocab", "with --tokenizer, which brings its own", config.tokenizer != "train")
     run = Run("sft", config)
 
     # Setup: data, tokenizer, model, optimiser.

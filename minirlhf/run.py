@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, optim
-from minirlhf.support.folder import Folder
+from minirlhf.support.folder import LOWER_LR, Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
     pick_precision,
@@ -130,8 +130,7 @@ class Run(Folder):
         bad = torch.stack([(~torch.isfinite(x.detach())).any().float() for x in quantities.values()])
         names = [name for name, count in zip(quantities, self.sum_(bad).tolist(), strict=True) if count]
         if names:
-            remedy = "lower the learning rate, or train in --precision fp32"
-            raise UserError(f"{' and '.join(names)}: not finite any more: {remedy} ({self._progress()})")
+            raise UserError(f"{' and '.join(names)}: not finite any more: {LOWER_LR} ({self._progress()})")
 
     def together(self, function: Callable, *args: Any) -> Any:
         """function(*args), after which all ranks go on, or none.
@@ -149,14 +148,6 @@ class Run(Folder):
             reason = error or "another process failed"
             raise UserError(f"{reason} ({self._progress()}; --resume does this step again)") from error
         return result
-
-    def _progress(self) -> str:
-        last = (
-            f"the last checkpoint is that of step {self.saved_step}"
-            if self.saved_step
-            else "no checkpoint yet"
-        )
-        return f"{self.stage}, step {self.step + 1}; {last}"
 
     def log(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
         """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress

@@ -41,7 +41,9 @@ def score_sequences(run: Run, members: list[RewardModel], sequences: list[list[i
         found[torch.tensor(rows, device=run.device)] = scores.float()
     for member in members:
         member.train()
-    return run.sum_(found).cpu()
+    run.sum_(found)
+    run.require_finite(scores=found)
+    return found.cpu()
 
 
 @dataclass

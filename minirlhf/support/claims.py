@@ -8,6 +8,7 @@ from typing import Any
 
 from minirlhf import UserError
 from minirlhf.support import steps
+from minirlhf.support.files import LOCK
 
 NOT_SETTINGS = {
     "out",
@@ -19,11 +20,37 @@ NOT_SETTINGS = {
 }  # they change no result
 
 
-def claim(out: Path, saved: dict | None, stage: str, settings: dict[str, Any], resume: bool) -> str:
+WRITTEN = (*steps.LINKED, "metrics.jsonl", "samples.jsonl")  # what a run writes into OUT and may replace
+
+
+def refuse_foreign(out: Path) -> None:
+    """UserError where OUT holds files that a run would replace, but no run: a downloaded model, say."""
+    if (out / LOCK).exists() or (out / "latest").exists() or steps.whole_steps(out):
+        return
+    if found := [name for name in WRITTEN if (out / name).is_file()]:
+        raise UserError(f"{out} holds a {found[0]} that is no run's, and would be lost: choose another --out")
+
+
+def refuse_inside(out: Path, name: str, folder: Path) -> None:
+    """UserError where a run that starts again in OUT would remove the checkpoint that it starts from."""
+    if out.resolve() in (folder.resolve(), folder.resolve().parent):
+        raise UserError(
+            f"--{name.replace('_', '-')} {folder} lies in --out {out}, where this run would replace it: "
+            f"choose another --out"
+        )
+
+
+def claim(
+    out: Path, saved: dict | None, stage: str, settings: dict[str, Any], resume: bool, overwrite: bool
+) -> str:
     """'start', 'resume' or 'complete' for a stage with these settings in the folder `out`.
 
     `saved` is the config.json that OUT/latest leads to, None if it leads to none.  Raises UserError where the
-    folder holds another run, or one that cannot be resumed."""
+    folder holds another run, or one that cannot be resumed.  `overwrite` replaces runs of the same stage."""
+    if saved is not None and saved.get("stage") != stage:
+        raise UserError(f"{out} holds a checkpoint of stage {saved.get('stage')}: choose another --out")
+    if overwrite:
+        return "start"
     if saved is None:
         if found := steps.whole_steps(out):
             raise UserError(
@@ -31,8 +58,6 @@ def claim(out: Path, saved: dict | None, stage: str, settings: dict[str, Any], r
                 f"ln -sfn {found[-1]} {out}/latest and --resume goes on; --overwrite starts again"
             )
         return "start"
-    if saved.get("stage") != stage:
-        raise UserError(f"{out} holds a checkpoint of stage {saved.get('stage')}: choose another --out")
     before = saved.get("training", {})
     other = sorted(k for k in settings.keys() - NOT_SETTINGS if before.get(k, settings[k]) != settings[k])
     if other:

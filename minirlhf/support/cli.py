@@ -38,6 +38,7 @@ from minirlhf.support.text import escaped, one_line
 Config = TypeVar("Config")
 EMPTY = "its value is empty; is a shell variable unset?"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a limit on files is full
+CRASHES = (errno.ENOENT, errno.EEXIST)  # a file that comes or goes is our mistake, or another process'
 HUGE = 10**9  # no count is larger: a list of so many entries would not fit in memory
 
 
@@ -64,9 +65,11 @@ class Range:
 Count = Annotated[int, Range(1, HUGE)]
 CountOr0 = Annotated[int, Range(0, HUGE)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]
-Real = Annotated[float, Range(-1e30, 1e30)]
-Above0 = Annotated[float, Range(above=0, high=1e30)]
-AtLeast0 = Annotated[float, Range(0, 1e30)]
+Real = Annotated[float, Range(-1e9, 1e9)]  # the square of a larger number is lost in fp32
+Above0 = Annotated[float, Range(above=0, high=1e9)]
+AtLeast0 = Annotated[float, Range(0, 1e9)]
+Epsilon = Annotated[float, Range(1e-30, 1e9)]  # a smaller one is 0 in fp32
+Temperature = Annotated[float, Range(1e-3, 1e3)]  # beyond, the likeliest token, or any token
 Share = Annotated[float, Range(0, 1)]
 ShareBelow1 = Annotated[float, Range(0, below=1)]
 
@@ -219,6 +222,12 @@ def given(argv: list[str] | None = None) -> set[str]:
     return {word.removeprefix("no-").replace("-", "_") for word in words}
 
 
+def refuse_unread(option: str, why: str, unread: bool = True) -> None:
+    """UserError where the option stands on the command line though nothing reads it: "with --init", say."""
+    if unread and option.removeprefix("--").replace("-", "_") in given():
+        raise UserError(f"{option} has no effect {why}: drop one of them")
+
+
 def join_repeated(argv: list[str], option: str) -> list[str]:
     """--reward a --lr 1 --reward b  ->  --lr 1 --reward a b"""
     rest, values, taking = [], [], False
@@ -244,7 +253,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes once more at its end)
         sys.exit(141)
     except (MemoryError, OSError, RuntimeError) as error:
-        reason = _lack(error)
+        reason = _refusal_of_machine(error)
         if reason is None:
             raise
         _end(f"error: {reason}", 2)
@@ -263,12 +272,14 @@ def _end(message: str, code: int) -> typing.NoReturn:
     sys.exit(code)
 
 
-def _lack(error: Exception) -> str | None:
-    """What the machine lacks, disk or memory, and what helps; None for any other error."""
+def _refusal_of_machine(error: Exception) -> str | None:
+    """What the machine does not give, a file or memory, and what helps; None for any other error."""
     text = one_line(error)
     if isinstance(error, OSError):
+        if error.errno in (None, *CRASHES):
+            return None
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}: make room" if error.errno in NO_ROOM else None
+        return f"{where}{error.strerror}" + ": make room" * (error.errno in NO_ROOM)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         remedy = "use a smaller model, --batch or --microbatch, or --gradient-checkpointing"
         return f"out of memory ({text or type(error).__name__}): {remedy}"

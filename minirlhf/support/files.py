@@ -65,6 +65,25 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return found
 
 
+def refuse_unwritable(folder: Path) -> None:
+    """UserError where the folder is not there and cannot be made.  Nothing is left behind."""
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    for path in missing:
+        with contextlib.suppress(OSError):  # another process uses it already
+            path.rmdir()
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be made or written ({error.strerror}): choose another --out")
+
+
+LOCK = ".lock"  # in every folder that a run has used
+
+
 class Lock:
     """One process per folder.  The lock is the kernel's: it goes when its process ends, however it ends."""
 
@@ -72,11 +91,9 @@ class Lock:
         """Raises UserError where another process holds the folder, or where it cannot be made."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / ".lock", "a")  # noqa: SIM115  (held until the process ends)
+            self.file = open(folder / LOCK, "a")  # noqa: SIM115  (held until the process ends)
         except OSError as error:
-            raise UserError(
-                f"{folder}: cannot be made or written ({error.strerror}): choose another --out"
-            ) from None
+            raise _unwritable(folder, error) from None
         with contextlib.suppress(ImportError):  # Windows has no fcntl: there the folder is not guarded
             import fcntl
 

@@ -13,10 +13,13 @@ from tqdm import tqdm
 from minirlhf import UserError, checkpoint, data
 from minirlhf.rollout import Texts
 from minirlhf.support import claims, ledger, logs, steps
-from minirlhf.support.files import Lock
+from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
 from minirlhf.support.logs import MetricLogger
 from minirlhf.support.state import pack_optimizer, unpack_optimizer
+
+TOO_LARGE = 1e18  # the square of such a weight is infinite in fp32
+LOWER_LR = "lower the learning rate, or train in --precision fp32"
 
 
 class Folder:
@@ -30,8 +33,10 @@ class Folder:
         self.stage, self.config, self.out = stage, config, config.out
         self.rank, self.world = machine.rank, machine.world
         self.lock: Lock | None = None
-        if self.rank == 0 and self.out.exists():
-            self.lock = Lock(self.out)
+        if self.rank == 0:
+            refuse_unwritable(self.out)
+            claims.refuse_foreign(self.out)
+            self.lock = Lock(self.out) if self.out.exists() else None
         self.state = self._claim()
         self.step, self.saved_step = 0, 0  # how many steps are done, and how many the last checkpoint holds
         self.seconds, self.started = 0.0, None
@@ -40,12 +45,15 @@ class Folder:
 
     def _claim(self) -> str:
         """'start', 'resume' or 'complete'."""
-        if self.config.overwrite:
-            return "start"
-        whole = (self.out / "latest" / "config.json").is_file()
-        self.saved = checkpoint.load_config(self.out) if whole else None
+        self.saved, overwrite = None, self.config.overwrite
+        if (self.out / "latest" / "config.json").is_file():
+            try:
+                self.saved = checkpoint.load_config(self.out)
+            except UserError:
+                if not overwrite:  # a damaged run may be replaced
+                    raise
         settings = checkpoint.settings_of(self.config)
-        state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume)
+        state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume, overwrite)
         if state == "resume" and self.saved.get("world", self.world) != self.world:
             self.print(
                 f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other random draws"
@@ -60,6 +68,7 @@ class Folder:
         self.inputs = {"data": source.sha256}
         for name, path in checkpoints.items():
             if path is not None:
+                claims.refuse_inside(self.out, name, checkpoint.resolve(path))
                 refuse_stale(path, "init", checkpoints["init"])
                 self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
@@ -107,7 +116,11 @@ class Folder:
         return self.counters
 
     def save(self, step: int, complete: bool = False, best: bool = False, **about: Any) -> None:
-        """Write the checkpoint of `step`, the best so far or not; `about` goes into its config.json."""
+        """Write the checkpoint of `step`, the best so far or not; `about` goes into its config.json.
+
+        Raises UserError, and writes nothing, where a weight is not finite.
+        """
+        self._require_finite_weights()
         tensors: dict[str, Tensor] = {}
         optimizers: dict[str, dict] = {}
         for name, part in self.parts.items():
@@ -145,6 +158,21 @@ class Folder:
                 self.logger.write("samples", step, rows)
             if show:
                 self.print(logs.show_rows(rows[:3], kl_coef))
+
+    def _require_finite_weights(self) -> None:
+        """The last step may have been too large, and no loss has been computed since.  All ranks agree."""
+        changing = {"model": self.model} | self.parts
+        for name, part in changing.items():
+            weights = part.state_dict().values() if isinstance(part, nn.Module) else []
+            if not all(bool((x.abs() < TOO_LARGE).all()) for x in weights):
+                raise UserError(
+                    f"weights of the {name}: too large, or not finite: {LOWER_LR} ({self._progress()})"
+                )
+
+    def _progress(self) -> str:
+        """Which step this is, and which checkpoint there is to go back to."""
+        saved = f"the last checkpoint is that of step {self.saved_step}"
+        return f"{self.stage}, step {self.step + 1}; {saved if self.saved_step else 'no checkpoint yet'}"
 
     @property
     def elapsed(self) -> float:

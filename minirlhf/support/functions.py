@@ -26,6 +26,8 @@ def load_rewards(specs: list[str]) -> list[tuple[str, Reward | None, float]]:
             form = "rm[:WEIGHT] or package.module:function[:WEIGHT], WEIGHT a number such as -0.5"
             raise UserError(f"--reward {one_line(spec)}: want {form}")
         name, weight = match.groups(default="1")
+        if abs(float(weight)) > 1e9:
+            raise UserError(f"--reward {spec}: its weight must be at least -1e+09 and at most 1e+09")
         rewards.append((name, None if name == "rm" else find(name), float(weight)))
     return rewards
 

@@ -6,6 +6,7 @@ Killed at any moment, a folder holds the old step or the new one, and every link
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor
 from minirlhf import UserError
 from minirlhf.support.files import fsync, sha256_of
 
+OURS = re.compile(r"step-\d+|\.step-\d+\.[0-9a-f]{8}(\.old|\.gone)?|\.gone-step-[0-9a-f]{8}")  # folders
 LINKED = (
     "model.safetensors",
     "config.json",
@@ -92,7 +94,8 @@ def _step_of(out: Path, link: str) -> str:
 def sweep(out: Path) -> None:
     """Remove every step folder that no link leads to, and what killed saves left behind."""
     linked = {(out / link).resolve().name for link in ("best", "latest")}
-    for path in [path for path in out.glob("*step-*") if path.is_dir() and path.name not in linked]:
+    ours = [path for path in out.glob("*step-*") if OURS.fullmatch(path.name) and path.is_dir()]
+    for path in [path for path in ours if path.name not in linked]:
         # Renamed first: a folder that bears a step's name is whole.
         shutil.rmtree(path.rename(out / f".gone-step-{uuid.uuid4().hex[:8]}"), ignore_errors=True)
 
