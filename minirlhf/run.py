@@ -28,7 +28,7 @@ from tqdm import tqdm
 from minirlhf import Stopped, UserError, checkpoint, data, optim
 from minirlhf.rollout import Texts
 from minirlhf.support import claims, ledger, logs, steps
-from minirlhf.support.cli import Count, Seed
+from minirlhf.support.cli import Count, Seed, check_ranges
 from minirlhf.support.files import Lock
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -78,6 +78,7 @@ class RunConfig:
     """Compile the blocks with torch.compile; worth it in long runs only."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)  # first: the checks of a script divide by its numbers
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
 
