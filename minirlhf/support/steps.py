@@ -40,6 +40,9 @@ def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool =
         write(new)
         for path in [*new.iterdir(), new]:
             fsync(path)
+        if not os.path.lexists(out / "latest"):  # the first step: its folder and its links appear at once
+            for link in ["best", "latest"] if best else ["latest"]:
+                point(out, link, name)
         _replace(out, name, new)
         if best:
             point(out, "best", name)
