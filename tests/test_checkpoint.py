@@ -144,13 +144,14 @@ def crash_at(monkeypatch, n):
     "before, step, best, new_best",
     [
         (None, 2, False, False),
+        (None, 2, False, True),
         (1, 2, False, False),
         (1, 2, True, False),
         (1, 2, True, True),
         (2, 2, True, False),
         (3, 2, False, False),
     ],
-    ids=["first", "next", "next-best", "new-best", "same-best", "earlier"],
+    ids=["first", "first-best", "next", "next-best", "new-best", "same-best", "earlier"],
 )
 def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, step, best, new_best):
     old, new = OLD.vocab_size, NEW.vocab_size
@@ -170,14 +171,13 @@ def test_D21_a_save_killed_anywhere_leaves_the_old_or_the_new(tmp_path, before, 
             except Crash:
                 pass
         if before is None and not (out / "latest").exists():
-            message = "holds step-000002 but no link `latest`" if (out / "step-000002").exists() else "no checkpoint"
-            with pytest.raises(UserError, match=message):
+            with pytest.raises(UserError, match="no checkpoint here"):  # never a step without its links
                 checkpoint.resolve(out)
             seen.append(None)
         else:
             seen.append(read(out))
         assert seen[-1] in (old if before else None, new)
-        if before and best:
+        if seen[-1] and (best or new_best):
             assert read(out / "best") in ((old, new) if before == step or new_best else (old,))
         for folder in out.glob("step-*"):
             assert read(folder) in (old, new)  # whatever bears a step's name is whole
@@ -349,6 +349,18 @@ def test_F14_a_run_copied_with_its_links_followed_goes_on(tmp_path):
     assert read(tmp_path / "b") == read(tmp_path / "b" / "best") == OLD.vocab_size
     steps.forget(tmp_path / "b")
     assert not {"latest", "best"} & {*listing(tmp_path / "b")}
+
+
+def test_F14_killed_at_the_first_save_after_such_a_copy(tmp_path):
+    """The folder in the place of `latest` stays until the new step is whole."""
+    write(tmp_path / "a", 1, OLD)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", symlinks=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "_replace", lambda *args: (_ for _ in ()).throw(Crash()))
+        with pytest.raises(Crash):
+            write(tmp_path / "b", 2, NEW)
+    (tmp_path / "b" / "metrics.jsonl").write_text(f"{OLD.vocab_size}\n")
+    assert read(tmp_path / "b") == OLD.vocab_size
 
 
 def test_F1_a_lost_link_is_named(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from minirlhf import UserError
-from minirlhf.support.cli import Count, Seed
+from minirlhf.support.cli import Count, Seed, check_ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,5 +46,6 @@ class RunConfig:
     """Compile the blocks with torch.compile; worth it in long runs only."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)  # first: the checks of a script divide by its numbers
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")

@@ -32,7 +32,8 @@ def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool =
     """Make OUT/step-XXXXXX of what write(folder) writes, flip `best` and `latest`, remove the other steps ->
     the folder.
 
-    Raises UserError, and leaves the old checkpoint whole, where the disk is full or the folder cannot be written.
+    Raises UserError, and leaves the old checkpoint whole, where the disk is full or the folder cannot be
+    written.
     """
     name = f"step-{step:06d}"
     new = out / f".{name}.{uuid.uuid4().hex[:8]}"
@@ -41,6 +42,9 @@ def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool =
         write(new)
         for path in [*new.iterdir(), new]:
             fsync(path)
+        if not os.path.lexists(out / "latest"):  # the first step: its folder and its links appear at once
+            for link in ["best", "latest"] if best else ["latest"]:
+                point(out, link, name)
         _replace(out, name, new)
         if best:
             point(out, "best", name)
@@ -138,6 +142,7 @@ def forget(out: Path) -> None:
     for name in ("latest", "best"):
         _move_away(out / name)
         (out / name).unlink(missing_ok=True)
+    sweep(out)
 
 
 def whole_steps(out: Path) -> list[str]:
