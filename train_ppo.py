@@ -31,22 +31,14 @@ from torch import nn
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, optim, ppo
 from minirlhf.masked import whiten
-from minirlhf.model import (
-    GPT,
-    ValueModel,
-    critic_from,
-    disable_dropout,
-    run_blocks,
-    store_blocks,
-    train_last,
-    zero_critic,
-)
+from minirlhf.model import GPT, ValueModel, critic_from, zero_critic
 from minirlhf.rewards import RewardReader, Scorer, load_rewards
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, Epsilon, Real, Share, Temperature
 from minirlhf.support.history import History
+from minirlhf.support.prepare import disable_dropout, run_blocks, store_blocks, train_last
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -70,8 +62,7 @@ class Config(RunConfig):
     """Split of the data that becomes prompts.  auto: val of the built-in data, and all rows of your own."""
     value_init: Literal["auto", "reward", "sft"] = "auto"
     """Start of the value model: the reward model (Stiennon), or the SFT model with a zero head (Ziegler)
-    [D13]. auto: the reward model, where it reads the policy's own tokens from left to right and so can score
-    a prefix."""
+    [D13].  auto: the reward model, where it can score a prefix of the policy's own tokens."""
 
     # Rollout
     iterations: Count = 72
@@ -85,29 +76,25 @@ class Config(RunConfig):
     temperature: Temperature = 1.0
     """Temperature of the sampler and of every log-probability [D3] (Ziegler: 0.7, safer and less varied)."""
     stop: bool = True
-    """Let responses end.  --no-stop takes the end-of-text token out of policy and reference: full length for
-    all."""
+    """Let responses end.  --no-stop takes the end-of-text token out of policy and reference."""
     save_samples: Count | None = None
     """Append the texts of every N-th rollout, with their scores, to OUT/samples.jsonl (rank 0's share)."""
 
     # Reward
     reward: tuple[str, ...] = ("rm",)
-    """What to maximise: rm or package.module:function, with an optional :WEIGHT.  Repeat the option for a
-    sum."""
+    """What to maximise: rm or package.module:function, with an optional :WEIGHT.  Repeat it for a sum."""
     disagreement_coef: AtLeast0 = 0.0
     """Subtract this times the standard deviation of the reward model's members (train_rm.py --members 3):
     what only some of them like is likely their mistake (Coste et al. 2024)."""
     kl_coef: AtLeast0 = 0.1
     """Penalty in reward points per nat of KL to the reference (Ziegler: 0.15)."""
     kl_target: Above0 | None = None
-    """KL in nats per sequence that kl_coef is adapted to [D11] (Ziegler: 6).  Default: kl_coef stays
-    fixed."""
+    """KL in nats per sequence that kl_coef is adapted to [D11] (Ziegler: 6).  Default: a fixed kl_coef."""
     kl_horizon: Count = 10_000
     """Episodes over which the adaptive kl_coef moves (Ziegler: 10,000)."""
     missing_eos: Literal["none", "replace", "subtract"] = "subtract"
-    """What happens to the score of a response without EOS [D9]: it becomes minus the penalty (Ziegler), or
-    the penalty is subtracted (TRL).  With none, a policy can learn never to stop: one of our three seeds
-    did."""
+    """Score of a response without EOS [D9]: minus the penalty (Ziegler), or less the penalty (TRL).  With
+    none, a policy can learn never to stop: one of our three seeds did."""
     missing_eos_penalty: Real = 1.0
     """Penalty in reward points for a response without EOS."""
     whiten_rewards: bool = False
@@ -115,8 +102,7 @@ class Config(RunConfig):
 
     # Update
     epochs: Count = 1
-    """Passes over each rollout (Ziegler: 4).  Fresh samples gave more reward per nat here than reused
-    ones."""
+    """Passes over each rollout (Ziegler: 4).  Fresh samples gave more reward per nat than reused ones."""
     minibatch: Count = 32
     """Responses per optimiser step, over all ranks."""
     microbatch: Count | None = None
@@ -144,8 +130,7 @@ class Config(RunConfig):
     max_approxkl: Above0 | None = None
     """Leave the remaining minibatches of a rollout when one's approxkl passes this.  Default: never."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Never hold all logits of a microbatch, but compute them twice.  auto: where they would take over 128
-    MiB."""
+    """Compute logits twice instead of holding them all.  auto: where they would take over 128 MiB."""
     save_every: Count = 18
     """Iterations between checkpoints."""
 
@@ -203,8 +188,7 @@ def prepare(config: Config, run: Run, trained: list[nn.Module], frozen: list[nn.
 def load_prompts(
     config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, contexts: list[int]
 ) -> list[list[int]]:
-    """Prompts as token ids, from the split that PPO practises on; each leaves room for a response in every
-    context."""
+    """Prompts as token ids, from the split that PPO practises on; each leaves room for a response."""
     split = config.split if config.split != "auto" else "val" if config.data in data.BUILT_IN else "all"
     part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
     room = min(contexts) - config.response_tokens

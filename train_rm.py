@@ -31,11 +31,12 @@ from minirlhf import UserError, checkpoint, data, optim, preference
 from minirlhf.feedback import raters
 from minirlhf.measure import reward_report
 from minirlhf.measure.scoring import Reference, score_items, score_sequences
-from minirlhf.model import GPT, RewardEnsemble, run_blocks, train_last
+from minirlhf.model import GPT, RewardEnsemble
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
-from minirlhf.support.judgements import load_judgements, target_of
+from minirlhf.support.judgements import choose_loss, load_judgements, target_of
+from minirlhf.support.prepare import run_blocks, train_last
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -59,25 +60,20 @@ class Config(RunConfig):
     which each rater has a bias, a slope and a noise (ratings) or a reliability (votes by rater): random
     answers get no weight, inverted ones a negative weight.  Validation and test always use the mean."""
     lowercase: Share = 0.5
-    """Share of the training texts that is read in lower case, another one each epoch: rare spellings then
-    learn from common ones."""
+    """Share of training texts read in lower case, other ones each epoch: rare spellings learn from common."""
 
     # Model
     init: Path | None = None
-    """Checkpoint of the backbone and its tokenizer: a language model, or an imported encoder.  Default:
-    OUT/../sft."""
+    """Checkpoint of the backbone: a language model, or an imported encoder.  Default: OUT/../sft."""
     pooling: Literal["last", "mean", "last+mean"] = "last+mean"
     """What the head reads: the last token's hidden state, the mean over the text, or both."""
     head: Literal["mlp", "linear"] = "mlp"
-    """Two layers, or one as in transformers' sequence classifiers: with --pooling last such a model can be
-    exported."""
+    """Two layers, or one, as transformers' classifiers have: with --pooling last it can be exported."""
     members: Annotated[int, cli.Range(1, 100)] = 1
-    """Number of models in the ensemble, which differ in their seeds: scores are means, disagreement is the
-    spread."""
+    """Number of models that differ in their seeds: scores are means, disagreement is the spread."""
     bidirectional: CountOr0 = 0
-    """Let this many of the last blocks read in both directions (Dukic and Snajder 2024): whole texts are read
-    better.  A prefix then has no score, so PPO's critic cannot start from such a model; and transformers has
-    no such model."""
+    """Let this many last blocks read in both directions (Dukic and Snajder 2024): whole texts are read better.
+    A prefix then has no score, so PPO's critic cannot start from such a model; nor can it be exported."""
     dropout: ShareBelow1 = 0.2
     """Dropout, in place of the SFT model's."""
 
@@ -109,8 +105,7 @@ class Config(RunConfig):
     normalise: Literal["auto", "bias", "scale", "none"] = "auto"
     """Affine transform of the scores [D14].  auto: bias for ratings, scale for choices."""
     reference: Path | None = None
-    """Policy whose samples scores are normalised on.  Default: --init, or OUT/../sft where --init is an
-    encoder."""
+    """Policy whose samples scores are normalised on.  Default: --init; OUT/../sft if that is an encoder."""
     normalise_samples: Annotated[int, cli.Range(2, 1_000_000)] = 256
     """Number of these samples."""
     prompt_tokens: Count = 4
@@ -142,21 +137,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def choose_loss(config: Config, source: data.Dataset) -> tuple[str, str]:
-    """(loss, normalisation of the scores) for this kind of judgements, 'auto' resolved."""
-    if source.kind not in ("rated", "preference"):
-        raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
-    rated = source.kind == "rated"
-    loss = config.loss if config.loss != "auto" else "regression" if rated else "pairwise"
-    if not rated and loss != "pairwise":
-        raise UserError(f"--loss {loss} needs ratings, but {source.name} holds choices: use --loss pairwise")
-    if rated and loss != "regression" and config.microbatch:
-        raise UserError(
-            "--microbatch splits a batch, of which --loss pairwise and both make pairs: drop one of them"
-        )
-    return loss, config.normalise if config.normalise != "auto" else "bias" if rated else "scale"
-
-
 def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
     """The model whose weights every member starts from, and its tokenizer."""
     tokenizer = Tokenizer.load(init)
@@ -170,8 +150,7 @@ def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
 
 
 def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | None) -> RewardEnsemble:
-    """The ensemble: members share the backbone's start, and differ in their heads (and in their order of the
-    data)."""
+    """The ensemble: members start from one backbone and differ in their heads and in their data's order."""
     shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
     model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
     for k, member in enumerate(model.members):

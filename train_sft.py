@@ -27,11 +27,12 @@ from torch import Tensor
 
 from kernels import linear_token_logprobs, token_logprobs
 from minirlhf import UserError, checkpoint, data, optim
-from minirlhf.model import GPT, GPTConfig, run_blocks, train_last
+from minirlhf.model import GPT, GPTConfig
 from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
+from minirlhf.support.prepare import run_blocks, train_last
 from minirlhf.tokenizer import Tokenizer
 
 Example = tuple[list[int], list[bool]]  # token ids, and which of them are learnt
@@ -72,8 +73,7 @@ class Config(RunConfig):
     epochs: Annotated[int, cli.Range(1, 100_000)] = 6
     """Passes over the training texts."""
     final_epochs: CountOr0 = 4
-    """How many of the epochs, the last ones, see --genre only.  More text comes first: many passes over
-    little text overfit."""
+    """Number of last epochs that see --genre only.  More text comes first: little text soon overfits."""
     batch: Count = 32
     """Texts per optimiser step, over all ranks."""
     microbatch: Count | None = None
@@ -85,8 +85,7 @@ class Config(RunConfig):
     weight_decay: AtLeast0 = 0.1
     """Weight decay of matrices; vectors have none."""
     betas: tuple[ShareBelow1, ShareBelow1] = (0.9, 0.99)
-    """Adam's betas.  Steps are small (about 900 tokens): 0.99 averages their squared gradients over enough of
-    them."""
+    """Adam's betas.  Steps are small (about 900 tokens): 0.99 averages over enough of them."""
     adam_eps: Epsilon = 1e-8
     """Adam's epsilon."""
     max_grad_norm: AtLeast0 = 1.0
@@ -94,8 +93,7 @@ class Config(RunConfig):
     patience: Count = 2
     """Stop after this many epochs without a better validation loss."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Never hold all logits of a batch; they are computed twice.  auto: where they would take over 128
-    MiB."""
+    """Compute logits twice instead of holding them all.  auto: where they would take over 128 MiB."""
     samples: Annotated[int, cli.Range(0, 1000)] = 5
     """Number of texts to sample and print at the end."""
 
@@ -192,18 +190,6 @@ def bits_per_byte(
     return total.item() / math.log(2) / n_bytes
 
 
-def print_samples(config: Config, run: Run, model: GPT, tokenizer: Tokenizer) -> None:
-    """Texts that the model writes from nothing, at temperature 0.8."""
-    if config.samples and run.rank == 0:
-        model.eval()
-        start = torch.full((config.samples, 1), tokenizer.bos)
-        sampling = Sampling(min(48, model.config.context - 1), 0.8, tokenizer.eot, tokenizer.pad)
-        with run.autocast():
-            texts = generate(model, start, torch.ones_like(start, dtype=torch.bool), sampling)
-        for text in texts.decode(tokenizer)[1]:
-            run.print(f"  {text}")
-
-
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
     for option in OF_A_NEW_MODEL:
@@ -277,7 +263,11 @@ def main() -> None:
     run.save(run.step, complete=True, results=results)
     run.print(f"best validation {state['best']:.4f} bits per byte, after {state['best_step']} steps")
     run.print(f"{run.elapsed:.0f} s; model in {config.out}")
-    print_samples(config, run, model, tokenizer)
+    if config.samples:
+        start = torch.full((config.samples, 1), tokenizer.bos)
+        sampling = Sampling(min(48, model.config.context - 1), 0.8, tokenizer.eot, tokenizer.pad)
+        texts = generate(model.eval(), start, torch.ones_like(start, dtype=torch.bool), sampling)
+        run.print("\n".join(f"  {text}" for text in texts.decode(tokenizer)[1]))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.demo import table  # noqa: E402
-from minirlhf.model import GPT, GPTConfig, ValueModel, store_blocks, train_last  # noqa: E402
+from minirlhf.model import GPT, GPTConfig, ValueModel  # noqa: E402
 from minirlhf.support import cli  # noqa: E402
+from minirlhf.support.prepare import store_blocks, train_last  # noqa: E402
 from minirlhf.tools import estimate  # noqa: E402
 
 LLAMA = {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}

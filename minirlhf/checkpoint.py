@@ -1,11 +1,12 @@
 """Atomic, pickle-free checkpoints with checksums, and exact resume [D21].  A run's folder OUT holds:
 
-step-000120/   model.safetensors, config.json, tokenizer.*, metrics.jsonl so far; to resume:
-trainer.safetensors, .json latest, best   relative symlinks to whole step folders, so that OUT can be moved;
-`latest` is flipped last config.json …  links through `latest`: OUT itself reads as a checkpoint folder
+step-000120/    model.safetensors, config.json, tokenizer.*, metrics.jsonl so far;
+                to resume: trainer.safetensors, trainer.json
+latest, best    links to whole step folders; `latest` is flipped last
+config.json ... links through `latest`: OUT itself reads as a checkpoint folder
 
-    python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint
-    python -m minirlhf.checkpoint export CKPT OUT    a checkpoint becomes a folder that transformers loads
+python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint
+python -m minirlhf.checkpoint export CKPT OUT    a checkpoint becomes a folder that transformers loads
 """
 
 from __future__ import annotations
@@ -25,34 +26,11 @@ from torch.nn import Module
 from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.support import steps
+from minirlhf.support.about import LAYOUT, describe, settings_of  # noqa: F401
 from minirlhf.support.files import read_json, sha256_of
-from minirlhf.support.hardware import versions
 from minirlhf.tokenizer import Tokenizer
 
-LAYOUT = "hh-rlhf"  # how conversations become text; recorded, so that a later stage can refuse another one
 DAMAGED = "take another step folder or train again"
-
-
-def describe(
-    stage: str, shape: GPTConfig, config: Any, step: int, complete: bool, tokenizer: Tokenizer, **more: Any
-) -> dict:
-    """A checkpoint's config.json: everything that is needed to load the model and to know where it came
-    from."""
-    return {
-        "stage": stage,
-        "model": dataclasses.asdict(shape),
-        "training": settings_of(config),
-        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
-        "layout": LAYOUT,
-        "step": step,
-        "complete": complete,
-        "versions": versions(),
-    } | more
-
-
-def settings_of(config: Any) -> dict[str, Any]:
-    """A dataclass of options as JSON would give it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def save(
@@ -64,8 +42,7 @@ def save(
     trainer: dict | None = None,
     best: bool = False,
 ) -> Path:
-    """Write OUT/step-XXXXXX and make `latest` (and `best`, if it is) lead there; other steps go -> the
-    folder.
+    """Write OUT/step-XXXXXX, make `latest` (and `best`) lead there, remove other steps -> the folder.
 
     Killed at any moment it leaves the old checkpoint or the new one, whole; where the disk is full it leaves
     the old one and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON}."""
@@ -159,8 +136,7 @@ def shape_of(path: str | Path) -> GPTConfig:
 
 
 def load_gpt(path: str | Path, **changes: Any) -> GPT:
-    """The language model of an SFT or PPO checkpoint, on the CPU, with changes to its GPTConfig (dropout,
-    say)."""
+    """The language model of a checkpoint, on the CPU, with changes to its GPTConfig (dropout, say)."""
     return _fill(GPT(dataclasses.replace(shape_of(path), **changes)), path)
 
 

@@ -1,6 +1,4 @@
 """The command `python -m minirlhf.evaluate`: see minirlhf/tools/evaluate.py."""
 
-import runpy
-
 if __name__ == "__main__":
-    runpy.run_module("minirlhf.tools.evaluate", run_name="__main__", alter_sys=True)
+    __import__("runpy").run_module("minirlhf.tools.evaluate", run_name="__main__", alter_sys=True)

@@ -32,7 +32,6 @@ from torch.utils.checkpoint import checkpoint
 from minirlhf import UserError
 from minirlhf.support import ragged, shape
 from minirlhf.support.cache import KVCache
-from minirlhf.support.prepare import disable_dropout, run_blocks, store_blocks, train_last  # noqa: F401
 from minirlhf.support.ragged import Layout
 
 POOLINGS = ("last", "mean", "last+mean")

@@ -25,17 +25,13 @@ def adamw(
     `embedding_scale` multiplies the learning rate of token embeddings, each of which occurs in few batches.
     """
     named = [(name, p) for m in models for name, p in m.named_parameters() if p.requires_grad]
-    kind = lambda name, p: (
-        "embedding" if name.endswith("wte.weight") else "matrix" if p.dim() >= 2 else "vector"
-    )
-    settings = {
-        "matrix": {"weight_decay": weight_decay, "scale": 1.0},
-        "embedding": {"weight_decay": weight_decay, "scale": embedding_scale},
-        "vector": {"weight_decay": 0.0, "scale": 1.0},
-    }
+    embeddings = [p for name, p in named if name.endswith("wte.weight")]
+    matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith("wte.weight")]
+    vectors = [p for _, p in named if p.dim() < 2]
     groups = [
-        {"params": [p for name, p in named if kind(name, p) == k]} | setting
-        for k, setting in settings.items()
+        {"params": matrices, "weight_decay": weight_decay, "scale": 1.0},
+        {"params": embeddings, "weight_decay": weight_decay, "scale": embedding_scale},
+        {"params": vectors, "weight_decay": 0.0, "scale": 1.0},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
@@ -48,8 +44,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def take_step(
     machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name: str = "model"
 ) -> float:
-    """Sum gradients over the ranks, scale them down to `max_norm` (0: no clipping), step, and drop them ->
-    their norm.
+    """Sum gradients over the ranks, clip their norm to `max_norm` (0: do not), step -> the norm before.
 
     A norm that is not finite raises UserError before anything moves.  It is the norm of the sum, so all ranks
     agree."""
@@ -67,8 +62,7 @@ def take_step(
 
 
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
-    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine that would reach 0 at step
-    `total`."""
+    """Factor on the learning rate: linear from 1/warmup to 1, then a cosine to 0 at step `total`."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)

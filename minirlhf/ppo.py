@@ -150,8 +150,7 @@ def rollout_metrics(
     has_eos: Tensor,
     kl_coef: float,
 ) -> dict[str, Tensor]:
-    """What a rollout looked like, by metric name: one number per sequence, [B] each, whose mean is logged
-    [D22].
+    """What a rollout looked like: by metric name, one number per sequence [B], whose mean is logged [D22].
 
     objective/kl is in nats per sequence and uses k1; objective/kl_k3 has the same mean with less noise [D1].
     """

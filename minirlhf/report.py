@@ -1,6 +1,4 @@
 """The command `python -m minirlhf.report`: see minirlhf/tools/report.py."""
 
-import runpy
-
 if __name__ == "__main__":
-    runpy.run_module("minirlhf.tools.report", run_name="__main__", alter_sys=True)
+    __import__("runpy").run_module("minirlhf.tools.report", run_name="__main__", alter_sys=True)

@@ -31,7 +31,6 @@ __all__ = [
     "load_rewards",
     "repetition",
     "sameness",
-    "score_texts",
 ]
 
 
@@ -51,15 +50,6 @@ def encode_for(
     cut = torch.tensor([float(len(row) > context) for row in rows])
     found = *data.collate([row[:context] for row in rows], model_tokenizer.pad), cut
     return tuple(x.to(tokens.device) for x in found)
-
-
-def score_texts(
-    model: RewardEnsemble, model_tokenizer: Tokenizer, texts: Texts, tokenizer: Tokenizer
-) -> tuple[Tensor, Tensor]:
-    """Scores and disagreement [B] of texts that `tokenizer` encoded, by a model that may have another
-    tokenizer."""
-    tokens, mask, _ = encode_for(model, model_tokenizer, texts, tokenizer)
-    return model(tokens, mask)
 
 
 @dataclass

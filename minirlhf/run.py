@@ -74,8 +74,7 @@ class Run(Folder):
         return frozen_dtype(self.precision)
 
     def loop(self, total: int) -> Iterator[int]:
-        """The steps still to do, 0-based, each with its own seeds and with Ctrl-C and SIGTERM held back until
-        its end."""
+        """The steps still to do, from 0, each with its own seeds; Ctrl-C and SIGTERM wait for a step's end."""
         self.started, self.total = time.perf_counter(), total
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.rank > 0)
@@ -118,8 +117,7 @@ class Run(Folder):
         self.current_phase, self.phase_began = name, now
 
     def take_step(self, optimizer: torch.optim.Optimizer, max_norm: float, name: str) -> float:
-        """optim.take_step -> the gradient's norm; where it is not finite, nothing moves and the run ends in
-        one line."""
+        """optim.take_step -> the gradient's norm; one that is not finite ends the run in one line."""
         try:
             return optim.take_step(self.machine, optimizer, max_norm, name)
         except UserError as error:
@@ -150,8 +148,7 @@ class Run(Folder):
         return result
 
     def log(self, step: int, metrics: dict[str, Any], note: str = "") -> None:
-        """Write the metrics of a finished step.  `note`, a format string over them, is shown in the progress
-        bar."""
+        """Write the metrics of a finished step; `note` formats some of them for the progress bar."""
         self.phase(None)
         self.step = step
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})

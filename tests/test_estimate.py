@@ -8,9 +8,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from minirlhf import checkpoint
-from minirlhf.model import GPT, GPTConfig, ValueModel, train_last
+from minirlhf.model import GPT, GPTConfig, ValueModel
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
 from minirlhf.support import hardware
+from minirlhf.support.prepare import train_last
 from minirlhf.tools import estimate
 
 GPT2 = GPTConfig(vocab_size=50, context=64, n_layer=3, n_head=4, n_embd=32)

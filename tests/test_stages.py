@@ -4,10 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +15,7 @@ import train_rm
 import train_sft
 from minirlhf import checkpoint, data, model
 from minirlhf.measure import baselines, stats
-from minirlhf.rewards import score_texts
+from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Texts
 from minirlhf.support import cli
 from minirlhf.tokenizer import Tokenizer
@@ -296,7 +292,8 @@ def test_a_reward_model_may_read_with_another_tokenizer(smoke, run, metrics, tmp
     rows = [" The plot is great, I smiled.", " The cast"]
     texts = [writer.encode(rows[0]) + [writer.eot], writer.encode(rows[1])]
     opened = data.collate([[writer.bos]] * 2, writer.pad, side="left")
-    found, _ = score_texts(reward.eval(), reader, Texts(*opened, *data.collate(texts, writer.pad)), writer)
+    reading = RewardReader(reward.eval(), reader)
+    found = reading.scores(Texts(*opened, *data.collate(texts, writer.pad)), writer)[0]
     own = [[reader.bos, *reader.encode(rows[0]), reader.eot], [reader.bos, *reader.encode(rows[1])]]
     torch.testing.assert_close(found, reward(*data.collate(own, reader.pad))[0])
 

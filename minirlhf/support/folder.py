@@ -13,6 +13,7 @@ from tqdm import tqdm
 from minirlhf import UserError, checkpoint, data
 from minirlhf.rollout import Texts
 from minirlhf.support import claims, ledger, logs, steps
+from minirlhf.support.about import LAYOUT
 from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
 from minirlhf.support.logs import MetricLogger
@@ -70,6 +71,10 @@ class Folder:
             if path is not None:
                 claims.refuse_inside(self.out, name, checkpoint.resolve(path))
                 refuse_stale(path, "init", checkpoints["init"])
+                if (layout := checkpoint.load_config(path).get("layout", LAYOUT)) != LAYOUT:
+                    raise UserError(
+                        f"{path}: conversations were laid out as {layout}, not {LAYOUT}: train it again"
+                    )
                 self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())

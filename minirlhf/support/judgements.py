@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from minirlhf import data
+from minirlhf import UserError, data
 from minirlhf.feedback import raters
 from minirlhf.tokenizer import Tokenizer
 
@@ -52,6 +52,21 @@ def load_judgements(
         run.account(split, part.ledger)
     at_home, _ = raters.with_targets(source.select("train", home).records, config.raters)
     return Judgements(train, lowered, *held_out, found, at_home)
+
+
+def choose_loss(config: Any, source: data.Dataset) -> tuple[str, str]:
+    """(loss, normalisation of the scores) for this kind of judgements, 'auto' resolved."""
+    if source.kind not in ("rated", "preference"):
+        raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
+    rated = source.kind == "rated"
+    loss = config.loss if config.loss != "auto" else "regression" if rated else "pairwise"
+    if not rated and loss != "pairwise":
+        raise UserError(f"--loss {loss} needs ratings, but {source.name} holds choices: use --loss pairwise")
+    if rated and loss != "regression" and config.microbatch:
+        raise UserError(
+            "--microbatch splits a batch, of which --loss pairwise and both make pairs: drop one of them"
+        )
+    return loss, config.normalise if config.normalise != "auto" else "bias" if rated else "scale"
 
 
 def lower(record: data.Response | data.Preference) -> data.Response | data.Preference:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import UserError, checkpoint, optim
-from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from, run_blocks, store_blocks, train_last
+from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
 from minirlhf.support import cli, hardware
 from minirlhf.support.cli import Count, number
+from minirlhf.support.prepare import run_blocks, store_blocks, train_last
 
 
 def parameters(models: Iterable[nn.Module]) -> list[nn.Parameter]:
