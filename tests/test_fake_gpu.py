@@ -255,7 +255,7 @@ def test_no_operation_mixes_devices(stages, stage):
 def test_a_forward_pass_waits_once_at_most(stages, stage):
     result = stages[stage]
     waits = counted(
-        result["waits"], "minirlhf/model.py", "minirlhf/support/ragged.py", "minirlhf/support/prepare.py"
+        result["waits"], "minirlhf/model.py", "minirlhf/support/ragged.py", "minirlhf/support/cache.py"
     )
     assert sum(waits.values()) <= result["counts"].get("forwards", 0), waits
 
@@ -264,7 +264,7 @@ def test_a_forward_pass_waits_once_at_most(stages, stage):
 def test_a_rollout_waits_for_no_single_token_and_no_single_row(stages, stage):
     """Once for the prompts' mask, every 16th token, once for the texts' mask, and once to decode them."""
     result = stages[stage]
-    waits = counted(result["waits"], "minirlhf/rollout.py")
+    waits = counted(result["waits"], "minirlhf/rollout.py", "minirlhf/support/draw.py")
     longest = 48 if stage == "sft" else RESPONSE
     assert sum(waits.values()) <= (3 + longest // 16) * result["counts"].get("rollouts", 0), waits
 

@@ -14,8 +14,6 @@ from minirlhf.rollout import (
     Sampling,
     Texts,
     by_microbatch,
-    draw_by_cdf,
-    draw_by_race,
     forbid,
     generate,
     read_before,
@@ -23,6 +21,7 @@ from minirlhf.rollout import (
     response_values,
     sample,
 )
+from minirlhf.support.draw import draw_by_cdf, draw_by_race
 
 EOS, PAD, V = 1, 0, 12
 CONFIG = GPTConfig(vocab_size=V, context=24, n_layer=2, n_head=2, n_embd=16)
@@ -205,9 +204,9 @@ def logits_of(p):
 
 def draw_many(way, logits, n, temperature=1.0):
     """n tokens from one row of logits, as a CPU draws them or as a GPU does."""
-    p = (logits / temperature).softmax(-1).expand(n, -1)
     if way == "cdf":
-        return draw_by_cdf(p, torch.rand(n, 1))
+        return sample(logits.expand(n, -1), temperature, torch.arange(n), n, None)
+    p = (logits / temperature).softmax(-1).expand(n, -1)
     return draw_by_race(p, torch.empty(p.shape).exponential_())
 
 
@@ -257,10 +256,11 @@ def test_R2_a_token_of_probability_0_is_never_drawn(way, p):
     impossible = logits.softmax(0) == 0
     assert impossible.any()
     assert not impossible[draw_many(way, logits, 1_000_000 if len(p) < 10 else 1000)].any()
-    rows = logits.softmax(0).expand(3, -1)
     if way == "cdf":
-        edges = torch.tensor([0.0, 0.5, torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))])[:, None]
-        assert not impossible[draw_by_cdf(rows, edges)].any()
+        last = 1 - 2.0**-24  # the largest number that torch.rand gives
+        u = torch.tensor([0.0, 0.5, last])[:, None]
+        for total in (0.5, 0.5000001, 0.75, 0.99999994, 1.0, 1.0000001, 1.9999999):
+            assert not impossible[draw_by_cdf(total * logits.softmax(0).expand(3, -1), u)].any()
 
 
 def test_R2_no_noise_makes_the_race_choose_the_impossible():

@@ -11,10 +11,9 @@ def draw_by_cdf(p: Tensor, u: Tensor) -> Tensor:
     a GPU's parallel sum does not promise (pytorch issue 21780).
     """
     cdf = p.cumsum(-1)
-    total = cdf[:, -1:].contiguous()
-    # Below the total, the first entry above u has a positive probability; u may have been rounded up to it.
-    u = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, u, right=True).squeeze(1)
+    # u <= 1 - 2^-24 in fp32, so the product rounds to less than the total: some entry lies above it, and the
+    # first one that does has a positive probability.
+    return torch.searchsorted(cdf, u * cdf[:, -1:], right=True).squeeze(1)
 
 
 def draw_by_race(p: Tensor, noise: Tensor) -> Tensor:
