@@ -89,6 +89,7 @@ FORMATS = [
      Response(HI + " a\n\nHuman: b\n\nAssistant:", " c")),
     ({"messages": [bot("Hello")]}, "completion", Response("", " Hello")),
     ({"prompt": "p", "response": "r"}, "completion", Response("p", "r")),
+    ({"prompt": "p", "response": "r", "completion": "c"}, "completion", Response("p", "c")),
     ({"prompt": "p", "response": "r", "label": True}, "labelled", Response("p", "r", label=True)),
     ({"prompt": "p", "completion": "c", "label": True}, "labelled", Response("p", "c", label=True)),
     ({"prompt": "p", "completion": "c", "label": 0}, "labelled", Response("p", "c", label=False)),
@@ -580,8 +581,10 @@ def test_H14_cut_drops_the_beginning_of_the_prompt_and_keeps_bos_and_the_answer(
     assert ids[1 : -len(answer)] == TOK.encode(LONG[1].prompt)[-(31 - len(answer)) :]
     assert mask == [False] * (32 - len(answer)) + [True] * len(answer)
     assert account(ledger) == "2 rows: 2 used (1 cut: the beginning of the prompt)"
-    prompt = encode_prompts(TOK, LONG, 4, 20, "cut")[1]
+    ledger = Counter()
+    prompt = encode_prompts(TOK, LONG, 4, 20, "cut", ledger)[1]
     assert prompt == [TOK.bos, *TOK.encode(LONG[1].prompt)[-19:]]
+    assert account(ledger) == "2 rows: 2 used (1 cut: the beginning of the prompt)"
 
 
 def test_H14_the_texts_of_a_cut_pair_follow_the_same_prompt():
@@ -609,6 +612,26 @@ def test_H14_no_room_at_all_is_an_error_with_a_remedy():
         with pytest.raises(UserError, match=r"no prompt in 2 rows: 2 dropped .*: lower --response-tokens"):
             encode_prompts(TOK, LONG, 4, room)
     assert encode_prompts(TOK, LONG, 4, 1, "cut") == [[TOK.bos]] * 2
+    with pytest.raises(UserError, match=r"no prompt in 2 rows: 2 dropped"):
+        encode_prompts(TOK, LONG, 4, 0, "cut")
+    with pytest.raises(UserError, match="nothing to learn in 2 rows: 2 dropped"):
+        encode_examples(TOK, LONG, 1, "cut")  # <bos> alone fills a context of 1
+
+
+@pytest.mark.parametrize("too_long", ["drop", "cut", "error"])
+def test_H14_a_prompt_that_just_fits_stays_whole(too_long):
+    record = Response("prompt", "x")
+    [(ids, mask)] = encode_examples(TOK, [record], 9, too_long)
+    assert ids == [TOK.bos, *TOK.encode("promptx"), TOK.eot] and sum(mask) == 2
+    assert encode_prompts(TOK, [record], 4, 7, too_long) == [[TOK.bos, *TOK.encode("prompt")]]
+    if too_long != "cut":  # one token of the text is left
+        assert encode_examples(TOK, [record], 8, too_long) == [(ids[:-1], mask[:-1])]
+
+
+def test_a_pair_of_which_one_text_is_cut_counts_as_cut():
+    ledger = Counter()
+    encode_judged(TOK, [Preference("p", " a", " longer than that")], 9, ledger=ledger)
+    assert ledger == {"used": 1, "cut: the end of the text": 1}
 
 
 def test_H15_few_rows_in_no_split_say_why_and_what_to_do(tmp_path):
@@ -636,6 +659,11 @@ def test_a_selection_counts_what_it_leaves_out():
     part = toy.select("val", ["movies"])
     assert part.ledger == {"rows": 400, "left: other splits": 363}
     assert toy.ledger == {"rows": 400}
+    everything = toy.select()
+    everything.ledger["used"] += 1
+    assert everything.records == toy.records and toy.ledger == {
+        "rows": 400
+    }  # each selection counts for itself
     encode_examples(TOK, part.records, 99, ledger=part.ledger)
     assert account(part.ledger) == "400 rows: 37 used, 363 left (other splits)"
 
@@ -791,8 +819,8 @@ NULLS = {"rating": None, "ratings": None, "chosen": None, "rejected": None, "vot
 
 @pytest.mark.parametrize("row, kind, record", FORMATS)
 def test_H21_a_null_column_is_an_absent_one(tmp_path, row, kind, record):
-    found = load(write(tmp_path / "x.jsonl", NULLS | row))
-    assert (found.kind, found.records) == (kind, [record]) and "not used" not in found.describe()
+    found, plain = load(write(tmp_path / "x.jsonl", NULLS | row)), load(write(tmp_path / "y.jsonl", row))
+    assert (found.kind, found.records, found.remarks) == (kind, [record], plain.remarks)
 
 
 def test_H21_a_rater_who_gave_null_was_not_asked(tmp_path):
@@ -1348,7 +1376,7 @@ def test_ctrl_c_is_one_line(tmp_path):
         time.sleep(0.2)
         running.send_signal(signal.SIGINT)
         out, err = running.communicate(timeout=60)
-    assert (running.returncode, out, err) == (130, "", "\ninterrupted\n")
+    assert (running.returncode, out, err.strip()) == (130, "", "interrupted")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
