@@ -97,10 +97,7 @@ class Tokenizer:
         ids = self.encoding.encode_ordinary(text)
         if max(ids, default=0) < self.vocab_size:
             return ids
-        # A byte has no token: as Hugging Face does, it leaves its word before anything is merged.
-        words = (found.group().encode() for found in regex.finditer(self.pattern, utf8(text)))
-        known = (bytes(b for b in word if BYTES[b] in self.ranks) for word in words)
-        return [self.ranks[part] for word in known for part in bpe.merge(word, self.ranks)]
+        return bpe.encode_known(text, self.pattern, self.ranks)  # some of its bytes have no token
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without pad, bos, eot and unused ids. Half a character shows as U+FFFD."""

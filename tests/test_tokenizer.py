@@ -279,7 +279,7 @@ WRONG = {
     "eot": [5, "x"],
     "bos": [[]],
     "pad": [{}, 10**30],
-    "hf": [5, ["x"]],
+    "hf": [5, ["x"], {"unreached": 5}, {"bos_token": "x"}, {"pad_token": 5}, {"bos_token": []}],
     "added": [{"x": True}, 5, ["<|pad|>"]],
     "more": [1],
 }

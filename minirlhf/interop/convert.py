@@ -72,7 +72,9 @@ def printable_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(escaped(str(error))) from error.__cause__
+        text = escaped(str(error))
+        text = text if len(text) <= 800 else f"{text[:600]} ... {text[-190:]}"
+        raise UserError(text) from error.__cause__
 
 
 # ---------------------------------------------------------------- tensors

@@ -455,14 +455,13 @@ def write(tokenizer: Tokenizer | WordPiece, folder: Path, context: int) -> dict[
         return {"pad_token_id": tokenizer.pad}
     names = {i: name for name, i in tokenizer.specials.items()}
     hf = {"bos_token": names[tokenizer.bos], "pad_token": names[tokenizer.pad]} | tokenizer.hf
-    opening = names[tokenizer.bos] if hf.pop("add_bos_token", False) else None
-    hf.pop("unreached", None)
+    opening = names[tokenizer.bos] if hf.get("add_bos_token") else None
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": names[tokenizer.eot],
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
-    } | {key: value for key, value in hf.items() if value is not None}
+    } | {key: hf[key] for key in ("bos_token", "pad_token", "chat_template") if hf.get(key) is not None}
     for name, document in ("tokenizer.json", _document(tokenizer, opening)), ("tokenizer_config.json", about):
         text = json.dumps(document, ensure_ascii=False, indent=1)
         (folder / name).write_text(text, encoding="utf-8")

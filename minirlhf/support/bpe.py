@@ -1,4 +1,4 @@
-"""Byte-pair encoding: learning, writing and reading ranks, and the two parts of encoding that tiktoken lacks.
+"""Byte-pair encoding: learning, writing and reading ranks, and what tiktoken lacks of encoding.
 
 Learning and merging join neighbouring parts of a word: the pair whose concatenation has the lowest rank
 first, the leftmost of equals. One join takes O(log n), so a word of n bytes takes O(n log n).
@@ -15,6 +15,7 @@ from pathlib import Path
 import regex
 
 from minirlhf import UserError
+from minirlhf.support.text import utf8
 
 BYTES = [bytes([b]) for b in range(256)]
 
@@ -109,6 +110,15 @@ def train(words: Mapping[bytes, int], size: int) -> dict[bytes, int]:
             if counts[pair] > 0:
                 heapq.heappush(heap, (-counts[pair], pair))
     return ranks
+
+
+def encode_known(text: str, pattern: str, ranks: Mapping[bytes, int]) -> list[int]:
+    """Ids of a text without the bytes that have no token: they leave their word before anything is merged.
+
+    So does Hugging Face.  tiktoken wants a token for every byte."""
+    words = (found.group().encode() for found in regex.finditer(pattern, utf8(text)))
+    known = (bytes(b for b in word if BYTES[b] in ranks) for word in words)
+    return [ranks[part] for word in known for part in merge(word, ranks)]
 
 
 def cut(pieces: list[str | int], ids: Mapping[str, int]) -> list[str | int]:

@@ -54,8 +54,11 @@ def check(tokenizer: Tokenizer, ids: list[int]) -> None:
         raise ValueError("eot, bos or pad is no special token")
     if "" in tokenizer.specials or not tokenizer.added.keys() <= tokenizer.specials.keys():
         raise ValueError("a special token has no name, or an added one no id")
-    if not isinstance(tokenizer.hf, dict):
-        raise ValueError(f"hf is {tokenizer.hf!r:.40}")
+    hf = tokenizer.hf
+    if not isinstance(hf, dict) or not isinstance(hf.get("unreached", []), list):
+        raise ValueError(f"hf is {hf!r:.40}")
+    if any(hf.get(key) not in (None, *tokenizer.specials) for key in ("bos_token", "pad_token")):
+        raise ValueError("hf names a special token that is none")
     if tokenizer.normalize not in (None, "NFC", "NFD", "NFKC", "NFKD"):
         raise ValueError(f"normalize is {tokenizer.normalize!r:.40}")
     if regex.fullmatch(tokenizer.pattern, ""):

@@ -266,7 +266,7 @@ def main() -> None:
         reader.model.to(device).eval()
     for speaker in speakers:
         parameters = sum(p.numel() for p in speaker.model.parameters())
-        print(f"{speaker.name}: layout {speaker.layout}, {parameters:,} parameters")
+        print(f"{speaker.name}: {speaker.layout}, {parameters:,} parameters")
 
     for line in lines():
         for speaker in speakers:
