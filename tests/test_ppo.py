@@ -17,6 +17,7 @@ from minirlhf.ppo import (
     kl_estimates,
     linear_decay,
     policy_loss,
+    rollout_metrics,
     shape_rewards,
     value_loss,
 )
@@ -141,7 +142,8 @@ def test_D8_returns_are_made_before_whitening():
 @pytest.mark.parametrize(
     "mode, penalty, want",
     [
-        ("replace", -1.0, [2.0, -1.0, 0.5, -1.0]),
+        ("replace", 1.0, [2.0, -1.0, 0.5, -1.0]),
+        ("replace", 0.25, [2.0, -0.25, 0.5, -0.25]),
         ("subtract", 1.0, [2.0, 2.0, 0.5, -1.5]),
         ("none", 1.0, [2.0, 3.0, 0.5, -0.5]),
     ],
@@ -160,7 +162,7 @@ def test_D9_cases():
     has_eos = (mask & (responses == E)).any(1)
     scores = torch.tensor([NAN, 1.0, 2.0, 3.0, 4.0])
     zeros = torch.zeros(5, 3)
-    shaped = shape_rewards(apply_missing_eos(scores, has_eos, -1.0, "replace"), zeros, zeros, mask, 0.1)
+    shaped = shape_rewards(apply_missing_eos(scores, has_eos, 1.0, "replace"), zeros, zeros, mask, 0.1)
     near(shaped, [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 2.0], [0.0, 3.0, 0.0], [0.0, 0.0, -1.0]], 0)
     shaped = shape_rewards(apply_missing_eos(scores, has_eos, 0.5, "subtract"), zeros, zeros, mask, 0.1)
     near(shaped.sum(1), [0.0, 1.0, 2.0, 3.0, 3.5], 0)
@@ -199,6 +201,33 @@ def test_D12_policy_loss(advantage, ratio, want, clipped, slope):
     assert not any(s.requires_grad for s in stats.values())
 
 
+def test_D12_statistics_are_means_over_the_tokens_of_the_minibatch():
+    """Ratios 1.5, .5, 1 and 1.1 with advantage 1, -1, 1, 1: one of them is clipped at 1.2, one at .8."""
+    ratios = torch.tensor([[1.5, 0.5, 1.0], [1.1, NAN, NAN]])
+    advantages = torch.tensor([[1.0, -1.0, 1.0], [1.0, NAN, NAN]])
+    mask = real(3, 1, R=3)
+    for tokens, share in ((None, 1.0), (4, 1.0), (torch.tensor(8), 0.5)):  # 8: another 4 tokens are elsewhere
+        loss, stats = policy_loss(ratios.log(), torch.zeros(2, 3), advantages, mask, 0.2, tokens)
+        near(loss, share * (-1.2 + 0.8 - 1.0 - 1.1) / 4)
+        near(stats["val/ratio"], share * (1.5 + 0.5 + 1.0 + 1.1) / 4)
+        near(stats["policy/clipfrac_avg"], share * 2 / 4)
+        squares = [math.log(ratio) ** 2 for ratio in (1.5, 0.5, 1.0, 1.1)]
+        near(stats["policy/approxkl_avg"], share * sum(squares) / 2 / 4)
+
+
+def test_D12_value_statistics_are_means_over_the_tokens_of_the_minibatch():
+    """Old 0, returns 1; new .5 and -.5 are clipped to .2 and -.2, where the first is further off, and .1 is not clipped."""
+    new, values, returns = torch.tensor([[0.5, -0.5, 0.1, NAN]]), torch.zeros(1, 4), torch.ones(1, 4)
+    for tokens, share in ((None, 1.0), (6, 0.5)):
+        loss, clipfrac = value_loss(new, values, returns, real(3), 0.2, tokens)
+        near(loss, share * (0.8**2 + 1.5**2 + 0.9**2) / 2 / 3)
+        near(clipfrac, share * 1 / 3)
+        near(
+            value_loss(new, values, returns, real(3), None, tokens)[0],
+            share * (0.5**2 + 1.5**2 + 0.9**2) / 2 / 3,
+        )
+
+
 @pytest.mark.parametrize(
     "clip, want, clipped, slope",
     [(0.2, 0.32, 1.0, 0.0), (1.0, 0.125, 0.0, -0.5), (None, 0.125, 0.0, -0.5)],
@@ -231,10 +260,40 @@ def test_D12_explained_variance():
     mask = real(4, R=5)
     near(explained_variance(values, returns, mask), 0.8)
     near(explained_variance(returns, returns, mask), 1.0)
-    for constant in (0.0, 0.1, 1e4):  # in fp32 a thousand times .1 does not average to .1
+    near(explained_variance(values * 1e-6, returns * 1e-6, mask), 0.8)  # small returns vary as well
+    near(explained_variance(values - 1e4, returns - 1e4, mask), 0.8, 1e-3)
+    far = torch.tensor([[1.0, 2, 3, 4]], dtype=torch.float64) - 1e7
+    assert (
+        explained_variance(far, far, real(4)) == 0
+    )  # a ten-millionth of their size is noise, however well it is met
+    assert explained_variance(far + 9.99e6, far + 9.99e6, real(4)) == 1
+    for constant in (0.0, 0.1, 1e4, -0.1, -1e4):  # in fp32 a thousand times .1 does not average to .1
         flat = torch.full((1, 1000), constant)
         assert explained_variance(torch.randn(1, 1000), flat, flat == constant) == 0
     assert explained_variance(values, returns, real(0, R=5)) == 0
+
+
+def test_D22_metrics_of_a_rollout():
+    """Two responses of two tokens and one; padding holds 0, as in the sampler's record."""
+    logprobs = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]])
+    ref_logprobs = torch.tensor([[-2.0, -1.5], [-1.5, 0.0]])
+    has_eos = torch.tensor([True, False])
+    found = rollout_metrics(torch.tensor([3.0, 1.0]), logprobs, ref_logprobs, real(2, 1, R=2), has_eos, 0.2)
+    k3 = lambda log_r: math.exp(log_r) - 1 - log_r
+    want = {
+        "objective/kl": [1.0 - 0.5, 1.0],
+        "objective/kl_k3": [k3(-1.0) + k3(0.5), k3(-1.0)],
+        "objective/entropy": [3.0, 0.5],
+        "objective/non_score_reward": [-0.2 * 0.5, -0.2],
+        "objective/rlhf_reward": [3.0 - 0.2 * 0.5, 1.0 - 0.2],
+        "objective/scores": [3.0, 1.0],
+        "val/eos_rate": [1.0, 0.0],
+        "val/response_length": [2.0, 1.0],
+    }
+    assert found.keys() == want.keys() and all(x.dtype == torch.float32 for x in found.values())
+    for name, numbers in want.items():
+        near(found[name], numbers)
+    assert not any(x.requires_grad for x in found.values())
 
 
 def test_D16_linear_decay():

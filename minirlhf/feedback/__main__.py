@@ -1,125 +1,184 @@
 """Collect human feedback and export it for training.
 
-    python -m minirlhf.feedback sample runs/demo/ppo --prompts vader --per-prompt 2   # continuations by a checkpoint, as pairs
-    python -m minirlhf.feedback add texts.jsonl                                       # ready-made items
-    python -m minirlhf.feedback serve                                                 # judge in the browser
-    python -m minirlhf.feedback rate --rater ann                                      # ... or in the terminal
-    python -m minirlhf.feedback stats                                                 # agreement, reliability, position bias
-    python -m minirlhf.feedback export runs/feedback                                  # JSONL for train_rm.py and others
+    python -m minirlhf.feedback sample runs/demo/ppo --prompts vader --per-prompt 2   # continuations by a
+    checkpoint python -m minirlhf.feedback add texts.jsonl                                       # ready-made
+    items python -m minirlhf.feedback serve                                                 # judge in the
+    browser python -m minirlhf.feedback rate --rater ann                                      # ... or in the
+    terminal python -m minirlhf.feedback stats                                                 # agreement,
+    reliability, bias python -m minirlhf.feedback export runs/feedback                                  #
+    JSONL for train_rm.py
 
-Each command has --help. Items are kept in one SQLite file, --store (feedback.db).
+Each command has --help.  Items are kept in one SQLite file, --store (feedback.db).
 """
 
 import argparse
 import json
-import sys
+import sqlite3
 from pathlib import Path
+from typing import Annotated
 
 from minirlhf import UserError
 from minirlhf.feedback.store import Policy, Store
+from minirlhf.support import cli, files
+from minirlhf.support.cli import Above0, Count, CountOr0, Seed, number
+
+Port = Annotated[int, cli.Range(0, 65535)]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m minirlhf.feedback", description=__doc__, formatter_class=raw)
+    parser = cli.Parser("python -m minirlhf.feedback", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         found = commands.add_parser(name, help=about, description=about)
-        found.add_argument(
-            "--store", type=Path, default=Path("feedback.db"), help="the SQLite file (%(default)s)"
-        )
+        store = "SQLite file of items and judgements (%(default)s)."
+        found.add_argument("--store", type=Path, default=Path("feedback.db"), help=store)
         return found
 
-    sample = command("sample", "continue prompts with a checkpoint and store the texts as items")
-    sample.add_argument("checkpoint", help="a folder made by train_sft.py or train_ppo.py")
-    sample.add_argument(
-        "--prompts",
-        required=True,
-        help="vader, toy (their val split, as in PPO), or a file or folder, all of it",
-    )
-    sample.add_argument(
-        "--prompt-tokens",
-        type=int,
-        default=4,
-        help="a text without a prompt is cut after so many (%(default)s)",
-    )
-    sample.add_argument("--limit", type=int, default=100, help="prompts at most (%(default)s)")
-    sample.add_argument(
-        "--per-prompt", type=int, default=2, metavar="K", help="responses to each; every two make a pair (2)"
-    )
-    sample.add_argument(
-        "--mode",
-        choices=["pair", "rating"],
-        default="pair",
-        help="compare two texts, or rate one (%(default)s)",
-    )
-    sample.add_argument(
-        "--reward-model", help="choose the items by what this model says of them: with --keep"
-    )
-    sample.add_argument("--keep", type=int, metavar="N", help="how many of them")
-    sample.add_argument(
-        "--by", choices=["disagreement", "score"], nargs="+", default=["disagreement", "score"],
-        help="where its members disagree most (of a pair: on the difference), where a text scores highest, or by turns",
-    )  # fmt: skip
-    sample.add_argument("--temperature", type=float, help="(left out: the checkpoint's own, or 1)")
-    sample.add_argument(
-        "--response-tokens", type=int, help="longest response (left out: the checkpoint's own, or 24)"
-    )
-    sample.add_argument("--data-dir", help="folder of the built-in dataset (left out: the user's cache)")
-    sample.add_argument(
-        "--seed", type=int, default=1, help="of prompts and samples, and of a new store (%(default)s)"
+    add_sample(command("sample", "Continue prompts with a checkpoint, and store the texts as items."))
+
+    rows = "{prompt?, response_a, response_b, gold?} or {prompt?, response, gold?}"
+    add = command("add", f"Store ready-made items: {rows}.")
+    add.add_argument(
+        "file", type=Path, help="JSONL file.  gold is the known answer: a, b, tie or bad, or 1 to 5."
     )
 
-    add = command(
-        "add",
-        "store ready-made items: {prompt?, response_a, response_b, gold?} or {prompt?, response, gold?}",
+    serve = command("serve", "Serve the page on which raters judge.")
+    add_work(serve)
+    serve.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="Address to listen on; beyond loopback --token is needed (%(default)s).",
     )
-    add.add_argument("file", type=Path, help="JSONL; gold is the known answer: a, b, tie or bad, or 1 to 5")
-
-    for name, about in ("serve", "serve the page for raters"), ("rate", "rate in the terminal"):
-        work = command(name, about)
-        work.add_argument(
-            "--raters", type=int, default=Policy.raters, help="votes an item is to have (%(default)s)"
-        )
-        work.add_argument(
-            "--lease",
-            type=float,
-            default=Policy.lease,
-            help="minutes an item is kept for a rater (%(default)s)",
-        )
-        work.add_argument(
-            "--gold-every",
-            type=int,
-            default=Policy.gold_every,
-            help="a gold item every so many (%(default)s; 0: off)",
-        )
-        work.add_argument(
-            "--repeat-every",
-            type=int,
-            default=Policy.repeat_every,
-            help="an own item again (%(default)s; 0: off)",
-        )
-        work.add_argument("--guidelines", type=Path, help="text file that raters see; kept in the store")
-        if name == "serve":
-            work.add_argument(
-                "--host", default="127.0.0.1", help="address to listen on; beyond loopback it needs --token"
-            )
-            work.add_argument("--port", type=int, default=8000, help="(%(default)s; 0: any that is free)")
-            work.add_argument("--token", help="what raters must know: it is part of the link that is printed")
-        else:
-            work.add_argument("--rater", required=True, help="your name")
-
-    command("stats", "agreement, reliability, position bias, throughput").add_argument(
-        "--json", type=Path, help="also write here"
+    serve.add_argument(
+        "--port", type=number(Port), default=8000, help="Port, 0 to 65535; 0 takes a free one (%(default)s)."
     )
-    export = command("export", "write OUT/preferences.jsonl, ratings.jsonl, pairs.jsonl and events.jsonl")
-    export.add_argument("out", type=Path, help="folder")
+    serve.add_argument(
+        "--token", help="Secret that raters must know.  It is part of the link that is printed."
+    )
+
+    rate = command("rate", "Judge in the terminal.")
+    add_work(rate)
+    rate.add_argument("--rater", required=True, help="Your name.")
+
+    stats = command("stats", "Show agreement, reliability, position bias and throughput.")
+    stats.add_argument("--json", type=Path, help="Write the same numbers to this file.")
+
+    export = command("export", "Write OUT/preferences.jsonl, ratings.jsonl, pairs.jsonl and events.jsonl.")
+    export.add_argument("out", type=Path, metavar="OUT", help="Folder to write to.")
     return parser.parse_args(argv)
 
 
-def main() -> None:
-    args = parse()
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """The options of `sample`."""
+    add = parser.add_argument
+    add("checkpoint", help="Folder made by train_sft.py or train_ppo.py.")
+    add(
+        "--prompts",
+        required=True,
+        help="vader or toy (their val split, as in PPO), or a file or folder (all of it).",
+    )
+    add(
+        "--prompt-tokens",
+        type=number(Count),
+        default=4,
+        help="Tokens of a text without a prompt that become its prompt (%(default)s).",
+    )
+    add("--limit", type=number(Count), default=100, help="Most prompts that are continued (%(default)s).")
+    add(
+        "--per-prompt",
+        type=number(Count),
+        default=2,
+        metavar="K",
+        help="Responses per prompt; every two different ones make a pair (%(default)s).",
+    )
+    add(
+        "--mode",
+        choices=["pair", "rating"],
+        default="pair",
+        help="Whether raters compare two texts or rate one (%(default)s).",
+    )
+    add("--reward-model", help="Reward model that chooses which items are kept.")
+    add("--keep", type=number(Count), metavar="N", help="Number of items that the reward model chooses.")
+    add(
+        "--by",
+        choices=["disagreement", "score"],
+        nargs="+",
+        default=["disagreement", "score"],
+        help="Choose where its members disagree most, where a text scores highest, or both in turn (both).",
+    )
+    add(
+        "--temperature",
+        type=number(Above0),
+        help="Sampling temperature.  Default: the checkpoint's own, or 1.",
+    )
+    add(
+        "--response-tokens",
+        type=number(Count),
+        help="Longest response, in tokens.  Default: the checkpoint's own, or 24.",
+    )
+    add("--data-dir", help="Cache folder of the built-in dataset.  Default: the user's cache.")
+    add(
+        "--seed",
+        type=number(Seed),
+        default=1,
+        help="Random seed of prompts, samples and a new store (%(default)s).",
+    )
+
+
+def add_work(parser: argparse.ArgumentParser) -> None:
+    """The options of `serve` and `rate`: who gets which item."""
+    add = parser.add_argument
+    add(
+        "--raters",
+        type=number(Count),
+        default=Policy.raters,
+        help="Votes that each item is to have (%(default)s).",
+    )
+    add(
+        "--lease",
+        type=number(Above0),
+        default=Policy.lease,
+        help="Minutes that an item is kept for a rater while others wait for it (%(default)s).",
+    )
+    add(
+        "--gold-every",
+        type=number(CountOr0),
+        default=Policy.gold_every,
+        metavar="N",
+        help="One item of N has a known answer; 0 for none (%(default)s).",
+    )
+    add(
+        "--repeat-every",
+        type=number(CountOr0),
+        default=Policy.repeat_every,
+        metavar="N",
+        help="One item of N is one that the rater judged before; 0 for none (%(default)s).",
+    )
+    add("--guidelines", type=Path, help="Text file that raters see.  It is kept in the store.")
+
+
+def work(args: argparse.Namespace) -> None:
+    """serve or rate."""
+    store = Store(args.store, Policy(args.raters, args.lease, args.gold_every, args.repeat_every))
+    if args.guidelines:
+        try:
+            store.set_guidelines(args.guidelines.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as e:
+            raise UserError(f"--guidelines {args.guidelines}: cannot be read: {e}") from None
+    if args.command == "serve":
+        from minirlhf.feedback.server import serve
+
+        serve(store, args.host, args.port, args.token)
+    else:
+        from minirlhf.feedback.rate import rate
+
+        rate(store, args.rater)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command.  Each imports what it needs: the page does not wait for torch."""
     if args.command == "sample":
         from minirlhf.feedback.sample import sample
 
@@ -129,37 +188,28 @@ def main() -> None:
 
         add(args.file, args.store)
     elif args.command in ("serve", "rate"):
-        policy = Policy(args.raters, args.lease, args.gold_every, args.repeat_every)
-        store = Store(args.store, policy)
-        if args.guidelines:
-            try:
-                store.set_guidelines(args.guidelines.read_text())
-            except (OSError, ValueError) as e:
-                raise UserError(f"--guidelines {args.guidelines}: {e}") from None
-        if args.command == "serve":
-            from minirlhf.feedback.server import serve
-
-            serve(store, args.host, args.port, args.token)
-        else:
-            from minirlhf.feedback.rate import rate
-
-            rate(store, args.rater)
+        work(args)
     elif args.command == "stats":
         from minirlhf.feedback.stats import print_stats, summarise
 
         found = summarise(Store(args.store))
         print_stats(found)
         if args.json:
-            args.json.write_text(json.dumps(found, indent=1))
+            files.write_output(args.json, json.dumps(found, indent=1))
     else:
         from minirlhf.feedback.export import export
 
         export(Store(args.store), args.out)
 
 
+def main() -> None:
+    args = parse()
+    try:
+        run(args)
+    except sqlite3.Error as error:
+        remedy = "the file is damaged, locked, or its disk is full: free it, or take a copy"
+        raise UserError(f"{args.store}: {error}: {remedy}") from None
+
+
 if __name__ == "__main__":
-    try:  # not cli.run_script, which imports torch: the page is to be up at once
-        main()
-    except UserError as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
+    cli.run_script(main)

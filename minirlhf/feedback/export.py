@@ -2,11 +2,11 @@
 
     preferences.jsonl  {prompt, response_a, response_b, votes: {rater: a|b|tie}, strengths: {rater: -2..2}}
     ratings.jsonl      {prompt, response, ratings: {rater: 1..5}, scale}
-    pairs.jsonl        {prompt, chosen, rejected} by majority, without ties: what others' trainers read
-    events.jsonl       everything that was done, with its item: skips, undone votes, notes, gold items and repeats too
+    pairs.jsonl        {prompt, chosen, rejected} by majority, without ties: for other trainers
+    events.jsonl       everything that was done, with its item: skips, undone votes, notes, gold, repeats
 
-The first three hold each rater's current vote on each item, without gold items and repeats, which measure raters. "Both bad"
-prefers neither text: it is a tie there.
+The first three hold each rater's current vote on each item, without gold items and repeats, which measure
+raters.  "Both bad" prefers neither text: there it is a tie.
 """
 
 import json
@@ -20,7 +20,7 @@ STRENGTH = {"a": 1, "tie": 0, "b": -1}
 
 
 def tables(store: Store) -> dict[str, list[dict]]:
-    """File name -> rows."""
+    """{file name without .jsonl: rows}"""
     items: dict[str, list[dict]] = {}
     for vote in store.judgements():
         if vote["gold"] is None and not vote["repeat"]:
@@ -45,7 +45,7 @@ def tables(store: Store) -> dict[str, list[dict]]:
 
 
 def export(store: Store, out: Path) -> None:
-    """Write the tables that have rows, each file whole or not at all; one without rows that is there already goes."""
+    """Write each table that has rows, its file whole or not at all; remove the file of one that has none."""
     found = tables(store)
     if not found["events"]:
         raise UserError(

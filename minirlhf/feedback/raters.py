@@ -59,8 +59,8 @@ def with_targets(records: list, method: str) -> tuple[list, dict[str, dict[str, 
     if votes and method == "model" and not all(record.votes for record in records):
         bare = next(record for record in records if not record.votes)
         raise UserError(
-            f"--raters model needs votes by rater ({{rater: a, b or tie}}), and the pair {bare.chosen[:30]!r} "
-            "has none: use --raters mean or majority"
+            f"--raters model needs votes by rater ({{rater: a, b or tie}}), and the pair "
+            f"{bare.chosen[:30]!r} has none: use --raters mean or majority"
         )
     units = [record.votes or (record.share,) if votes else record.ratings for record in records]
     targets, found = combine_raters(units, [record.raters for record in records], method, votes)

@@ -1,11 +1,12 @@
 """The web page's server: a JSON API over the store, and three static files.
 
-Model text and notes leave here as JSON and enter the page as text nodes, never as markup. A request is served if its Host is
-ours (a name that an attacker points at us is not), and, where it changes something, if its Origin is that Host, its body is
-JSON and it has the session's CSRF token. There are no accounts: a name is who you say you are, among colleagues.
+Texts of models and notes leave here as JSON and enter the page as text nodes, never as markup.  A request is
+served if its Host is ours (a name that an attacker points at us is not).  One that changes something must
+also have that Host as its Origin, JSON as its body and the session's CSRF token.  There are no accounts:
+raters are colleagues, and a name is what they say it is.
 
-Waitress serves it, not Flask's development server: it reads a request whole before a thread sees it, so slow clients hold no
-thread, its threads are few, and its makers mean it for use.
+Waitress serves the page, not Flask's development server, which is not made for use.  Waitress reads a request
+whole before a thread sees it, so that slow clients hold no thread.
 """
 
 import hmac
@@ -33,8 +34,8 @@ MAX_BODY = 16 << 10  # bytes; the longest note has 2,000 characters
 MIN_TOKEN = 16
 STATUS = {"unknown": 404, "foreign": 403, "replayed": 409, "taken": 409}
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -49,8 +50,11 @@ def is_loopback(host: str) -> bool:
 
 
 def is_ours(asked: str, host: str) -> bool:
-    """Whether a request with the Host header `asked` may be meant for a server bound to `host`. A page elsewhere can rebind a
-    name of its own to any address, but not the address itself: beyond loopback, literal addresses are taken as well."""
+    """Whether a request with the Host header `asked` may be meant for a server bound to `host`.
+
+    A page elsewhere can point a name of its own at any address, but cannot take the address itself: beyond
+    loopback, literal addresses are accepted as well.
+    """
     try:
         name = urlsplit(f"//{asked}").hostname or ""
         return (
@@ -63,7 +67,7 @@ def is_ours(asked: str, host: str) -> bool:
 
 
 def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) -> Flask:
-    """The WSGI application. `token`: what raters must have been given."""
+    """The WSGI application.  `token` is the secret that raters must have been given."""
     app = Flask(__name__)
     digest = sha256((token or "").encode()).hexdigest()
     app.config |= {
@@ -185,7 +189,7 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
 
 
 def serve(store: Store, host: str, port: int, token: str | None) -> None:
-    """Serve until Ctrl-C. Beyond loopback, only with a token."""
+    """Serve until Ctrl-C; beyond loopback only with a token."""
     if token is not None and len(token) < MIN_TOKEN:
         raise UserError(
             f"--token must have {MIN_TOKEN} characters or more, such as {secrets.token_urlsafe(16)}"
@@ -200,14 +204,18 @@ def serve(store: Store, host: str, port: int, token: str | None) -> None:
         )
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a short queue is no news
     try:
-        server = create_server(create_app(store, host, token), host=host, port=port, threads=16, max_request_body_size=MAX_BODY,
-                               ident=None)  # fmt: skip
+        server = create_server(
+            create_app(store, host, token),
+            host=host,
+            port=port,
+            threads=16,
+            max_request_body_size=MAX_BODY,
+            ident=None,
+        )
     except (OSError, ValueError) as e:
         raise UserError(f"cannot listen on {host}:{port}: {e}: choose another --port or --host") from None
     port = getattr(server, "effective_port", port)
     # After #, the token stays in the browser: no log and no Referer has it.
-    print(
-        f"http://{host}:{port}/{f'#{token}' if token else ''}   (Ctrl-C stops; everything acknowledged is stored)",
-        flush=True,
-    )
+    address = f"http://{host}:{port}/{f'#{token}' if token else ''}"
+    print(f"{address}   (Ctrl-C stops; everything acknowledged is stored)", flush=True)
     server.run()

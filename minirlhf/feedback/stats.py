@@ -1,6 +1,7 @@
 """How far the judgements can be trusted: agreement, each rater's reliability, position bias, throughput.
 
-Gold items and repeats measure raters; agreement is over the other items, one vote a rater and item.
+Gold items and repeats measure raters; agreement is over the other items, with one vote per rater and item.
+What cannot be measured is None, and is printed as "-".
 """
 
 from collections import defaultdict
@@ -11,137 +12,157 @@ from minirlhf.feedback.store import CHOICES, Store
 from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.measure.stats import pearson, wilson
 
-SIDE = {"a": -1, "tie": 0, "b": 1}  # x strength: a choice on a scale of -2..2, on which `bad` has no place
+SIDE = {
+    "a": -1,
+    "tie": 0,
+    "b": 1,
+}  # times the strength: a choice on a scale of -2..2, which has no place for `bad`
 
 
-def says(vote: dict) -> str | int:
+def answer_of(vote: dict) -> str | int:
     """The answer without its strength: a, b, tie or bad, or the rating."""
     return vote["rating"] if vote["mode"] == "rating" else vote["choice"]
 
 
-def scale(vote: dict) -> float | None:
-    """The answer as a number, where it is one."""
+def number_of(vote: dict) -> float | None:
+    """The answer as a number; None for `bad`."""
     if vote["mode"] == "rating":
         return vote["rating"]
     return SIDE[vote["choice"]] * vote.get("strength", 1) if vote["choice"] in SIDE else None
 
 
 def rate_of(hits: list[bool]) -> dict | None:
-    """{n, rate, interval} with Wilson's 95 % interval [D24]."""
-    return (
-        {"n": len(hits), "rate": mean(hits), "interval": list(wilson(sum(hits), len(hits)))} if hits else None
-    )
+    """{n, rate, interval} with Wilson's 95 % interval [D24]; None of nothing."""
+    if not hits:
+        return None
+    return {"n": len(hits), "rate": mean(hits), "interval": list(wilson(sum(hits), len(hits)))}
 
 
 def agreement(votes: list[dict]) -> dict:
-    """Of one mode: raw agreement (two raters of an item give the same answer) and Krippendorff's alpha [D23]."""
+    """Agreement within one mode: how many pairs of raters give the same answer, and Krippendorff's alpha
+    [D23]."""
     units = defaultdict(list)
     for vote in votes:
         units[vote["item"]].append(vote)
-    same = [says(v) == says(w) for unit in units.values() for v, w in combinations(unit, 2)]
-    number = lambda answer: CHOICES.index(answer) if isinstance(answer, str) else answer
-    scaled = [[x for vote in unit if (x := scale(vote)) is not None] for unit in units.values()]
-    alpha = {
-        "nominal": krippendorff_alpha([[number(says(v)) for v in unit] for unit in units.values()], "nominal")
+    same = [answer_of(v) == answer_of(w) for unit in units.values() for v, w in combinations(unit, 2)]
+    code = lambda answer: CHOICES.index(answer) if isinstance(answer, str) else answer
+    coded = [[code(answer_of(vote)) for vote in unit] for unit in units.values()]
+    scaled = [[x for vote in unit if (x := number_of(vote)) is not None] for unit in units.values()]
+    return {
+        "items": len(units),
+        "votes": len(votes),
+        "shared": sum(len(unit) > 1 for unit in units.values()),
+        "pairs": len(same),
+        "raw": mean(same) if same else None,
+        "alpha": {
+            "nominal": krippendorff_alpha(coded, "nominal"),
+            "ordinal": krippendorff_alpha(scaled, "ordinal"),
+            "interval": krippendorff_alpha(scaled, "interval"),
+        },
     }
-    alpha |= {level: krippendorff_alpha(scaled, level) for level in ("ordinal", "interval")}
-    shared = sum(len(unit) > 1 for unit in units.values())
-    # Alpha needs two raters on an item: without any there is none to tell, rather than 0.
-    return {"items": len(units), "votes": len(votes), "shared": shared, "pairs": len(same),
-            "raw": mean(same) if same else None, "alpha": alpha if same else None}  # fmt: skip
 
 
 def reliability(rater: str, votes: list[dict]) -> dict:
-    """What one rater's votes say of them; with the others on the same items: same answer as their majority (ratings: r with
-    their mean). A gold rating is right within one point."""
-    own = [v for v in votes if v["rater"] == rater]
-    first = {v["item"]: v for v in own if not v["repeat"]}
-    right = lambda v: (
-        abs(v["rating"] - int(v["gold"])) <= 1 if v["mode"] == "rating" else v["choice"] == v["gold"]
-    )
+    """What one rater's votes tell about them.
+
+    gold               right on items whose answer is known; a rating is right within one point
+    self               the same answer to a repeated item
+    with_majority      the answer that most of the others gave to the same pair
+    with_mean_pearson  r with the mean of the others' ratings
+    """
+    own = [vote for vote in votes if vote["rater"] == rater]
+    first = {vote["item"]: vote for vote in own if not vote["repeat"]}
     others = defaultdict(list)
-    for v in votes:
-        if v["rater"] != rater and not v["repeat"] and v["gold"] is None and v["item"] in first:
-            others[v["item"]].append(v)
+    for vote in votes:
+        plain = not vote["repeat"] and vote["gold"] is None
+        if plain and vote["rater"] != rater and vote["item"] in first:
+            others[vote["item"]].append(vote)
+
     with_majority, mine, theirs = [], [], []
-    for item, said in others.items():
+    for item, given in others.items():
         if first[item]["mode"] == "rating":
             mine.append(first[item]["rating"])
-            theirs.append(mean(v["rating"] for v in said))
-        else:
-            answers = [v["choice"] for v in said]
-            top = {a for a in answers if answers.count(a) == max(map(answers.count, answers))}
-            if len(top) == 1:  # the others have a majority
-                with_majority.append(first[item]["choice"] in top)
+            theirs.append(mean(vote["rating"] for vote in given))
+            continue
+        answers = [vote["choice"] for vote in given]
+        most = max(map(answers.count, answers))
+        top = {answer for answer in answers if answers.count(answer) == most}
+        if len(top) == 1:  # the others have a majority
+            with_majority.append(first[item]["choice"] in top)
+    repeats = [vote for vote in own if vote["repeat"] and vote["item"] in first]
     return {
         "votes": len(own),
-        "median_seconds": median(v["seconds"] for v in own),
-        "gold": rate_of([right(v) for v in own if v["gold"] is not None and not v["repeat"]]),
-        "self": rate_of(
-            [says(v) == says(first[v["item"]]) for v in own if v["repeat"] and v["item"] in first]
-        ),
+        "median_seconds": median(vote["seconds"] for vote in own),
+        "gold": rate_of([is_right(vote) for vote in own if vote["gold"] is not None and not vote["repeat"]]),
+        "self": rate_of([answer_of(vote) == answer_of(first[vote["item"]]) for vote in repeats]),
         "with_majority": rate_of(with_majority),
         "with_mean_pearson": pearson(mine, theirs) if len(mine) > 2 else None,
     }
 
 
+def is_right(vote: dict) -> bool:
+    """Whether a vote on a gold item gives the known answer; a rating may be off by one point."""
+    if vote["mode"] == "rating":
+        return abs(vote["rating"] - int(vote["gold"])) <= 1
+    return vote["choice"] == vote["gold"]
+
+
 def summarise(store: Store) -> dict:
     """Everything that `print_stats` shows, for JSON."""
     votes = store.judgements()
-    plain = [v for v in votes if v["gold"] is None and not v["repeat"]]
-    decided = [v for v in votes if v["mode"] == "pair" and v["choice"] in ("a", "b")]
-    seconds = sum(v["seconds"] for v in votes)
+    plain = [vote for vote in votes if vote["gold"] is None and not vote["repeat"]]
+    decided = [vote for vote in votes if vote["mode"] == "pair" and vote["choice"] in ("a", "b")]
+    seconds = sum(vote["seconds"] for vote in votes)
+    count = lambda column, table: {
+        row[column]: row["n"]
+        for row in store.rows(f"SELECT {column}, count(*) AS n FROM {table} GROUP BY {column}")
+    }
+    by_mode = {mode: [vote for vote in plain if vote["mode"] == mode] for mode in ("pair", "rating")}
     return {
-        "items": {
-            r["mode"]: r["n"] for r in store.rows("SELECT mode, count(*) AS n FROM items GROUP BY mode")
-        },
-        "agreement": {
-            m: agreement(chosen)
-            for m in ("pair", "rating")
-            if (chosen := [v for v in plain if v["mode"] == m])
-        },
-        "raters": {rater: reliability(rater, votes) for rater in sorted({v["rater"] for v in votes})},
-        "left_chosen": rate_of([v["choice"] == v["shown"][0] for v in decided]),
+        "items": count("mode", "items"),
+        "agreement": {mode: agreement(chosen) for mode, chosen in by_mode.items() if chosen},
+        "raters": {rater: reliability(rater, votes) for rater in sorted({vote["rater"] for vote in votes})},
+        "left_chosen": rate_of([vote["choice"] == vote["shown"][0] for vote in decided]),
         "throughput": {
             "votes": len(votes),
             "seconds": seconds,
             "per_hour": 3600 * len(votes) / seconds if seconds else None,
         },
-        "events": {
-            r["kind"]: r["n"] for r in store.rows("SELECT kind, count(*) AS n FROM events GROUP BY kind")
-        },
+        "events": count("kind", "events"),
     }
 
 
+def percent(rate: dict | None) -> str:
+    if rate is None:
+        return "-"
+    low, high = rate["interval"]
+    return f"{rate['rate']:.0%} [{low:.0%}, {high:.0%}] of {rate['n']}"
+
+
 def print_stats(found: dict) -> None:
-    percent = lambda r: (
-        f"{r['rate']:.0%} [{r['interval'][0]:.0%}, {r['interval'][1]:.0%}] of {r['n']}" if r else "-"
-    )
+    """Print what `summarise` found; "-" stands for what cannot be measured."""
     print("items:", ", ".join(f"{n} {mode}" for mode, n in found["items"].items()) or "none")
     for mode, a in found["agreement"].items():
-        print(
-            f"\n{mode}: {a['votes']} votes on {a['items']} items, {a['shared']} of them judged by two raters or more"
-        )
-        if a["alpha"]:
-            alpha = ", ".join(f"{level} {value:.3f}" for level, value in a["alpha"].items())
-            print(
-                f"  raw agreement {a['raw']:.1%} of {a['pairs']} rater pairs; Krippendorff's alpha: {alpha}"
-            )
-    print(
-        f"\n{'rater':16s}{'votes':>6s}{'seconds':>9s}  {'gold right':24s}{'same again':24s}{'with the others':24s}"
-    )
+        shared = f"{a['shared']} of them judged by two raters or more"
+        print(f"\n{mode}: {a['votes']} votes on {a['items']} items, {shared}")
+        raw = "-" if a["raw"] is None else f"{a['raw']:.1%}"
+        alpha = ", ".join(f"{k} {'-' if v is None else f'{v:.3f}'}" for k, v in a["alpha"].items())
+        print(f"  raw agreement {raw} of {a['pairs']} pairs of raters; Krippendorff's alpha: {alpha}")
+
+    heads = f"{'gold right':24s}{'same again':24s}{'with the others':24s}"
+    print(f"\n{'rater':16s}{'votes':>6s}{'seconds':>9s}  {heads}")
     for name, r in found["raters"].items():
-        with_mean = "" if r["with_mean_pearson"] is None else f" r {r['with_mean_pearson']:.2f}"
-        print(f"{name:16s}{r['votes']:6d}{r['median_seconds']:9.1f}  {percent(r['gold']):24s}{percent(r['self']):24s}"
-              f"{percent(r['with_majority'])}{with_mean}")  # fmt: skip
+        with_others = percent(r["with_majority"])
+        if r["with_mean_pearson"] is not None:
+            with_others = f"{with_others} r {r['with_mean_pearson']:.2f}".removeprefix("- ")
+        rates = f"{percent(r['gold']):24s}{percent(r['self']):24s}{with_others}"
+        print(f"{name:16s}{r['votes']:6d}{r['median_seconds']:9.1f}  {rates}")
+
+    verdict = ""
     if left := found["left_chosen"]:
         biased = not left["interval"][0] <= 0.5 <= left["interval"][1]
-        print(
-            f"\nleft chosen: {percent(left)}"
-            + (": a position bias" if biased else ": no position bias shown")
-        )
+        verdict = ": a position bias" if biased else ": no position bias shown"
+    print(f"\nleft chosen: {percent(left)}{verdict}")
     speed = found["throughput"]
-    if speed["per_hour"]:
-        print(
-            f"throughput: {speed['votes']} votes in {speed['seconds'] / 60:.1f} minutes, {speed['per_hour']:.0f} an hour"
-        )
+    per_hour = "-" if speed["per_hour"] is None else f"{speed['per_hour']:.0f}"
+    print(f"throughput: {speed['votes']} votes in {speed['seconds'] / 60:.1f} minutes, {per_hour} per hour")

@@ -1,10 +1,12 @@
 """The store of items and judgements: one SQLite file that only grows.
 
-What people did is a row of `events` (vote, skip, undo) that is never changed or removed, by a trigger; `current` is what
-follows from them, the latest judgement of each rater on each item, kept in step within the same transaction. A rater holds
-at most one lease: the item before them. An acknowledged vote is on the disk (WAL, synchronous=FULL).
+Everything that people do (vote, skip, undo) is a row of `events`; a trigger refuses to change or remove one.
+`current` follows from the events: the latest judgement of each rater on each item, written in the same
+transaction.  A rater holds at most one lease: the item before them.  An acknowledged vote is on the disk
+(WAL, synchronous=FULL).
 
-Pairs are shown in an order that depends on (the store's seed, item, rater) alone; a repeat has the other order.
+The order in which a pair is shown depends on the store's seed, the item and the rater alone; a repeat has the
+other order.
 """
 
 import hashlib
@@ -32,14 +34,19 @@ APPLICATION, FORMAT = 0x6D726C66, 1
 SCALE = (1, 5)  # of ratings
 CHOICES = ("a", "b", "tie", "bad")  # bad: neither is acceptable
 LIMITS = {"rater": 40, "note": 2000}  # characters
+JOINERS = "\u200c\u200d"  # part of a word in scripts whose letters join or stack, and invisible in all others
+JOINING_SCRIPTS = ["ARABIC", "SYRIAC", "MANDAIC", "NKO", "MONGOLIAN", "DEVANAGARI", "BENGALI", "GURMUKHI"]
+JOINING_SCRIPTS += ["GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "TIBETAN"]
+JOINING_SCRIPTS += ["MYANMAR", "KHMER", "BALINESE", "JAVANESE"]
+DAMAGED = "go back to a copy of the store"
 SCHEMA = f"""
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {FORMAT};
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE items (
-    id TEXT PRIMARY KEY, mode TEXT NOT NULL CHECK (mode IN ('pair', 'rating')), prompt TEXT NOT NULL, a TEXT NOT NULL,
-    b TEXT, gold TEXT, source TEXT NOT NULL,
-    place INTEGER NOT NULL,              -- random, and the same for all raters, so that they meet on the same items
+    id TEXT PRIMARY KEY, mode TEXT NOT NULL CHECK (mode IN ('pair', 'rating')),
+    prompt TEXT NOT NULL, a TEXT NOT NULL, b TEXT, gold TEXT, source TEXT NOT NULL,
+    place INTEGER NOT NULL,              -- random, the same for all raters: they meet on the same items
     votes INTEGER NOT NULL DEFAULT 0     -- raters whose current judgement is a vote
 );
 CREATE INDEX waiting ON items (gold, mode, votes DESC, place);
@@ -53,8 +60,8 @@ CREATE INDEX judged ON events (rater, item, repeat);
 CREATE TRIGGER no_update BEFORE UPDATE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 CREATE TRIGGER no_delete BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, 'events are append-only'); END;
 CREATE TABLE current (
-    rater TEXT NOT NULL, item TEXT NOT NULL, repeat INTEGER NOT NULL, event INTEGER NOT NULL REFERENCES events,
-    PRIMARY KEY (rater, item, repeat)
+    rater TEXT NOT NULL, item TEXT NOT NULL, repeat INTEGER NOT NULL,
+    event INTEGER NOT NULL REFERENCES events, PRIMARY KEY (rater, item, repeat)
 ) WITHOUT ROWID;
 CREATE TABLE leases (
     rater TEXT PRIMARY KEY, lease TEXT NOT NULL, item TEXT NOT NULL REFERENCES items, repeat INTEGER NOT NULL,
@@ -64,7 +71,7 @@ CREATE TABLE leases (
 
 
 class Refused(UserError):
-    """A judgement that is not taken. `why`: 'unknown', 'foreign', 'replayed' or 'taken'."""
+    """A judgement that is not taken.  `why`: 'unknown', 'foreign', 'replayed' or 'taken'."""
 
     def __init__(self, why: str, message: str):
         super().__init__(message)
@@ -73,16 +80,16 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Policy:
-    """Who gets what; 0 switches gold items or repeats off."""
+    """Who gets which item; 0 switches gold items or repeats off."""
 
-    raters: int = 3  # votes an item is to have, each of another person
-    lease: float = 15.0  # minutes an item is kept for one rater while others wait for it
-    gold_every: int = 10  # one judgement of so many is of an item whose answer is known
-    repeat_every: int = 10  # one of so many is of an item that the rater has judged before
+    raters: int = 3  # votes that each item is to have, each from another person
+    lease: float = 15.0  # minutes that an item is kept for one rater while others wait for it
+    gold_every: int = 10  # one judgement of this many is of an item whose answer is known
+    repeat_every: int = 10  # one judgement of this many is of an item that the rater has judged before
 
 
 def plain(value: object, field: str, limit: int) -> str:
-    """Text as it may be stored. Raises UserError for anything else."""
+    """The value, if it is text that can be stored; UserError for anything else."""
     if not isinstance(value, str) or len(value) > limit:
         raise UserError(f"{field}: expected text of at most {limit:,} characters")
     if re.search("[\ud800-\udfff\0]", value):
@@ -91,30 +98,50 @@ def plain(value: object, field: str, limit: int) -> str:
 
 
 def rater_name(value: object) -> str:
-    """'  Ann  Lee ' -> 'ann lee': whoever writes it with other capitals on a telephone resumes where they left off."""
+    """'  Ann  Lee ' -> 'ann lee', so that a rater who writes other capitals on a telephone is the same rater.
+
+    Raises UserError for no name, and for a character that nobody can see, which it names.  A zero-width
+    joiner or non-joiner is accepted between two letters of a script that needs it.
+    """
     name = " ".join(unicodedata.normalize("NFKC", plain(value, "rater", LIMITS["rater"])).casefold().split())
-    if not name or not name.isprintable():
+    if not name:
         raise UserError("rater: expected a name")
+    for before, character, after in zip(" " + name, name, name[1:] + " ", strict=False):
+        called = f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
+        if character in JOINERS:
+            if not (_script(before) == _script(after) in JOINING_SCRIPTS):
+                raise UserError(
+                    f"rater: {called}: only stands between letters of scripts such as Arabic and Devanagari"
+                )
+        elif not character.isprintable():
+            raise UserError(f"rater: {called}: cannot be part of a name")
     return name
 
 
+def _script(character: str) -> str:
+    """'ARABIC' for an Arabic letter or mark; '' for what is neither letter nor mark."""
+    if unicodedata.category(character)[0] not in "LM":
+        return ""
+    return unicodedata.name(character, "").partition(" ")[0]
+
+
 def check_answer(mode: str, answer: object) -> tuple[str, dict]:
-    """(kind, data) of an answer in the order shown: {choice: left|right|tie|bad, strength?: 1|2} for a pair, {rating: 1..5}
-    for a text, {skip: true} for either, each with {note?, seconds?}. Raises UserError('field: reason')."""
+    """(kind, data) of an answer, in the order in which the texts were shown.
+
+    {choice: left|right|tie|bad, strength?: 1|2} for a pair, {rating: 1..5} for a text, {skip: true} for
+    either; each with {note?, seconds?}.  Raises UserError('field: reason').
+    """
     if not isinstance(answer, dict):
         raise UserError("answer: expected an object")
-    wanted = (
-        {"skip"} if answer.get("skip") is True else {"choice", "strength"} if mode == "pair" else {"rating"}
-    )
+    what = "skip" if answer.get("skip") is True else mode
+    wanted = {"skip": {"skip"}, "pair": {"choice", "strength"}, "rating": {"rating"}}[what]
     if unknown := sorted(map(str, {*answer} - wanted - {"note", "seconds"})):
-        raise UserError(
-            f"{unknown[0][:20]}: does not belong to {'a skip' if 'skip' in wanted else 'a ' + mode}"
-        )
+        raise UserError(f"{unknown[0][:20]}: does not belong to a {what}")
     note = plain(answer.get("note", ""), "note", LIMITS["note"]).strip()
     data = {"seconds": answer.get("seconds", 0.0)} | ({"note": note} if note else {})
     if type(data["seconds"]) not in (int, float) or not 0 <= data["seconds"] < math.inf:
         raise UserError("seconds: expected a number, 0 or more")
-    if "skip" in wanted:
+    if what == "skip":
         return "skip", data
     if mode == "rating":
         if type(answer.get("rating")) is not int or not SCALE[0] <= answer["rating"] <= SCALE[1]:
@@ -134,7 +161,7 @@ def check_answer(mode: str, answer: object) -> tuple[str, dict]:
 
 
 def written(method: Callable) -> Callable:
-    """A method of the store whose work is one transaction."""
+    """A method of Store whose work is one transaction."""
 
     @wraps(method)
     def call(self: "Store", *args, **options):
@@ -144,8 +171,10 @@ def written(method: Callable) -> Callable:
 
 
 class Store:
-    """One connection to write and one to read, for all threads. Other processes (a terminal rater, an export) share the file
-    through SQLite's own locks."""
+    """One connection that writes and one that reads, for all threads.
+
+    Other processes (a terminal rater, an export) share the file through SQLite's own locks.
+    """
 
     def __init__(
         self, path: str | Path, policy: Policy = Policy(), create: bool = False, seed: int | None = None
@@ -157,14 +186,11 @@ class Store:
                 f"{path}: no such store: make one with python -m minirlhf.feedback sample, or add"
             )
         if policy.raters < 1 or policy.gold_every < 0 or policy.repeat_every < 0 or not policy.lease > 0:
-            raise UserError(
-                "--raters must be 1 or more, --lease above 0, --gold-every and --repeat-every 0 or more"
-            )
+            wanted = "--raters must be 1 or more, --lease above 0, --gold-every and --repeat-every 0 or more"
+            raise UserError(wanted)
+        options = {"timeout": 5.0, "isolation_level": None, "check_same_thread": False}
         try:
-            connect = lambda: sqlite3.connect(
-                self.path, timeout=5.0, isolation_level=None, check_same_thread=False
-            )
-            self.db, self.reader = connect(), connect()
+            self.db, self.reader = (sqlite3.connect(self.path, **options) for _ in range(2))
             self.db.row_factory = self.reader.row_factory = sqlite3.Row
             self._prepare(random.SystemRandom().randrange(2**31) if seed is None else seed)
         except sqlite3.Error as e:
@@ -180,24 +206,25 @@ class Store:
             )
         self.db.execute("PRAGMA foreign_keys = ON")
         self.db.execute("PRAGMA journal_mode = WAL")
-        self.db.execute(
-            "PRAGMA synchronous = FULL"
-        )  # WAL's usual NORMAL may lose the last commits with the power
+        self.db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits with the power
         self.write(lambda: self._create(seed) if fresh() else None)  # asked again: two may have come at once
         self.meta = dict(tuple(row) for row in self.db.execute("SELECT key, value FROM meta"))
+        if not {"seed", "secret", "guidelines"} <= self.meta.keys():
+            raise UserError(f"{self.path}: its table meta is damaged: {DAMAGED}")
 
     def _create(self, seed: int) -> None:
         for statement in re.split(r";\n(?=PRAGMA|CREATE|$)", SCHEMA):  # executescript would commit in between
             self.db.execute(statement)
-        meta = {"seed": seed, "secret": secrets.token_hex(32), "guidelines": ""}
-        self.db.executemany(
-            "INSERT INTO meta VALUES (?, ?)", [(key, str(value)) for key, value in meta.items()]
-        )
+        meta = {"seed": str(seed), "secret": secrets.token_hex(32), "guidelines": ""}
+        self.db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
 
     def write(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns, once what it wrote is on the disk. Whoever has the lock commits for all who wait for it, so that
-        many raters share one wait for the disk. Raises what `work` raises, having undone it alone, and sqlite3.Error where the
-        disk is full or the file locked."""
+        """The result of `work`, once the disk has everything that it wrote.
+
+        The thread that has the lock commits for all that wait for it, so that many raters share one wait for
+        the disk.  Raises what `work` raises, having undone it alone, and sqlite3.Error where the disk is full
+        or the file is locked.
+        """
         job: Future[Result] = Future()
         self.waiting.append((work, job))
         with self.lock:
@@ -228,7 +255,7 @@ class Store:
             job.set_exception(error) if error else job.set_result(result)
 
     def rows(self, query: str, *values: object) -> list[sqlite3.Row]:
-        """What is on the disk, without waiting for those who write."""
+        """Rows as they are on the disk; those who write are not waited for."""
         with self.reading:
             return self.reader.execute(query, values).fetchall()
 
@@ -241,8 +268,11 @@ class Store:
 
     @written
     def add(self, items: Iterable[dict]) -> tuple[int, int]:
-        """Put items {mode, prompt, a, b?, gold?, source?} in; (new, already there). An item is its texts: a second import
-        changes nothing, and a pair is the same pair the other way round."""
+        """Store items {mode, prompt, a, b?, gold?, source?} -> (number of new ones, of those already there).
+
+        An item is its texts: a second import changes nothing, and a pair is the same pair the other way
+        round.
+        """
         counts = [0, 0]
         for item in items:
             texts = [item["a"], *([item["b"]] if item["mode"] == "pair" else [])]
@@ -250,14 +280,14 @@ class Store:
                 json.dumps([item["mode"], item["prompt"], sorted(texts)]).encode()
             ).hexdigest()[:20]
             gold = None if item.get("gold") is None else str(item["gold"])
-            values = (key, item["mode"], item["prompt"], item["a"], item.get("b"), gold, json.dumps(item.get("source", {})),
-                      self._hash("place", key))  # fmt: skip
+            source, place = json.dumps(item.get("source", {})), self._hash("place", key)
+            values = (key, item["mode"], item["prompt"], item["a"], item.get("b"), gold, source, place)
             done = self.db.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0)", values)
             counts[done.rowcount == 0] += 1
         return counts[0], counts[1]
 
     def _hash(self, *parts: object) -> int:
-        """A number below 2^62 that the store's seed and the parts decide."""
+        """A number below 2^62 that depends on the store's seed and the parts."""
         return int(hashlib.sha256(json.dumps([self.meta["seed"], *parts]).encode()).hexdigest(), 16) % 2**62
 
     def shown(self, item: str, rater: str, repeat: int) -> str:
@@ -268,15 +298,21 @@ class Store:
 
     @written
     def next(self, rater: str, release: bool = False) -> dict | None:
-        """The item before the rater: the one left off, or a new one (`release`: give the lease back first); None when
-        there is none for them. {item, lease, mode, prompt, texts in the order shown, previous answer or None}."""
+        """The item before the rater, the one they left off or a new one; None when there is none for them.
+
+        {item, lease, mode, prompt, texts in the order shown, previous answer or None}.  With `release`, the
+        lease is given back first.
+        """
         if release:
             self.db.execute("DELETE FROM leases WHERE rater = ?", [rater])
         return self._next(rater)
 
     @written
     def vote(self, rater: str, item: str, lease: str, answer: object) -> dict | None:
-        """Store an answer (see `check_answer`) to a leased item, and return the next one. Raises UserError or Refused."""
+        """The next item, after an answer (see `check_answer`) to a leased one was stored.
+
+        Raises UserError or Refused.
+        """
         held = self.db.execute("SELECT * FROM leases WHERE lease = ?", [lease]).fetchone()
         mode = self.db.execute("SELECT mode FROM items WHERE id = ?", [item]).fetchone()
         if mode is None:
@@ -286,14 +322,12 @@ class Store:
             if used and used["rater"] == rater:
                 raise Refused("replayed", "this judgement is already stored; it is not stored twice")
         if held is None or held["rater"] != rater or held["item"] != item:
-            raise Refused(
-                "foreign", "this item is not before you (any more): another page or another rater has it"
-            )
+            reason = "this item is not before you (any more): another page or another rater has it"
+            raise Refused("foreign", reason)
         kind, data = check_answer(mode["mode"], answer)
         if not self._room(item, rater, held["repeat"]):
-            raise Refused(
-                "taken", "you were away for long and others have judged this item: take the next one"
-            )
+            reason = "you were away for long and others have judged this item: take the next one"
+            raise Refused("taken", reason)
         now = time.time()
         data["seconds"] = round(min(data["seconds"], max(0.0, now - held["opened"])), 3)
         if mode["mode"] == "pair":
@@ -329,7 +363,7 @@ class Store:
     def progress(self, rater: str) -> dict[str, int]:
         """{done: by this rater, left: open to them}."""
         done = self.rows("SELECT count(*) AS n FROM current WHERE rater = ?", rater)[0]["n"]
-        # The difference of two counts: to ask of every item whether this rater has judged it takes ten times as long.
+        # The difference of two counts: asking for each item whether this rater judged it is ten times slower.
         query = "SELECT count(*) AS n FROM items WHERE gold IS NULL AND votes < ?"
         mine = query.replace("items", "current JOIN items ON id = item") + " AND rater = ? AND repeat = 0"
         k = self.policy.raters
@@ -338,18 +372,23 @@ class Store:
     def history(self, rater: str, limit: int = 30) -> list[dict]:
         """The rater's current judgements, latest first, in the order in which they saw the texts."""
         found = self.rows(JUDGEMENTS + " WHERE current.rater = ? ORDER BY event DESC LIMIT ?", rater, limit)
-        return [{"item": r["item"], "repeat": r["repeat"], "mode": r["mode"], "prompt": r["prompt"],
-                 "texts": self._texts(r, rater, r["repeat"]), "previous": self._answer(r)} for r in found]  # fmt: skip
+        keys = ("item", "repeat", "mode", "prompt")
+        return [
+            {key: row[key] for key in keys}
+            | {"texts": self._texts(row, rater, row["repeat"]), "previous": self._answer(row)}
+            for row in found
+        ]
 
     def _current(self, rater: str, item: str, repeat: int) -> sqlite3.Row | None:
-        query = "SELECT kind FROM current JOIN events ON events.id = event WHERE (current.rater, current.item, current.repeat)"
-        return self.db.execute(query + " = (?, ?, ?)", [rater, item, repeat]).fetchone()
+        query = """SELECT kind FROM current c JOIN events ON events.id = event
+                   WHERE (c.rater, c.item, c.repeat) = (?, ?, ?)"""
+        return self.db.execute(query, [rater, item, repeat]).fetchone()
 
     def _append(self, kind: str, rater: str, item: str, repeat: int, lease: str | None, data: dict) -> None:
         before = self._current(rater, item, repeat)
         values = (time.time(), kind, rater, item, repeat, lease, json.dumps(data))
-        event = self.db.execute("INSERT INTO events (at, kind, rater, item, repeat, lease, data) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                                values).lastrowid  # fmt: skip
+        query = "INSERT INTO events (at, kind, rater, item, repeat, lease, data) VALUES (?, ?, ?, ?, ?, ?, ?)"
+        event = self.db.execute(query, values).lastrowid
         if kind == "undo":
             self.db.execute("DELETE FROM current WHERE (rater, item, repeat) = (?, ?, ?)", values[2:5])
         else:
@@ -383,19 +422,22 @@ class Store:
             query = f"SELECT id FROM items WHERE gold IS NOT NULL AND {UNSEEN} ORDER BY place LIMIT 1"
             found = self.db.execute(query, [rater]).fetchone()
         if found is None and repeat and done % repeat == repeat - 1:  # the one longest ago
-            query = """SELECT c.item AS id FROM current c JOIN events e ON e.id = event JOIN items i ON i.id = c.item
-                       WHERE c.rater = ? AND c.repeat = 0 AND e.kind = 'vote' AND i.gold IS NULL AND NOT EXISTS (SELECT 1
-                       FROM current r WHERE (r.rater, r.item, r.repeat) = (c.rater, c.item, 1)) ORDER BY event LIMIT 1"""
+            query = """SELECT c.item AS id FROM current c
+                       JOIN events e ON e.id = event JOIN items i ON i.id = c.item
+                       WHERE c.rater = ? AND c.repeat = 0 AND e.kind = 'vote' AND i.gold IS NULL
+                       AND NOT EXISTS (SELECT 1 FROM current r
+                                       WHERE (r.rater, r.item, r.repeat) = (c.rater, c.item, 1))
+                       ORDER BY event LIMIT 1"""
             if again := self.db.execute(query, [rater]).fetchone():
                 return again["id"], 1
-        if (
-            found is None
-        ):  # what others have begun comes first: items are finished, and agreement is known, one after another
-            query = f"""SELECT id FROM items WHERE {OPEN} AND votes + (SELECT count(*) FROM leases WHERE item = items.id AND
-                        repeat = 0 AND expires > ?) < ? ORDER BY mode, votes DESC, place LIMIT 1"""
-            found = self.db.execute(
-                query, [rater, self.policy.raters, time.time(), self.policy.raters]
-            ).fetchone()
+        if found is None:
+            # Items that others have begun come first: so items are finished one after another.
+            query = f"""SELECT id FROM items WHERE {OPEN}
+                        AND votes + (SELECT count(*) FROM leases
+                                     WHERE item = items.id AND repeat = 0 AND expires > ?) < ?
+                        ORDER BY mode, votes DESC, place LIMIT 1"""
+            values = [rater, self.policy.raters, time.time(), self.policy.raters]
+            found = self.db.execute(query, values).fetchone()
         return (found["id"], 0) if found else None
 
     def _open(self, rater: str, item: str, repeat: int) -> dict:
@@ -405,24 +447,30 @@ class Store:
         same = held is not None and (held["item"], held["repeat"]) == (item, repeat)
         lease, now = held["lease"] if same else secrets.token_urlsafe(16), time.time()
         opened = held["opened"] if same else now
-        self.db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)",
-                        [rater, lease, item, repeat, opened, now + 60 * self.policy.lease])  # fmt: skip
-        query = "SELECT * FROM events WHERE (rater, item, repeat) = (?, ?, ?) AND kind != 'undo' ORDER BY id DESC LIMIT 1"
+        expires = now + 60 * self.policy.lease
+        values = [rater, lease, item, repeat, opened, expires]
+        self.db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?, ?)", values)
+        query = """SELECT * FROM events WHERE (rater, item, repeat) = (?, ?, ?) AND kind != 'undo'
+                   ORDER BY id DESC LIMIT 1"""
         last = self.db.execute(query, [rater, item, repeat]).fetchone()
-        return {"item": item, "lease": lease, "mode": row["mode"], "prompt": row["prompt"],
-                "texts": self._texts(row, rater, repeat), "previous": self._answer(last) if last else None}  # fmt: skip
+        return {
+            "item": item,
+            "lease": lease,
+            "mode": row["mode"],
+            "prompt": row["prompt"],
+            "texts": self._texts(row, rater, repeat),
+            "previous": self._answer(last) if last else None,
+        }
 
     def _texts(self, row: sqlite3.Row, rater: str, repeat: int) -> list[str]:
-        return (
-            [row[side] for side in self.shown(row["item"], rater, repeat)]
-            if row["mode"] == "pair"
-            else [row["a"]]
-        )
+        if row["mode"] == "rating":
+            return [row["a"]]
+        return [row[side] for side in self.shown(row["item"], rater, repeat)]
 
-    @staticmethod
-    def _answer(event: sqlite3.Row) -> dict:
-        """What the rater said, in the order in which they saw the texts: the page must not learn which is which."""
-        data = json.loads(event["data"])
+    def _answer(self, event: sqlite3.Row) -> dict:
+        """The rater's answer, in the order in which they saw the texts: the page must not learn which is
+        which."""
+        data = self._decode(event["data"])
         shown, choice = data.pop("shown", "ab"), data.get("choice")
         if choice in ("a", "b"):
             data["choice"] = ("left", "right")[shown.index(choice)]
@@ -431,25 +479,47 @@ class Store:
     # ------------------------------------------------------------------------- what came out
 
     def judgements(self) -> list[dict]:
-        """Every rater's current vote on every item, in the order in which they were given: {item, rater, repeat, at, mode,
-        prompt, a, b, gold, source} and the vote's data."""
-        found = self.rows(JUDGEMENTS + " WHERE kind = 'vote' ORDER BY event")
+        """The current votes of all raters on all items, in the order in which they were given.
+
+        Each is {item, rater, repeat, at, mode, prompt, a, b, gold, source} with the vote's own data.
+        """
         keys = ("item", "rater", "repeat", "at", "mode", "prompt", "a", "b", "gold")
-        return [
-            {k: r[k] for k in keys} | {"source": json.loads(r["source"])} | json.loads(r["data"])
-            for r in found
-        ]
+        found = []
+        for row in self.rows(JUDGEMENTS + " WHERE kind = 'vote' ORDER BY event"):
+            data = self._decode(row["data"])
+            whole = type(data.get("seconds")) in (int, float) and (
+                type(data.get("rating")) is int
+                if row["mode"] == "rating"
+                else data.get("choice") in CHOICES and data.get("shown") in ("ab", "ba")
+            )
+            if not whole:
+                raise UserError(f"{self.path}: event {row['event']} is damaged: {DAMAGED}")
+            found.append({key: row[key] for key in keys} | {"source": self._decode(row["source"])} | data)
+        return found
 
     def events(self) -> list[dict]:
         """Everything that was ever done, with its item."""
-        found = self.rows(
-            "SELECT events.*, mode, prompt, a, b, gold, source FROM events JOIN items ON items.id = item ORDER BY 1"
-        )
-        decoded = ({**r, "data": json.loads(r["data"]), "source": json.loads(r["source"])} for r in found)
-        return [{k: v for k, v in row.items() if k != "lease"} for row in decoded]
+        query = """SELECT events.*, mode, prompt, a, b, gold, source
+                   FROM events JOIN items ON items.id = item ORDER BY 1"""
+        found = []
+        for row in self.rows(query):
+            decoded = {name: self._decode(row[name]) for name in ("data", "source")}
+            found.append({key: row[key] for key in row.keys() if key != "lease"} | decoded)  # noqa: SIM118
+        return found
+
+    def _decode(self, text: str) -> dict:
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path}: an event or an item is damaged: {DAMAGED}")
+        return found
 
 
 UNSEEN = "NOT EXISTS (SELECT 1 FROM current WHERE rater = ? AND current.item = items.id)"
 OPEN = f"gold IS NULL AND {UNSEEN} AND votes < ?"
-JUDGEMENTS = """SELECT current.rater, current.item, current.repeat, event, kind, at, data, mode, prompt, a, b, gold, source
+JUDGEMENTS = """
+    SELECT current.rater, current.item, current.repeat,
+           event, kind, at, data, mode, prompt, a, b, gold, source
     FROM current JOIN events ON events.id = event JOIN items ON items.id = current.item"""

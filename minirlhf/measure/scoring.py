@@ -1,4 +1,4 @@
-"""Many texts read by reward models, and the reference policy's own samples, on which scores are normalised."""
+"""Scores of many texts, and the reference policy's own samples, on which scores are normalised."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Reference:
 
     @torch.no_grad()
     def samples(self, config, run: Run, tokenizer: Tokenizer) -> list[list[int]]:
-        """Prompts with their continuations, drawn as train_ppo.py will draw them, in the ids of `tokenizer`."""
+        """Prompts with continuations, drawn as train_ppo.py will draw them, in the ids of `tokenizer`."""
         policy = checkpoint.load_gpt(self.folder).to(run.device).eval()
         eos, pad = self.tokenizer.eot, self.tokenizer.pad
         sampling = Sampling(config.response_tokens, config.temperature, eos, pad)

@@ -1,1 +1,1 @@
-"""What one runs around the stages: chat, evaluate, report, estimate, inspect.  Nothing on the reading path imports these."""
+"""Commands around the stages: chat, evaluate, report, estimate, inspect.  Nothing on the path imports them."""

@@ -200,22 +200,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = cli.Parser("python -m minirlhf.estimate", description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("checkpoint", type=Path, metavar="CKPT", help="SFT checkpoint that PPO starts from")
-    add("--reward-model", type=Path, metavar="CKPT", help="reward model, from which the critic starts, too")
-    add("--monitor", type=Path, metavar="CKPT", help="second reward model that is only logged")
-    add("--batch", type=number(Count), default=128, help="responses per rollout (%(default)s)")
-    add("--minibatch", type=number(Count), default=32, help="responses per optimiser step (%(default)s)")
-    add("--microbatch", type=number(Count), help="responses per forward pass (default: --minibatch)")
-    add("--prompt-tokens", type=number(Count), default=4, help="longest prompt, in tokens (%(default)s)")
-    add("--response-tokens", type=number(Count), default=24, help="longest response, in tokens (%(default)s)")
-    add("--train-layers", type=number(Count), metavar="N", help="train only the last N blocks (default: all)")
+    add("checkpoint", type=Path, metavar="CKPT", help="SFT checkpoint that PPO starts from.")
+    add("--reward-model", type=Path, metavar="CKPT", help="Reward model, from which the critic starts, too.")
+    add("--monitor", type=Path, metavar="CKPT", help="Second reward model whose scores are only logged.")
+    add("--batch", type=number(Count), default=128, help="Responses per rollout (%(default)s).")
+    add("--minibatch", type=number(Count), default=32, help="Responses per optimiser step (%(default)s).")
+    add("--microbatch", type=number(Count), help="Responses per forward pass.  Default: --minibatch.")
+    add("--prompt-tokens", type=number(Count), default=4, help="Longest prompt, in tokens (%(default)s).")
+    add(
+        "--response-tokens", type=number(Count), default=24, help="Longest response, in tokens (%(default)s)."
+    )
+    add(
+        "--train-layers", type=number(Count), metavar="N", help="Train only the last N blocks.  Default: all."
+    )
     add(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="of matrix products (%(default)s)",
+        help="Precision of matrix products (%(default)s).",
     )
-    add("--gradient-checkpointing", action="store_true", help="keep only each block's input for backward")
+    add("--gradient-checkpointing", action="store_true", help="Keep only each block's input for backward.")
     args = parser.parse_args(argv)
     args.microbatch = args.microbatch or args.minibatch
     for big, small in ("batch", "minibatch"), ("minibatch", "microbatch"):

@@ -177,7 +177,7 @@ def settings_of(
             found = f"{value!r:.40}" if name in settings else "nothing"
             raise UserError(
                 f"{folder}/config.json: training.{name}: expected {wanted}, found {found}: "
-                f"name a checkpoint made by train_ppo.py"
+                f"name another checkpoint"
             )
     return settings
 

@@ -13,7 +13,7 @@ import torch
 from minirlhf import UserError, checkpoint, data
 from minirlhf.feedback.add import add
 from minirlhf.feedback.export import export
-from minirlhf.feedback.rate import rate, visible
+from minirlhf.feedback.rate import rate
 from minirlhf.feedback.sample import choose
 from minirlhf.feedback.stats import print_stats, summarise
 from minirlhf.feedback.store import Policy, Store
@@ -95,10 +95,6 @@ def test_rate_stops_at_the_end_of_input(make_store, monkeypatch, capsys):
     assert "0 judged" in capsys.readouterr().out
 
 
-def test_visible():
-    assert visible("tab\there\nline\x9b2J \u202eabc é 漢") == "tab\\there\nline\\x9b2J \\u202eabc é 漢"
-
-
 # ----------------------------------------------------------------------------- stats
 
 
@@ -141,9 +137,39 @@ def test_stats_of_known_raters(make_store, judge, capsys):
     judge(only_dan, "dan", answer={"choice": "left"})
     found = summarise(only_dan)
     assert found["left_chosen"]["rate"] == 1 and found["left_chosen"]["interval"][0] > 0.5
-    assert found["agreement"]["pair"]["alpha"] is None  # one rater agrees with nobody
     print_stats(found)
     assert "a position bias" in capsys.readouterr().out
+
+
+def test_H11_what_cannot_be_measured_is_a_dash(make_store, judge, capsys):
+    store = make_store(pairs=3, ratings=3)
+    judge(store, "ann", answer=lambda item: {"choice": "bad"} if item["mode"] == "pair" else {"rating": 3})
+    found = summarise(store)
+    for mode in ("pair", "rating"):  # one rater agrees with nobody
+        assert found["agreement"][mode]["raw"] is None
+        assert found["agreement"][mode]["alpha"] == {"nominal": None, "ordinal": None, "interval": None}
+    assert found["left_chosen"] is None
+    print_stats(found)
+    out = capsys.readouterr().out
+    assert (
+        out.count(
+            "raw agreement - of 0 pairs of raters; Krippendorff's alpha: nominal -, ordinal -, interval -"
+        )
+        == 2
+    )
+    assert "left chosen: -\n" in out and "0.000" not in out
+    judge(store, "bob", answer=lambda item: {"choice": "bad"} if item["mode"] == "pair" else {"rating": 4})
+    pair = summarise(store)["agreement"]["pair"]
+    assert pair["raw"] == 1 and pair["alpha"] == {
+        "nominal": 0.0,
+        "ordinal": None,
+        "interval": None,
+    }  # "bad" has no place
+
+
+def test_statistics_of_an_empty_store(make_store, capsys):
+    print_stats(summarise(make_store()))
+    assert "items: none" in capsys.readouterr().out
 
 
 def test_D23_alpha_of_a_store_is_the_fixture_s(make_store):
@@ -207,11 +233,62 @@ def test_export(make_store, judge, tmp_path):
     assert not any(secret in file.read_text() for file in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("part", ["data", "source"])
+@pytest.mark.parametrize(
+    "value", ["{", "[]", "{}", '{"choice": "left", "seconds": 1, "shown": "ab"}', "x" * 99]
+)
+def test_damaged_judgements_are_one_line(make_store, judge, tmp_path, run, capsys, part, value):
+    store = make_store(pairs=1, ratings=1)
+    judge(store, "ann")
+    store.db.execute("DROP TRIGGER no_update")
+    store.db.execute(f"UPDATE {'events' if part == 'data' else 'items'} SET {part} = ?", [value])
+    if part == "source" and value in ("{}", '{"choice": "left", "seconds": 1, "shown": "ab"}'):
+        summarise(store)  # an object says where an item is from: any will do
+        return
+    for command in (["stats"], ["export", tmp_path / "out"]):
+        assert run("minirlhf.feedback.__main__", *command, "--store", store.path) == 2
+        error = capsys.readouterr().err
+        assert "damaged: go back to a copy of the store" in error and error.count("\n") == 1
+
+
+def test_a_store_with_damaged_pages_is_one_line(make_store, judge, tmp_path, run, capsys):
+    """Bytes changed all over the file: refused in one line, or read, but never a traceback."""
+    store = make_store(pairs=40, ratings=40)
+    for rater in ("ann", "bob"):
+        judge(store, rater)
+    store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    whole = store.path.read_bytes()
+    refused = 0
+    for place in range(4096 + 10, len(whole), 4096 + 777):
+        bad = tmp_path / "bad.db"
+        bad.write_bytes(whole[:place] + bytes(range(64)) + whole[place + 64 :])
+        for command in (["stats"], ["export", tmp_path / "out"]):
+            code = run("minirlhf.feedback.__main__", *command, "--store", bad)
+            error = capsys.readouterr().err
+            refused += code == 2
+            assert code in (0, 2) and error.count("\n") == (code == 2), error
+        for extra in ("", "-wal", "-shm"):
+            Path(f"{bad}{extra}").unlink(missing_ok=True)
+    assert refused > 4
+
+
+def test_numbers_that_cannot_be_written_are_one_line(make_store, run, capsys):
+    assert (
+        run("minirlhf.feedback.__main__", "stats", "--store", make_store().path, "--json", "/no/such/x.json")
+        == 2
+    )
+    assert capsys.readouterr().err == "error: /no/such/x.json: cannot be written: No such file or directory\n"
+
+
 # ----------------------------------------------------------------------------- the command line
 
 
 @pytest.mark.parametrize("argv, message", [
     (["serve"], "no such store"), (["stats", "--store", "none.db"], "no such store"), (["export", "out"], "no such store"),
+    (["serve", "--port", "99999"], "--port: must be at least 0 and at most 65535, not 99999"), (["serve", "--port", "-1"], "--port"),
+    (["serve", "--lease", "nan"], "--lease: must be above 0"), (["rate", "--rater", "ann", "--raters", "0"], "--raters: must be"),
+    (["serve", "--gold-every", "-1"], "--gold-every: must be at least 0"), (["serve", "--repeat-every", "x"], "whole number"),
+    (["serv"], "invalid choice"), ([], "command"), (["stats", "--stor", "x.db"], "unrecognized arguments: --stor"),
     (["add", "none.jsonl"], "none.jsonl: cannot be read"), (["rate", "--rater", "ann"], "no such store"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(tmp_path, argv, message):
@@ -272,7 +349,7 @@ def test_the_loop_of_the_page(smoke, run, tmp_path, monkeypatch):
     }
     for k in (1, 2):
         about = json.loads((tmp_path / f"runs/round{k}/ppo/config.json").read_text())
-        assert about["complete"] and about["reward_model"] == str(tmp_path / f"runs/round{k}/rm")
+        assert about["complete"] and about["inputs"]["reward_model_path"] == str(tmp_path / f"runs/round{k}/rm")
     sources = [json.loads(r["source"]) for r in Store(store).rows("SELECT source FROM items")]
     second = ["chosen" in s for s in sources]
     assert second == ["round1" in s["checkpoint"] for s in sources] and 0 < sum(second) < len(second)
@@ -294,7 +371,8 @@ def test_the_loop_of_the_page(smoke, run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--per-prompt", 1], "--per-prompt must be 2"), (["--temperature", "nan"], "above 0"), (["--limit", 0], "above 0"),
+    (["--per-prompt", 1], "--per-prompt must be 2"), (["--temperature", "nan"], "above 0"), (["--limit", 0], "at least 1"),
+    (["--seed", "-1"], "at least 0"), (["--keep", "2.5"], "must be a whole number"), (["--prompt-tokens", "1e3"], "whole number"),
     (["--response-tokens", 10_000], "leaves no room for the response"), (["--prompts", "none.jsonl"], "no such file"),
 ])  # fmt: skip
 def test_sample_refuses(smoke, run, tmp_path, capsys, options, message):

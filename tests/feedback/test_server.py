@@ -75,6 +75,16 @@ def test_a_vote(store):
     assert [(v["rater"], v["rating"], v["note"]) for v in store.judgements()] == [("ann", 5, "good")]
 
 
+def test_H18_names_on_the_page(store):
+    page = Page(store, "  علی\u200cرضا ")
+    assert page.client.get("/api/me").json["rater"] == "علی\u200cرضا"
+    refused(
+        page.post("/api/join", {"name": "ann\u202e"}),
+        400,
+        "rater: U+202E RIGHT-TO-LEFT OVERRIDE: cannot be part of",
+    )
+
+
 def test_headers_forbid_everything_that_is_not_ours(store):
     for path in ("/", "/static/page.js", "/static/page.css", "/api/me", "/nowhere"):
         headers = Page(store).client.get(path).headers

@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 import threading
 import time
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,6 +239,30 @@ def test_names():
     for bad in ("", "  ", None, 3, "x" * 41, "a\0b", "a\u202eb", "\ud800"):
         with pytest.raises(UserError, match="rater"):
             rater_name(bad)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["علی\u200cرضا", "نیک\u200cپور", "ශ්\u200dරී", "ನ್\u200cನಾ", "क्\u200dषमा", "Zoë", "李 小龙", "O'Brien-Ng"],
+)
+def test_H18_joiners_belong_to_names_in_scripts_that_need_them(name):
+    assert rater_name(name) == unicodedata.normalize("NFKC", name).casefold() and rater_name(
+        rater_name(name)
+    ) == rater_name(name)
+
+
+@pytest.mark.parametrize("name, character", [
+    ("an\u200cn", "U+200C ZERO WIDTH NON-JOINER: only stands between letters of scripts such as Arabic"),
+    ("\u200dann", "U+200D ZERO WIDTH JOINER: only stands"), ("علی\u200c", "U+200C"), ("\u200cعلی", "U+200C"), ("علی\u200c رضا", "U+200C"),
+    ("علی\u200c\u200cرضا", "U+200C"), ("علیa\u200cرضا", "U+200C"), ("👩\u200d💻", "U+200D"),
+    ("ann\u202egnp", "U+202E RIGHT-TO-LEFT OVERRIDE: cannot be part of a name"), ("an\u200bn", "U+200B ZERO WIDTH SPACE"),
+    ("an\u00adn", "U+00AD SOFT HYPHEN"), ("an\ufeffn", "U+FEFF ZERO WIDTH NO-BREAK SPACE"), ("an\x07n", "U+0007: cannot"),
+    ("an\u2066n", "U+2066 LEFT-TO-RIGHT ISOLATE"), ("an\ue000n", "U+E000: cannot"),
+])  # fmt: skip
+def test_H18_other_characters_that_nobody_sees_are_named(name, character):
+    with pytest.raises(UserError) as refused:
+        rater_name(name)
+    assert str(refused.value).startswith(f"rater: {character}") and str(refused.value).isprintable()
 
 
 def test_files_that_are_no_store(tmp_path):
