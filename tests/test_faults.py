@@ -426,7 +426,7 @@ def test_H6_F4_a_model_below_is_trained_again(run, refused, home, mine):
         shutil.rmtree(mine / stage)
         shutil.copytree(home / "rm", mine / stage, symlinks=True)
     assert run("train_sft", *SFT, "--seed", 9, "--vocab", 300, "--out", mine / "sft", "--overwrite") == 0
-    assert "was trained from " in refused("train_ppo", *ppo, "--resume")
+    assert f"{mine / 'rm'} was trained from " in refused("train_ppo", *ppo, "--resume")
     assert "was made from another init (sha256 " in refused("train_rm", *RM, "--out", mine / "rm")
     told = refused("train_ppo", *PPO, "--out", mine / "fresh")
     assert f"{mine / 'rm'} was trained from {mine / 'sft'} as it was before" in told
