@@ -429,7 +429,7 @@ def test_H6_F4_a_model_below_is_trained_again(run, refused, home, mine):
     assert f"{mine / 'rm'} was trained from " in refused("train_ppo", *ppo, "--resume")
     assert "was made from another init (sha256 " in refused("train_rm", *RM, "--out", mine / "rm")
     told = refused("train_ppo", *PPO, "--out", mine / "fresh")
-    assert f"{mine / 'rm'} was trained from {mine / 'sft'} as it was before" in told
+    assert f"{mine / 'rm'} was trained from {mine / 'sft'}" in told and "as it was before" in told
     assert content(mine / "ppo") == before and not (mine / "fresh").exists()
 
 
