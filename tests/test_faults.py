@@ -58,7 +58,7 @@ from safetensors.torch import load_file
 
 from minirlhf import checkpoint
 from minirlhf.measure import baselines
-from minirlhf.support import functions, hardware, logs
+from minirlhf.support import functions, hardware
 from minirlhf.support.files import Lock
 
 ROOT = Path(__file__).resolve().parents[1]
