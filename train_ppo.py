@@ -264,10 +264,8 @@ def main() -> None:
             values = by_microbatch(response_values, critic, texts, microbatch)  # [B, R], before tokens [D8]
             scores, score_parts = run.together(scorer, texts)  # [B]
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
-        has_eos = texts.ended(tokenizer.eot)
-        scores = ppo.apply_missing_eos(
-            scores, has_eos, config.missing_eos_penalty, config.missing_eos
-        )  # [D9]
+        has_eos = texts.ended(tokenizer.eot)  # [D9]
+        scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
 
         # 3. Rewards: minus kl_coef * k1 at every token, plus the score at the last real token [D1] [D7].
         token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)

@@ -22,22 +22,21 @@ def run():
     """run(script, *argv) -> exit code: what `python script.py argv` would do, told apart from a crash, which raises.
 
     `stop_at` sends Ctrl-C when that step has been logged."""
-    from minirlhf import run
-    from minirlhf.support import cli
+    from minirlhf.support import cli, logs
 
     def call(script: str, *argv, stop_at: int | None = None) -> int:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script, *map(str, argv)])
             patch.setattr(os, "fsync", lambda descriptor: None)  # nobody will cut the power
             if stop_at is not None:
-                log = run.MetricLogger.log
+                log = logs.MetricLogger.log
 
                 def log_and_stop(self, step, metrics):
                     log(self, step, metrics)
                     if step == stop_at:
                         signal.raise_signal(signal.SIGINT)
 
-                patch.setattr(run.MetricLogger, "log", log_and_stop)
+                patch.setattr(logs.MetricLogger, "log", log_and_stop)
             try:
                 cli.run_script(importlib.import_module(FRONTS.get(script, script)).main)
             except SystemExit as stop:

@@ -33,7 +33,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
 
 
 def _is_command(argv: list[str]) -> bool:
-    """Whether this is `python train_sft.py` or `python -m minirlhf.chat`, and not a program that imports us."""
+    """Whether this is `python train_sft.py` or `python -m minirlhf.chat`, not a program that imports us."""
     words = argv[1:]
     while words and words[0].startswith("-"):
         option = words.pop(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -75,7 +76,9 @@ class Folder:
                     raise UserError(
                         f"{path}: conversations were laid out as {layout}, not {LAYOUT}: train it again"
                     )
-                self.inputs |= {name: checkpoint.fingerprint(path), f"{name}_path": str(path)}
+                from_here = os.path.relpath(checkpoint.resolve(path), self.out.resolve())
+                self.inputs |= {name: checkpoint.fingerprint(path)}
+                self.inputs |= {f"{name}_path": str(path), f"{name}_relative_path": from_here}
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())
         if self.state != "start":
@@ -195,11 +198,11 @@ def refuse_stale(path: str | Path, name: str, source: str | Path) -> None:
     since."""
     inputs = checkpoint.load_config(path).get("inputs", {})
     before, now = inputs.get(name), checkpoint.fingerprint(source)
-    if (
-        before is None
-        or before == now
-        or Path(inputs[f"{name}_path"]).resolve().parent != checkpoint.resolve(source).parent
-    ):
+    places = [Path(inputs[f"{name}_path"])] if f"{name}_path" in inputs else []
+    if f"{name}_relative_path" in inputs:  # runs that were copied or moved together
+        places.append(checkpoint.resolve(path).parent / inputs[f"{name}_relative_path"])
+    folder = checkpoint.resolve(source).parent
+    if before in (None, now) or folder not in [place.resolve().parent for place in places]:
         return
     raise UserError(
         f"{path} was trained from {source} as it was before (sha256 {before[:12]}, now {now[:12]}): "

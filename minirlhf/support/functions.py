@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -60,28 +61,40 @@ def call(function: Reward, prompts: list[str], responses: list[str], name: str =
         result = function(list(prompts), list(responses))
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name} failed: {_reason(error)}") from error
-    if isinstance(result, str | bytes | dict):
+    if isinstance(result, str | bytes | dict | set | frozenset):
         raise UserError(
             f"--reward {name}: returned {type(result).__name__}, not a list of {len(responses)} numbers"
         )
     try:
-        values = list(result)
+        numbers = iter(result)
     except (Exception, SystemExit):
         raise UserError(f"--reward {name}: returned {type(result).__name__}, not a list of numbers") from None
+    try:
+        values = list(itertools.islice(numbers, len(responses) + 1))  # a generator may have no end
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--reward {name} failed: {_reason(error)}") from error
     if len(values) != len(responses):
-        raise UserError(f"--reward {name}: returned {len(values)} numbers for {len(responses)} responses")
+        count = len(values) if len(values) < len(responses) else f"more than {len(responses)}"
+        raise UserError(f"--reward {name}: returned {count} numbers for {len(responses)} responses")
     return [_finite(value, name, row, responses[row]) for row, value in enumerate(values)]
 
 
 def _finite(value: object, name: str, row: int, response: str) -> float:
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+    except Exception:  # whatever the user's own type of number raises
         number = math.nan
     if not math.isfinite(number):
-        got, text = one_line(f"{value!r:.40}"), one_line(f"{response!r:.40}")
+        got, text = _shown(value), _shown(response)
         raise UserError(f"--reward {name}: row {row}: {got} is not a finite number (response {text})")
     return number
+
+
+def _shown(value: object) -> str:
+    try:
+        return one_line(f"{value!r:.40}")
+    except Exception:
+        return type(value).__name__
 
 
 def _reason(error: BaseException) -> str:

@@ -57,7 +57,8 @@ def load_judgements(
 def choose_loss(config: Any, source: data.Dataset) -> tuple[str, str]:
     """(loss, normalisation of the scores) for this kind of judgements, 'auto' resolved."""
     if source.kind not in ("rated", "preference"):
-        raise UserError(f"{source.name}: {source.kind} rows hold no judgement: want ratings or preferences")
+        want = "want preferences, or ratings (a thumb is a rating of 1 or 0 with `scale` [0, 1])"
+        raise UserError(f"{source.name}: {source.kind} rows hold no judgement to learn: {want}")
     rated = source.kind == "rated"
     loss = config.loss if config.loss != "auto" else "regression" if rated else "pairwise"
     if not rated and loss != "pairwise":
