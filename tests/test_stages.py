@@ -4,10 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,24 +14,16 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import checkpoint, data, model
-from minirlhf.measure import baselines, stats
+from minirlhf.measure import stats
 from minirlhf.rewards import score_texts
 from minirlhf.rollout import Texts
 from minirlhf.support import cli
 from minirlhf.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
 CHECKPOINT = ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
 SFT = [*SMALL, "--n-layer", 1, "--n-embd", 16, "--batch", 104, "--samples", 0]  # 3 steps an epoch
-
-
-@pytest.fixture
-def no_baselines(monkeypatch):
-    """The report at the end of train_rm.py is not the subject, and takes longer than the training."""
-    monkeypatch.setattr(baselines, "tfidf_ridge", lambda *args, **options: None)
-    monkeypatch.setattr(baselines, "vader_lexicon", lambda *args: None)
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -749,3 +737,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 
 def test_bad_rows_may_be_skipped(run, mistakes, tmp_path):
     assert run("train_sft", *SFT, "--data", mistakes / "bad.jsonl", "--skip-bad", "--out", tmp_path) == 0
+
+
+def test_the_fused_head_trains_the_same_model(run, tmp_path):
+    """With the logits and without: all that differs is rounding."""
+    for name in ("on", "off"):
+        assert (
+            run("train_sft", *SFT, "--out", tmp_path / name, "--fused-head", name, "--precision", "fp32") == 0
+        )
+    a, b = (checkpoint.load_config(tmp_path / name)["results"]["val_bits_per_byte"] for name in ("on", "off"))
+    assert abs(a - b) < 1e-3
