@@ -57,6 +57,15 @@ def metrics():
     return read
 
 
+@pytest.fixture
+def no_baselines(monkeypatch):
+    """The report at the end of train_rm.py is not the subject, and takes longer than the training."""
+    from minirlhf.measure import baselines
+
+    monkeypatch.setattr(baselines, "tfidf_ridge", lambda *args, **options: None)
+    monkeypatch.setattr(baselines, "vader_lexicon", lambda *args: None)
+
+
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory, run) -> Path:
     """The folder of a whole run at the smoke preset: sft, rm, judge, ppo, results.json.  Read it, do not write to it."""

@@ -305,8 +305,12 @@ def test_F3_tensors_have_a_checksum(tmp_path, file, load, damage):
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header, numbers = content[8:end], content[end:]
-    header = {"shape": header.replace(b"[3,2]", b"[2,3]"), "dtype": header.replace(b"F32", b"I32")}.get(damage, header)
-    numbers = {"bit": bytes([numbers[0] ^ 64, *numbers[1:]]), "zeros": bytes(len(numbers))}.get(damage, numbers)
+    header = {"shape": header.replace(b"[3,2]", b"[2,3]"), "dtype": header.replace(b"F32", b"I32")}.get(
+        damage, header
+    )
+    numbers = {"bit": bytes([numbers[0] ^ 64, *numbers[1:]]), "zeros": bytes(len(numbers))}.get(
+        damage, numbers
+    )
     path.write_bytes(content[:8] + header + numbers)
     assert path.read_bytes() != content and not torch.equal(load_file(path)["w"], tensors["w"])
     with pytest.raises(UserError, match="damaged: its checksum is not the one recorded") as error:
@@ -328,7 +332,9 @@ def test_F13_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path, mo
     where = {"save_file": steps, "write_text": Path, "copyfile": shutil, "rename": os}[failing]
     monkeypatch.setattr(where, failing, fail)
     for _ in range(2):  # a restart loop must not fill the disk
-        with pytest.raises(UserError, match="checkpoint of step 2 cannot be written .*No space left.*: make room"):
+        with pytest.raises(
+            UserError, match="checkpoint of step 2 cannot be written .*No space left.*: make room"
+        ):
             checkpoint.save(tmp_path, 2, {"w": torch.ones(1)}, {}, NEW)
         assert listing(tmp_path) == before
     assert read(tmp_path) == OLD.vocab_size
@@ -368,7 +374,9 @@ def test_F1_a_lost_link_is_named(tmp_path):
     for step in (9, 10):
         write(tmp_path, step, OLD, best=step == 9)
     (tmp_path / "latest").unlink()
-    with pytest.raises(UserError, match="holds step-000010 but no link `latest`: name .*/step-000010, or make the link"):
+    with pytest.raises(
+        UserError, match="holds step-000010 but no link `latest`: name .*/step-000010, or make the link"
+    ):
         checkpoint.load_gpt(tmp_path)
     assert read(tmp_path / "step-000010") == OLD.vocab_size
 
@@ -388,7 +396,9 @@ def test_H6_a_checkpoint_made_from_other_weights_is_stale(tmp_path):
     checkpoint.refuse_stale(rm, "init", stage("another", 5.0))  # another folder was asked for
     stage("sft", 4.0)
     assert checkpoint.fingerprint(sft) != first
-    with pytest.raises(UserError, match=f"^{rm} was trained from {sft} as it was before .*: train it again") as error:
+    with pytest.raises(
+        UserError, match=f"^{rm} was trained from {sft} as it was before .*: train it again"
+    ) as error:
         checkpoint.refuse_stale(rm, "init", sft)
     assert first[:12] in str(error.value) and checkpoint.fingerprint(sft)[:12] in str(error.value)
 

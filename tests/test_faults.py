@@ -169,23 +169,40 @@ def test_R3_bf16_that_is_emulated_is_not_chosen(monkeypatch):
 
 def test_H1_a_thumb_is_no_rating_until_it_is_written_as_one(run, refused, home, tmp_path):
     rows = [{"prompt": f"Review {i}:", "completion": f" fun {i}", "label": i % 2 == 0} for i in range(60)]
-    told = refused("train_rm", *RM, "--init", home / "sft", "--data", jsonl(tmp_path / "t.jsonl", rows), "--out", tmp_path / "rm")
+    told = refused(
+        "train_rm",
+        *RM,
+        "--init",
+        home / "sft",
+        "--data",
+        jsonl(tmp_path / "t.jsonl", rows),
+        "--out",
+        tmp_path / "rm",
+    )
     assert "a rating of 1 or 0 with `scale` [0, 1]" in told
-    rows = [{"prompt": r["prompt"], "response": r["completion"], "rating": int(r["label"]), "scale": [0, 1]} for r in rows]
+    rows = [
+        {"prompt": r["prompt"], "response": r["completion"], "rating": int(r["label"]), "scale": [0, 1]}
+        for r in rows
+    ]
     options = ["--init", home / "sft", "--data", jsonl(tmp_path / "t.jsonl", rows), "--out", tmp_path / "rm"]
     assert run("train_rm", *RM, *options) == 0
 
 
 def test_H3_a_reward_model_that_could_learn_nothing_is_none(refused, home, tmp_path):
     long = " the plot is odd" * 60
-    rows = [{"prompt": f"Review {i}:", "chosen": long + " I smiled", "rejected": long + " I slept"} for i in range(60)]
+    rows = [
+        {"prompt": f"Review {i}:", "chosen": long + " I smiled", "rejected": long + " I slept"}
+        for i in range(60)
+    ]
     file = jsonl(tmp_path / "late.jsonl", rows)
     told = refused("train_rm", *RM, "--init", home / "sft", "--data", file, "--out", tmp_path / "rm")
     assert "pairs that the cut makes equal" in told and "--context" in told
     assert not (tmp_path / "rm").exists()
 
 
-@pytest.mark.parametrize("row", [{"prompt": "Question {}?"}, {"prompt": "Question {}?", "completion": " "}], ids=["bare", "empty"])
+@pytest.mark.parametrize(
+    "row", [{"prompt": "Question {}?"}, {"prompt": "Question {}?", "completion": " "}], ids=["bare", "empty"]
+)
 def test_H7_nothing_to_learn_is_said_first(refused, tmp_path, row):
     rows = [{k: v.format(i) for k, v in row.items()} for i in range(80)]
     told = refused("train_sft", *SFT, "--data", jsonl(tmp_path / "p.jsonl", rows), "--out", tmp_path / "sft")
@@ -197,8 +214,20 @@ def test_H10_R5_what_became_of_the_prompts_is_said(run, capsys, home, tmp_path, 
     """Prompts in a .txt were cut to four tokens, and a tenth of them was practised on, both unsaid."""
     lines = [f"Please write a long and careful review of film {i}" for i in range(30)]
     file = tmp_path / f"prompts.{suffix}"
-    file.write_text("".join((line if suffix == "txt" else json.dumps({"prompt": line})) + "\n" for line in lines))
-    options = [*PPO, "--iterations", 1, "--init", home / "sft", "--reward-model", home / "rm", "--save-samples", 1]
+    file.write_text(
+        "".join((line if suffix == "txt" else json.dumps({"prompt": line})) + "\n" for line in lines)
+    )
+    options = [
+        *PPO,
+        "--iterations",
+        1,
+        "--init",
+        home / "sft",
+        "--reward-model",
+        home / "rm",
+        "--save-samples",
+        1,
+    ]
     assert run("train_ppo", *options, "--data", file, "--out", tmp_path / "ppo") == 0
     cut = " (30 cut: texts to their first 4 tokens)" if suffix == "txt" else ""
     assert f"prompts, all split: 30 rows: 30 used{cut}\n" in capsys.readouterr().out
@@ -231,14 +260,19 @@ def test_H14_a_prompt_that_does_not_fit(run, refused, capsys, stages, tmp_path, 
     options = [*stages(script)[0], "--data", file]
     told = refused(script, *options, "--too-long", "error", "--out", tmp_path / "error")
     assert f"{file}:8: prompt: " in told and "--too-long drop or cut" in told and "--context" in told
-    for name, count in (("drop", ", 1 dropped (prompt "), ("cut", " used (1 cut: the beginning of the prompt)")):
+    for name, count in (
+        ("drop", ", 1 dropped (prompt "),
+        ("cut", " used (1 cut: the beginning of the prompt)"),
+    ):
         capsys.readouterr()
         assert run(script, *options, "--too-long", name, "--out", tmp_path / name) == 0
         assert count in capsys.readouterr().out
     assert not equal(final(tmp_path / "drop"), final(tmp_path / "cut"))
 
 
-@pytest.mark.parametrize("options", [["--context", 1024], ["--vocab", 300], ["--n-layer", 3], ["--tokenizer", "gpt2"]], ids=str)
+@pytest.mark.parametrize(
+    "options", [["--context", 1024], ["--vocab", 300], ["--n-layer", 3], ["--tokenizer", "gpt2"]], ids=str
+)
 def test_H14_what_init_overrides_is_refused(refused, home, tmp_path, options):
     told = refused("train_sft", *SMALL, "--init", home / "sft", *options, "--out", tmp_path / "sft")
     assert f"{options[0]} has no effect with --init" in told
@@ -258,7 +292,9 @@ def test_H15_few_rows(refused, home, tmp_path, script, n):
 # ----------------------------------------------------------------------------- models, rewards
 
 
-def test_H16_a_reward_model_with_another_tokenizer_and_a_shorter_context(run, refused, metrics, home, tmp_path):
+def test_H16_a_reward_model_with_another_tokenizer_and_a_shorter_context(
+    run, refused, metrics, home, tmp_path
+):
     """Texts are cut for it and counted; the run once ended in the middle, without a checkpoint."""
     other = ["--vocab", 258, "--context", 30]  # bytes: about three times as many tokens
     assert run("train_sft", *SFT, *other, "--epochs", 1, "--out", tmp_path / "sft") == 0
@@ -271,7 +307,15 @@ def test_H16_a_reward_model_with_another_tokenizer_and_a_shorter_context(run, re
     assert run("train_sft", *SFT, *same, "--epochs", 1, "--out", tmp_path / "short" / "sft") == 0
     short = ["--response-tokens", 4, "--out", tmp_path / "short" / "rm"]
     assert run("train_rm", *RM, *short) == 0
-    options = [*PPO, "--init", home / "sft", "--reward-model", tmp_path / "short" / "rm", "--out", tmp_path / "no"]
+    options = [
+        *PPO,
+        "--init",
+        home / "sft",
+        "--reward-model",
+        tmp_path / "short" / "rm",
+        "--out",
+        tmp_path / "no",
+    ]
     told = refused("train_ppo", *options, "--response-tokens", 18)
     assert "prompt leaves no room for the response" in told and not (tmp_path / "no").exists()
 
@@ -299,7 +343,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_H13_a_function_that_fails_late_costs_its_iteration(run, refused, stages, metrics, monkeypatch, tmp_path, how):
+def test_H13_a_function_that_fails_late_costs_its_iteration(
+    run, refused, stages, metrics, monkeypatch, tmp_path, how
+):
     """What is finished is saved, one line names function and iteration, and --resume does that rollout again."""
     code = f"calls = 0\ndef f(prompts, responses):\n    global calls\n    calls += 1\n    if calls == FAIL:\n        {BROKEN[how]}\n"
     (tmp_path / "late_rule.py").write_text(f"FAIL = 2\n{code}    return [0.1 * len(r) for r in responses]\n")
@@ -330,10 +376,18 @@ def test_H13_what_a_function_does_to_its_arguments_later_changes_nothing(run, st
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "greedy_rule", raising=False)
     for name in "fgh":
-        options = [*stages("train_ppo")[0], "--reward", f"greedy_rule:{name}", "--reward", "minirlhf.rewards:repetition"]
+        options = [
+            *stages("train_ppo")[0],
+            "--reward",
+            f"greedy_rule:{name}",
+            "--reward",
+            "minirlhf.rewards:repetition",
+        ]
         options = [w for w in options if not str(w).endswith("/rm") and w != "--reward-model"]
         assert run("train_ppo", *options, "--save-samples", 1, "--out", tmp_path / name) == 0
-    assert equal(final(tmp_path / "f"), final(tmp_path / "h")) and equal(final(tmp_path / "g"), final(tmp_path / "h"))
+    assert equal(final(tmp_path / "f"), final(tmp_path / "h")) and equal(
+        final(tmp_path / "g"), final(tmp_path / "h")
+    )
     assert (tmp_path / "f/samples.jsonl").read_text() == (tmp_path / "h/samples.jsonl").read_text()
 
 
@@ -370,8 +424,18 @@ def test_F20_the_last_good_checkpoint_stays(refused, monkeypatch, stages, tmp_pa
         calls.append(1)
         return [float("nan" if len(calls) == 3 else 1)] * len(args[1])
 
-    monkeypatch.setattr(functions, "call", lambda function, prompts, responses, name: poisoned(prompts, responses))
-    options = [*stages("train_ppo")[0], "--save-every", 1, "--reward", "nan_rule:f", "--out", tmp_path / "ppo"]
+    monkeypatch.setattr(
+        functions, "call", lambda function, prompts, responses, name: poisoned(prompts, responses)
+    )
+    options = [
+        *stages("train_ppo")[0],
+        "--save-every",
+        1,
+        "--reward",
+        "nan_rule:f",
+        "--out",
+        tmp_path / "ppo",
+    ]
     options = [w for w in options if not str(w).endswith("/rm") and w != "--reward-model"]
     told = refused("train_ppo", *options)
     assert "scores: not finite" in told and "the last checkpoint is that of step 2" in told
@@ -401,7 +465,15 @@ def test_F20_weights_are_looked_at_before_they_are_saved(refused, monkeypatch, s
 def test_H6_a_finished_stage_compares_what_it_was_made_from(run, refused, capsys, mine, tmp_path):
     """It once said "is complete: nothing to do" though the data, or the model below, was another."""
     rows = [{"prompt": f"Review {i}:", "chosen": " great fun", "rejected": " awful mess"} for i in range(120)]
-    options = [*RM, "--init", mine / "sft", "--data", jsonl(tmp_path / "c.jsonl", rows), "--out", tmp_path / "rm"]
+    options = [
+        *RM,
+        "--init",
+        mine / "sft",
+        "--data",
+        jsonl(tmp_path / "c.jsonl", rows),
+        "--out",
+        tmp_path / "rm",
+    ]
     assert run("train_rm", *options) == 0
     assert run("train_rm", *options) == 0 and "complete: nothing to do" in capsys.readouterr().out
     before = content(tmp_path / "rm")
@@ -421,7 +493,10 @@ def test_H6_F4_a_model_below_is_trained_again(run, refused, home, mine):
     assert run("train_ppo", *ppo, stop_at=1) == 130
     before = content(mine / "ppo")
     for stage, name in (("judge", "monitor"), ("rm", "reward model")):
-        assert run("train_rm", *RM, "--seed", 9, "--init", mine / "sft", "--out", mine / stage, "--overwrite") == 0
+        assert (
+            run("train_rm", *RM, "--seed", 9, "--init", mine / "sft", "--out", mine / stage, "--overwrite")
+            == 0
+        )
         assert f"was made from another {name} (sha256 " in refused("train_ppo", *ppo, "--resume")
         shutil.rmtree(mine / stage)
         shutil.copytree(home / "rm", mine / stage, symlinks=True)
@@ -490,7 +565,9 @@ def link_as_a_file(out: Path) -> None:
     (out / "latest").write_text("step-000002")
 
 
-@pytest.mark.parametrize("damage", [lose_link, lose_step, link_to_itself, link_as_a_file], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "damage", [lose_link, lose_step, link_to_itself, link_as_a_file], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("script", NAMES)
 def test_F1_R7_a_lost_link_is_no_reason_to_start_again(refused, stopped, tmp_path, script, damage):
     """zip, object storage, rsync without -l and FAT lose links: the run once started again and deleted the checkpoint."""
@@ -604,7 +681,16 @@ def test_F3_F5_no_command_takes_a_damaged_checkpoint(run, refused, mine, monkeyp
         "evaluate": ("minirlhf.evaluate", "--run", mine),
         "sft": ("train_sft", *SMALL, "--init", mine / "sft", "--out", tmp_path / "sft"),
         "rm": ("train_rm", *RM, "--init", mine / "sft", "--out", tmp_path / "rm"),
-        "ppo": ("train_ppo", *PPO, "--init", mine / "sft", "--reward-model", mine / "rm", "--out", tmp_path / "ppo"),
+        "ppo": (
+            "train_ppo",
+            *PPO,
+            "--init",
+            mine / "sft",
+            "--reward-model",
+            mine / "rm",
+            "--out",
+            tmp_path / "ppo",
+        ),
     }
     weights, about = mine / "sft" / "latest" / "model.safetensors", mine / "sft" / "latest" / "config.json"
     good = weights.read_bytes(), about.read_text()
@@ -640,7 +726,13 @@ def test_F3_F5_no_command_takes_a_damaged_checkpoint(run, refused, mine, monkeyp
 def test_H20_an_out_that_cannot_be_is_refused_before_anything_runs(refused, capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
     for script in NAMES:
-        for out in (tmp_path / "file", tmp_path / "file" / "x", "/proc/x/sft", "/dev/null", tmp_path / ("x" * 300)):
+        for out in (
+            tmp_path / "file",
+            tmp_path / "file" / "x",
+            "/proc/x/sft",
+            "/dev/null",
+            tmp_path / ("x" * 300),
+        ):
             told = refused(script, *SMALL, "--out", out)
             assert f"{out}: cannot be made or written (" in told and told.endswith("choose another --out")
             assert capsys.readouterr().out == ""
@@ -666,7 +758,9 @@ def test_H20_overwrite_replaces_runs_of_its_stage_alone(run, refused, mine):
         assert f"holds a checkpoint of stage {out}: choose another --out" in told
     told = refused("train_sft", *SMALL, "--init", mine / "sft", "--overwrite", "--out", mine / "sft")
     assert "where this run would replace it" in told
-    told = refused("train_sft", *SMALL, "--init", mine / "sft" / "latest", "--overwrite", "--out", mine / "sft")
+    told = refused(
+        "train_sft", *SMALL, "--init", mine / "sft" / "latest", "--overwrite", "--out", mine / "sft"
+    )
     assert "where this run would replace it" in told
     assert content(mine) == before
 
@@ -705,10 +799,16 @@ def test_F6_H9_two_runs_in_one_folder(run, refused, capsys, stages, metrics, tmp
     options, _ = stages("train_ppo")
     options = [*options, "--iterations", 10_000, "--save-every", 1]
     command = [sys.executable, ROOT / "train_ppo.py", *options, "--out", tmp_path / "out"]
-    first = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT)
+    first = subprocess.Popen(
+        [*map(str, command)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=ROOT
+    )
     try:
         file, patience = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
-        while not (file.exists() and file.stat().st_size) and time.monotonic() < patience and first.poll() is None:
+        while (
+            not (file.exists() and file.stat().st_size)
+            and time.monotonic() < patience
+            and first.poll() is None
+        ):
             time.sleep(0.05)
         for more in (["--resume"], ["--overwrite"], [], ["--seed", 2]):
             told = refused("train_ppo", *options, *more, "--out", tmp_path / "out")
@@ -718,7 +818,11 @@ def test_F6_H9_two_runs_in_one_folder(run, refused, capsys, stages, metrics, tmp
         assert first.returncode == 143 and "Traceback" not in said, said[-2000:]
         assert said.splitlines()[-1].startswith("stopped at step ") and "--resume" in said.splitlines()[-1]
         steps = [line["step"] for line in metrics(tmp_path / "out")]
-        assert steps == [*range(1, len(steps) + 1)] == [*range(1, checkpoint.load_config(tmp_path / "out")["step"] + 1)]
+        assert (
+            steps
+            == [*range(1, len(steps) + 1)]
+            == [*range(1, checkpoint.load_config(tmp_path / "out")["step"] + 1)]
+        )
         Lock(tmp_path / "out").release()
     finally:
         if first.poll() is None:
@@ -728,7 +832,9 @@ def test_F6_H9_two_runs_in_one_folder(run, refused, capsys, stages, metrics, tmp
 
 def test_F6_a_lock_dies_with_its_process(tmp_path):
     code = f"from pathlib import Path; from minirlhf.support.files import Lock; lock = Lock(Path({str(tmp_path)!r})); print(1, flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    )
     assert holder.stdout.read(1) == b"1"
     with pytest.raises(Exception, match="another process is at work here"):
         Lock(tmp_path)
@@ -741,7 +847,12 @@ def test_F6_a_lock_dies_with_its_process(tmp_path):
 
 
 def test_every_fault_is_in_the_index():
-    ids = {word for line in __doc__.splitlines() for word in line.split() if word[0] in "HRFM" and word[1:].isdigit()}
+    ids = {
+        word
+        for line in __doc__.splitlines()
+        for word in line.split()
+        if word[0] in "HRFM" and word[1:].isdigit()
+    }
     wanted = {*(f"H{i}" for i in range(1, 22)), *(f"R{i}" for i in range(1, 10)), "M2"}
     assert {*wanted, *(f"F{i}" for i in (1, 2, 3, 4, 5, 6, 7, 8, 13, 14, 15, 20))} <= ids
     tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))

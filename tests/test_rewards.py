@@ -85,7 +85,10 @@ def test_a_module_that_breaks_while_loading_is_one_line(tmp_path, monkeypatch):
     [
         ("import sys; sys.exit(3)", "SystemExit: 3"),
         ("raise ValueError('two\\nlines\\x1b[31m')", "ValueError: two lines"),
-        ("def f(prompts): return []", "too many positional arguments: want a function of (prompts, responses)"),
+        (
+            "def f(prompts): return []",
+            "too many positional arguments: want a function of (prompts, responses)",
+        ),
         ("f = 3", "no such function"),
     ],
 )
@@ -124,7 +127,9 @@ def test_call_checks_what_a_function_returns(result, problem):
     assert problem.replace("s two", "s\\ntwo") in str(error.value) and str(error.value).isprintable()
 
 
-@pytest.mark.parametrize("result", [(1, True), np.float32([1, 1]), torch.ones(2), iter([1.0, 1.0]), {0: 1.0, 1: 1.0}.values()])
+@pytest.mark.parametrize(
+    "result", [(1, True), np.float32([1, 1]), torch.ones(2), iter([1.0, 1.0]), {0: 1.0, 1: 1.0}.values()]
+)
 def test_call_takes_any_sequence_of_numbers(result):
     assert functions.call(lambda prompts, responses: result, ["p", "q"], ["r", "s"]) == [1.0, 1.0]
 
@@ -181,7 +186,10 @@ def test_the_score_is_the_weighted_sum_of_its_parts():
     mean, spread = ours.model(texts.tokens, texts.mask)
     responses = [response for _, response in ROWS]
     rules_sum = torch.tensor(
-        [-3 * a + b for a, b in zip(rewards.length([], responses), rewards.repetition([], responses), strict=True)]
+        [
+            -3 * a + b
+            for a, b in zip(rewards.length([], responses), rewards.repetition([], responses), strict=True)
+        ]
     )
     torch.testing.assert_close(scores, 2 * (mean - 0.5 * spread) + rules_sum)
     assert spread.min() > 0.01 and rules_sum.abs().max() > 0.01
@@ -206,7 +214,9 @@ def test_a_scorer_may_have_no_reward_model():
 
 def test_members_to_disagree_are_needed():
     alone = reward_model(BYTES, members=1)
-    with pytest.raises(UserError, match="--disagreement-coef: the reward model has one member: train it with --members 3"):
+    with pytest.raises(
+        UserError, match="--disagreement-coef: the reward model has one member: train it with --members 3"
+    ):
         Scorer(rewards.load_rewards(["rm"]), BYTES, alone, disagreement_coef=0.5)
     assert Scorer(rewards.load_rewards(["rm"]), BYTES, alone)(texts_of(BYTES, ROWS))[0].isfinite().all()
 

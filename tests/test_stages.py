@@ -14,24 +14,16 @@ import train_ppo
 import train_rm
 import train_sft
 from minirlhf import checkpoint, data, model
-from minirlhf.measure import baselines, stats
+from minirlhf.measure import stats
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Texts
 from minirlhf.support import cli
 from minirlhf.tokenizer import Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
 MODULES = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
 CHECKPOINT = ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
 SFT = [*SMALL, "--n-layer", 1, "--n-embd", 16, "--batch", 104, "--samples", 0]  # 3 steps an epoch
-
-
-@pytest.fixture
-def no_baselines(monkeypatch):
-    """The report at the end of train_rm.py is not the subject, and takes longer than the training."""
-    monkeypatch.setattr(baselines, "tfidf_ridge", lambda *args, **options: None)
-    monkeypatch.setattr(baselines, "vader_lexicon", lambda *args: None)
 
 
 def jsonl(path: Path, rows: list[dict]) -> Path:
@@ -660,7 +652,11 @@ REFUSED = [
     ("train_sft", "--max-grad-norm -1", r"--max-grad-norm must be at least 0 .*, not -1"),
     ("train_rm", "--batch 30 --microbatch 0", r"--microbatch must be at least 1 .*, not 0$"),
     ("train_ppo", "--batch 10 --minibatch -3", r"--minibatch must be at least 1 .*, not -3$"),
-    ("train_rm", "--resume --overwrite", r"--resume continues a run and --overwrite replaces it: give one of them$"),
+    (
+        "train_rm",
+        "--resume --overwrite",
+        r"--resume continues a run and --overwrite replaces it: give one of them$",
+    ),
     ("train_sft", "--lr nan", r"--lr must be above 0 and at most 1e\+30, not nan"),
     ("train_sft", "--epochs", r"--epochs"),
     ("train_sft", "--precision fp8", r"fp8.*fp32"),
@@ -671,7 +667,11 @@ REFUSED = [
     ("train_sft", "--data {m}/none.jsonl", r"none\.jsonl: no such file"),
     ("train_sft", "--data {m}/bad.jsonl", r"bad\.jsonl:2: text: expected text, got 3$"),
     ("train_sft", "--data {m}/empty.jsonl", r"empty\.jsonl: no usable row"),
-    ("train_sft", "--data {m}/long.jsonl --vocab 300", r"nothing to learn in 3\d rows: .*dropped \(prompt longer than the context\): use --too-long cut, or"),
+    (
+        "train_sft",
+        "--data {m}/long.jsonl --vocab 300",
+        r"nothing to learn in 3\d rows: .*dropped \(prompt longer than the context\): use --too-long cut, or",
+    ),
     ("train_sft", "--init {m}/none", r"none: no checkpoint here.*--init"),
     ("train_sft", "--init {m}/sft", r"tokenizer does not match"),
     ("train_sft", "--tokenizer {m}/none", r"none"),
@@ -692,7 +692,11 @@ REFUSED = [
         "--init {s}/sft --data {m}/pairs.jsonl --raters model",
         r"needs votes by rater.*--raters mean or majority$",
     ),
-    ("train_rm", "--init {s}/sft --response-tokens 200", r"no prompt in 3\d rows: .*leaves no room for the response\): lower --response-tokens"),
+    (
+        "train_rm",
+        "--init {s}/sft --response-tokens 200",
+        r"no prompt in 3\d rows: .*leaves no room for the response\): lower --response-tokens",
+    ),
     ("train_ppo", "", r"run train_sft.py first, or name one with --init"),
     ("train_ppo", "--init {s}/sft", r"run train_rm.py first, or name one with --reward-model"),
     ("train_ppo", "--init {m}/sft", r"tokenizer does not match"),
@@ -746,3 +750,13 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
 
 def test_bad_rows_may_be_skipped(run, mistakes, tmp_path):
     assert run("train_sft", *SFT, "--data", mistakes / "bad.jsonl", "--skip-bad", "--out", tmp_path) == 0
+
+
+def test_the_fused_head_trains_the_same_model(run, tmp_path):
+    """With the logits and without: all that differs is rounding."""
+    for name in ("on", "off"):
+        assert (
+            run("train_sft", *SFT, "--out", tmp_path / name, "--fused-head", name, "--precision", "fp32") == 0
+        )
+    a, b = (checkpoint.load_config(tmp_path / name)["results"]["val_bits_per_byte"] for name in ("on", "off"))
+    assert abs(a - b) < 1e-3

@@ -35,7 +35,10 @@ class Machine:
         """Sum tensors over the ranks, in place."""
         if self.world > 1:
             for t in tensors:
-                dist.all_reduce(t)
+                whole = t.contiguous()  # all_reduce would sum the memory under a view, not its numbers
+                dist.all_reduce(whole)
+                if whole is not t:
+                    t.copy_(whole)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum gradients over the ranks; a rank whose share had no token takes part with zeros [D17]."""

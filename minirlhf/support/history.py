@@ -51,14 +51,12 @@ class History:
         """
         names = list(self.steps[0][0].values)
         nan = torch.full((), math.nan, device=machine.device)
-        table = torch.stack(
-            [
-                torch.stack([sums.values.get(name, nan) for name in names] + [tokens])
-                for sums, tokens in self.steps
-            ]
+        means = torch.stack(
+            [torch.stack([sums.values.get(name, nan) for name in names]) for sums, _ in self.steps]
         )
-        machine.sum_([table[:, :-1]])  # [steps, names]: ranks add up to the minibatch's means
-        rows = table.double().cpu().numpy()
+        machine.sum_([means])  # [steps, names]: ranks add up to the minibatch's means
+        tokens = torch.stack([tokens for _, tokens in self.steps])
+        rows = torch.cat([means, tokens[:, None]], 1).double().cpu().numpy()
         found = {}
         for name, column in zip(names, rows.T, strict=False):
             known = ~np.isnan(column)

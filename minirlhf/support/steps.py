@@ -102,6 +102,8 @@ def sweep(out: Path) -> None:
     for path in [path for path in ours if path.name not in linked]:
         # Renamed first: a folder that bears a step's name is whole.
         shutil.rmtree(path.rename(out / f".gone-step-{uuid.uuid4().hex[:8]}"), ignore_errors=True)
+    for path in out.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -349,7 +349,9 @@ def test_the_loop_of_the_page(smoke, run, tmp_path, monkeypatch):
     }
     for k in (1, 2):
         about = json.loads((tmp_path / f"runs/round{k}/ppo/config.json").read_text())
-        assert about["complete"] and about["inputs"]["reward_model_path"] == str(tmp_path / f"runs/round{k}/rm")
+        assert about["complete"] and about["inputs"]["reward_model_path"] == str(
+            tmp_path / f"runs/round{k}/rm"
+        )
     sources = [json.loads(r["source"]) for r in Store(store).rows("SELECT source FROM items")]
     second = ["chosen" in s for s in sources]
     assert second == ["round1" in s["checkpoint"] for s in sources] and 0 < sum(second) < len(second)
