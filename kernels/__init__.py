@@ -1,11 +1,14 @@
-"""Per-token statistics of a language model's logits, and GAE: one operation a file, its oracle beside it.
+"""Per-token statistics of a language model's logits, and GAE. Each operation is in one file with its oracle.
 
-    token_logprobs         log-probability of each token, entropy                logprobs.py
-    token_kl               the same under a reference too, and the exact KL      kl.py
-    linear_token_logprobs  token_logprobs of hidden @ weight.T, without logits   linear_logprobs.py
-    gae                    generalised advantage estimation                      advantages.py
+    token_logprobs         log-probability of each token, and entropy              logprobs.py
+    token_kl               the same under a reference as well, and the exact KL    kl.py
+    linear_token_logprobs  token_logprobs of hidden @ weight.T, without logits     linear_logprobs.py
+    gae                    generalised advantage estimation                        advantages.py
 
-Nothing is imported until it is used: another package that merely probes for one called `kernels` loads nothing.
+Tensors on a GPU go to Triton kernels, all others and float64 to plain PyTorch. MINIRLHF_PLAIN=1 in the
+environment sends tensors on a GPU to plain PyTorch too. The scripts pass real rows only: the `mask` of the
+first three is for tests and other callers. No stage calls token_kl. An operation is imported at its first
+use: other libraries look for a package named `kernels` (Hugging Face has one), and looking must cost nothing.
 """
 
 __all__ = ["gae", "linear_token_logprobs", "token_kl", "token_logprobs"]

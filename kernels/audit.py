@@ -1,10 +1,8 @@
-"""The command `python -m kernels.audit` and the `Case` that describes a call to it; the code is in kernels/tools/audit.py."""
+"""The command `python -m kernels.audit`, and its `Case`; the code is in kernels/tools/audit.py."""
+
+import runpy
 
 if __name__ == "__main__":
-    import runpy
-
     runpy.run_module("kernels.tools.audit", run_name="__main__", alter_sys=True)
 else:
-    from kernels.tools.audit import Case
-
-    __all__ = ["Case"]
+    from kernels.tools.audit import Case  # noqa: F401

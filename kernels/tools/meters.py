@@ -221,7 +221,8 @@ def byte_trace() -> Iterator[tuple[dict[str, Counter[str]], dict[str, list]]]:
     def traced(method: Callable, kind: str, where: int, mask: int) -> Callable:
         def access(builder: Any, *args: Any, **kwargs: Any) -> Any:
             pointers = np.asarray(args[where].data)
-            addresses = pointers[np.broadcast_to(args[mask].data, pointers.shape)]
+            asked_for = np.asarray(args[mask].data).astype(bool)  # a splat of a scalar mask is int8
+            addresses = pointers[np.broadcast_to(asked_for, pointers.shape)]
             size = max(1, args[where].get_element_ty().primitive_bitwidth // 8)
             outside = addresses.size
             for start, (end, name) in memory.items():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import kernels
+from kernels import dispatch
 from kernels.tools.testing import INTERPRETED, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -133,3 +135,30 @@ def test_testing_without_hypothesis_says_what_to_install():
     )
     done = child(WITHOUT.format(name="hypothesis") + "import kernels.testing")
     assert "ImportError: kernels.testing draws its examples with hypothesis: pip install" in done.stderr
+
+
+@pytest.mark.parametrize(("value", "triton"), [(None, True), ("", True), ("0", True), ("1", False)])
+def test_MINIRLHF_PLAIN_sends_gpu_tensors_to_plain_pytorch(monkeypatch, value, triton):
+    on_gpu = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.setattr(dispatch, "triton", "installed")
+    monkeypatch.delenv("MINIRLHF_PLAIN", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MINIRLHF_PLAIN", value)
+    assert dispatch.use_triton(on_gpu) is triton
+
+
+@pytest.mark.skipif(
+    not INTERPRETED, reason="tests that the interpreter's tensors leave Triton: set TRITON_INTERPRET=1"
+)
+@pytest.mark.parametrize("op", ["token_logprobs", "token_kl", "linear_token_logprobs"])
+def test_MINIRLHF_PLAIN_is_read_at_every_call(monkeypatch, op):
+    """Only plain PyTorch refuses a token outside the vocabulary, so the refusal shows which path was taken."""
+    (*inputs, _), _ = arguments(op)
+    wrong = torch.full((3,), 11)
+    call = getattr(kernels, op)
+    assert call(*inputs, wrong)[0].isnan().all()
+    monkeypatch.setenv("MINIRLHF_PLAIN", "1")
+    with pytest.raises(ValueError, match=r"tokens must lie in 0\.\.10"):
+        call(*inputs, wrong)
+    monkeypatch.delenv("MINIRLHF_PLAIN")
+    assert call(*inputs, wrong)[0].isnan().all()

@@ -157,7 +157,7 @@ def compose(*steps):
     """The kernel's own combine function, outside of any kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(advantages, "tl", SimpleNamespace(where=lambda condition, a, b: a if condition else b))
-        return getattr(advantages._compose, "fn", advantages._compose)(
+        return getattr(advantages.compose, "fn", advantages.compose)(
             *steps
         )  # a plain function where Triton is not in use
 
