@@ -61,7 +61,7 @@ class Dataset:
     ) -> Dataset:
         """The records of a split, of some genres and of a part ('a' or 'b'); None and 'all': of any.
 
-        It has a ledger of its own, which counts the others as left.  Raises UserError where no record is left.
+        Its own ledger counts the others as left.  Raises UserError where no record is there.
         """
         found = replace(self, ledger=self.ledger.copy())
         if genres is not None:

@@ -64,18 +64,20 @@ def rating_lines(records: list[Response], genre: str) -> list[str]:
 
 
 def length_lines(records: list[Record], tokenizer: Tokenizer) -> list[str]:
-    """How long the texts are in tokens, as SFT sees them, <bos> and <eot> included; and their prompts alone."""
+    """How many tokens the texts have as SFT sees them, with <bos> and <eot>, and their prompts alone."""
     wholes, prompts = [], []
     for prompt, completion in map(as_example, records):
         ids, mask = encode_example(tokenizer, prompt, completion, sys.maxsize)
         wholes.append(len(ids))
         prompts += [mask.index(True)] if prompt else []
-    lengths = {"texts": wholes, "their prompts": prompts}
-    return [
-        f"tokens of {name}: median {np.median(n):.0f}, 95 % at most {np.quantile(n, 0.95):.0f}, longest {max(n):,}"
-        for name, n in lengths.items()
-        if n
-    ]
+    lines = []
+    for name, lengths in {"texts": wholes, "their prompts": prompts}.items():
+        if lengths:
+            median, most = np.quantile(lengths, [0.5, 0.95])
+            lines.append(
+                f"tokens of {name}: median {median:.0f}, 95 % at most {most:.0f}, longest {max(lengths):,}"
+            )
+    return lines
 
 
 def example(record: Record, tokenizer: Tokenizer | None) -> str:
@@ -91,9 +93,10 @@ def example(record: Record, tokenizer: Tokenizer | None) -> str:
 
 
 def main() -> None:
+    table = formats.__doc__.partition("\n\n")[2]
     parser = Parser(
         "python -m minirlhf.data",
-        description=f"{__doc__}\nThe keys of a row tell its kind:\n\n{formats.__doc__.partition(chr(10) * 2)[2]}",
+        description=f"{__doc__}\nThe keys of a row tell its kind:\n\n{table}",
         formatter_class=argparse.RawDescriptionHelpFormatter,  # keeps the table of formats
     )
     parser.add_argument("command", choices=["inspect"])
