@@ -241,8 +241,9 @@ def rating_pairs_loss(
     Scores of other ranks come as constants.  Each rank's gradient is then that of its own items, and the sum
     over ranks is the gradient of one process [D17]."""
     others = torch.zeros(len(batch), device=scores.device)
-    others[mine] = scores.detach().float()
-    everyone = run.sum_(others).index_put((torch.tensor(mine, device=scores.device),), scores.float())
+    places = torch.tensor(mine, dtype=torch.long, device=scores.device)
+    others[places] = scores.detach().float()
+    everyone = run.sum_(others).index_put((places,), scores.float())
     ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
     rng = np.random.default_rng([config.seed, step])
     a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
@@ -388,6 +389,7 @@ def main() -> None:
         mine = list(range(run.rank, len(batch), run.world))
         size = config.microbatch or len(batch)
         total = torch.zeros((), device=run.device)
+        pairs_of_ratings = loss_kind in ("pairwise", "both") and rated and len(batch) > 1
         for rows in [mine[i : i + size] for i in range(0, len(mine), size)]:
             items = [batch[i] for i in rows]
             sequences = [item.ids for item in items] + [
@@ -400,12 +402,14 @@ def main() -> None:
             if loss_kind in ("regression", "both") or not rated:
                 loss = loss + item_loss(scores, items) * (len(items) / len(batch))
             total += loss.detach()
-            if loss_kind in ("pairwise", "both") and rated and len(batch) > 1:
+            if pairs_of_ratings:
                 pairs_loss = rating_pairs_loss(config, run, step, batch, rows, scores)
                 total += pairs_loss.detach() / run.world  # every rank has the whole of it
                 loss = loss + pairs_loss
             if loss.requires_grad:  # a lone rated text makes no pair
                 loss.backward()
+        if pairs_of_ratings and not mine:  # a rank without a text, or the others would wait for it
+            total += rating_pairs_loss(config, run, step, batch, mine, total.new_zeros(0)) / run.world
 
         # 2. Step.
         norm = run.take_step(optimizer, config.max_grad_norm, "reward model")
