@@ -1,9 +1,7 @@
 """Stages that are stopped, killed and started again: the run that follows is the run that was never stopped [D21]."""
 
 import itertools
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
