@@ -194,8 +194,9 @@ def rating_pairs_loss(
     The value is divided by the number of ranks, since each has all pairs.
     """
     everyone = torch.zeros(len(batch), device=run.device)
-    everyone[rows] = scores.detach().float()
-    everyone = run.sum_(everyone).index_put((torch.tensor(rows, device=run.device),), scores.float())
+    places = torch.tensor(rows, dtype=torch.long, device=run.device)
+    everyone[places] = scores.detach().float()
+    everyone = run.sum_(everyone).index_put((places,), scores.float())
     ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
     rng = np.random.default_rng([config.seed, step])
     a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
