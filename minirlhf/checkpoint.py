@@ -120,7 +120,8 @@ def fingerprint(path: str | Path) -> str:
 
 def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:
     """UserError unless `tokenizer` is the one that the checkpoint with this config was trained with."""
-    if config.get("tokenizer", {}).get("hash") != tokenizer.hash:
+    recorded = config.get("tokenizer")
+    if not isinstance(recorded, dict) or recorded.get("hash") != tokenizer.hash:
         raise UserError("tokenizer does not match the checkpoint: use the one in the checkpoint's own folder")
 
 

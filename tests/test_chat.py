@@ -199,6 +199,11 @@ def test_F9_a_damaged_config_and_weights_of_nan_are_one_line(tmp_path, talk):
     for odd in (config | {"training": 5, "stage": []}, {k: v for k, v in config.items() if k != "training"}):
         file.write_text(json.dumps(odd))
         assert talk("x\n", folder, "--response-tokens", 2)[0] == 0
+    for odd in [], 5, "x", None, {}:
+        file.write_text(json.dumps(config | {"tokenizer": odd}))
+        status, _, err = talk("x\n", folder)
+        assert status == 2 and "tokenizer does not match" in err and err.count("\n") == 1
+    file.write_text(json.dumps(config))
     state = {name: t * float("nan") for name, t in checkpoint.load_state(folder).items()}
     checkpoint.save(tmp_path / "b", 0, state, config, tokenizer)
     status, _, err = talk("x\n", tmp_path / "b")

@@ -125,6 +125,8 @@ FAILS = {
     "{{ raise_exception('a\\nb\\x1b[31m') }}": "chat template: a: use",
     "{{ raise_exception('x' * 5000) }}": "xxx",
     "{{ raise_exception(5) }}": "5",
+    "": "writes nothing",
+    "{% set x = messages %}": "writes nothing",
 }
 
 

@@ -60,6 +60,8 @@ def encode(tokenizer: Tokenizer, messages: Messages, answer: bool) -> list[int]:
                 pieces[-1] += piece  # no special token stands between the two: they are encoded together
             else:
                 pieces.append(piece)
+    if not pieces or pieces == [""]:
+        raise _refusal("it writes nothing")
     encoded = ([piece] if isinstance(piece, int) else tokenizer.encode(piece) for piece in pieces)
     return [i for ids in encoded for i in ids]
 

@@ -74,11 +74,10 @@ class Speaker:
             raise UserError(f"{path}: some of its weights are nan or infinite: take another checkpoint")
 
     def answer(self, line: str) -> tuple[Texts, str]:
-        """The answer to a line: what was read and written, one row without padding, and the answer as a
-        string.
+        """The answer to a line: a row of what was read and written, without padding, and the answer as text.
 
-        The oldest turns are forgotten where all do not fit the context.  UserError where the line alone does
-        not.
+        The oldest turns are forgotten where not all fit the context. Raises UserError where the line alone
+        does not fit.
         """
         self.messages.append({"role": "user", "content": line})
         try:
