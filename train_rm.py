@@ -72,7 +72,7 @@ class Config(RunConfig):
     members: Annotated[int, cli.Range(1, 100)] = 1
     """Number of models that differ in their seeds: scores are means, disagreement is the spread."""
     bidirectional: CountOr0 = 0
-    """Let this many last blocks read in both directions (Dukic and Snajder 2024): whole texts are read better.
+    """Let this many last blocks read in both directions (Dukic and Snajder 2024): texts are read better.
     A prefix then has no score, so PPO's critic cannot start from such a model; nor can it be exported."""
     dropout: ShareBelow1 = 0.2
     """Dropout, in place of the SFT model's."""

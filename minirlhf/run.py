@@ -74,7 +74,7 @@ class Run(Folder):
         return frozen_dtype(self.precision)
 
     def loop(self, total: int) -> Iterator[int]:
-        """The steps still to do, from 0, each with its own seeds; Ctrl-C and SIGTERM wait for a step's end."""
+        """The steps to do, from 0, each with its own seeds; Ctrl-C and SIGTERM wait for a step's end."""
         self.started, self.total = time.perf_counter(), total
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.rank > 0)

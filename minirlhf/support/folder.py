@@ -58,7 +58,7 @@ class Folder:
         state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume, overwrite)
         if state == "resume" and self.saved.get("world", self.world) != self.world:
             self.print(
-                f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other random draws"
+                f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other draws"
             )
         return state
 

@@ -1,4 +1,4 @@
-"""What a reward model learns from and is measured on: people's judgements, encoded, split and accounted for."""
+"""What a reward model learns from and is measured on: judgements, encoded, split and accounted for."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Batches of texts of different lengths, computed without their padding; and what is fast on a CPU.
 
 A reader of model.py may skip this file.  Linear layers see only the N real tokens of a padded batch [B, T],
-as [N, C].  Attention needs rows and sees [rows, width]: every text starts at column 0 of a row, where causality
-hides the padding behind it.  On a CPU short texts share rows, and a mask keeps them apart.  `lay_out` decides
-where everything goes; its Layout moves tensors from shape to shape:
+as [N, C].  Attention needs rows and sees [rows, width]: every text starts at column 0 of a row, where
+causality hides the padding behind it.  On a CPU short texts share rows, and a mask keeps them apart.
+`lay_out` decides where everything goes; its Layout moves tensors from shape to shape:
 
     batch [B, T]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
                   <-restore-

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def files_of(source: str | Path) -> tuple[Path | None, Path]:
-    """(ranks, JSON) of a tokenizer folder or a .tiktoken file; no ranks where a folder holds BERT's tokenizer.json.
+    """(ranks, JSON) of a tokenizer folder or .tiktoken file; no ranks where a folder is BERT's.
 
     The JSON beside a .tiktoken file may be missing.  Raises UserError where another file is.
     """

@@ -1,1 +1,1 @@
-"""Commands around the stages: chat, evaluate, report, estimate, inspect.  Nothing on the path imports them."""
+"""Commands around the stages: chat, evaluate, report, estimate, inspect.  No stage imports them."""
