@@ -206,7 +206,7 @@ RESPONSE = 20  # tokens at most: one question "who still runs?" on a GPU
 SMOKE = ["--preset", "smoke"]
 STAGES = {
     "sft": ["train_sft.py", *SMOKE, "--epochs", 1, "--out", "{run}/sft"],
-    "rm": ["train_rm.py", *SMOKE, "--epochs", 1, "--out", "{run}/rm"],
+    "rm": ["train_rm.py", *SMOKE, "--epochs", 1, "--batch", 16, "--out", "{run}/rm"],  # validates every 5th step
     "ppo": ["train_ppo.py", *SMOKE, "--iterations", 2, "--response-tokens", RESPONSE, "--out", "{run}/ppo"],
     "evaluate": ["-m", "minirlhf.evaluate", "--run", "{run}", "--prompts", 4, "--best-of", 2],
     "chat": ["-m", "minirlhf.chat", "{run}/ppo", "--reward-model", "{run}/rm", "--reference", "{run}/sft", "--explain",
