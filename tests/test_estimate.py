@@ -186,5 +186,11 @@ def test_mistakes_are_one_line(run, smoke, capsys, options, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_large_numbers_are_only_counted(run, smoke, capsys):
+    """No tensor of their size is made."""
+    found = told(run, capsys, smoke / "sft", "--batch", 10**9, "--minibatch", 10**9)
+    assert found["a rollout"].startswith("up to 29,000,000,000 tokens") and "TB" in found["a microbatch"]
+
+
 def test_what_writes_no_text_has_no_policy(run, smoke, capsys):
     assert run("minirlhf.estimate", smoke / "rm") == 2 and "writes no text" in capsys.readouterr().err

@@ -11,8 +11,10 @@ MAX_TEXT = 100_000  # characters
 
 
 def add(file: Path, path: Path) -> None:
-    """Store the rows of a JSONL file, all or none: {prompt?, response_a, response_b, gold?} or
-    {prompt?, response, gold?}."""
+    """Store the rows of a JSONL file, all or none.
+
+    A row is {prompt?, response_a, response_b, gold?} or {prompt?, response, gold?}.
+    """
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as e:

@@ -22,8 +22,7 @@ SKIP, UNDO, QUIT = "s", "u", "q"
 
 
 def rate(store: Store, name: str) -> None:
-    """Judge items until there are none, or until q.  A line is a key, and after a space a note: '2
-    shorter'."""
+    """Judge items until there are none, or until q.  A line is a key, then a note: '2 shorter'."""
     rater = rater_name(name)
     if store.meta["guidelines"]:
         print(visible(store.meta["guidelines"]))

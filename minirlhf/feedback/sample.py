@@ -16,8 +16,7 @@ from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools.evaluate import CHUNK, SAMPLING, sampling_of, settings_of, write
 
 CRITERIA = {  # what an item is worth, from the members' scores [members] of each of its texts
-    # A vote tells the two texts of a pair apart: there the members disagree about the difference of their
-    # scores.
+    # A vote tells the two texts of a pair apart: members disagree about the difference of their scores.
     "disagreement": lambda texts: (texts[0] - texts[-1] if len(texts) > 1 else texts[0]).std(correction=0),
     "score": lambda texts: max(text.mean() for text in texts),
 }
@@ -36,8 +35,11 @@ def choose(scores: list[tuple[Tensor, ...]], by: list[str], keep: int) -> list[i
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Continue --limit prompts K times each, and store every two different responses as a pair (Ouyang et al.
-    2022), or each response as a text to rate: all of them, or those that a reward model singles out."""
+    """Continue --limit prompts K times each, and store what was written as items to judge.
+
+    Every two different responses to a prompt are a pair (Ouyang et al. 2022), or each is a text to rate.  All
+    items are stored, or those that a reward model singles out.
+    """
     if args.mode == "pair" and args.per_prompt < 2:
         raise UserError("--per-prompt must be 2 or more to make pairs: raise it, or use --mode rating")
     if (args.keep is None) != (args.reward_model is None):

@@ -39,8 +39,7 @@ def rate_of(hits: list[bool]) -> dict | None:
 
 
 def agreement(votes: list[dict]) -> dict:
-    """Agreement within one mode: how many pairs of raters give the same answer, and Krippendorff's alpha
-    [D23]."""
+    """Agreement within one mode: pairs of raters who give the same answer, and Krippendorff's alpha [D23]."""
     units = defaultdict(list)
     for vote in votes:
         units[vote["item"]].append(vote)

@@ -468,8 +468,7 @@ class Store:
         return [row[side] for side in self.shown(row["item"], rater, repeat)]
 
     def _answer(self, event: sqlite3.Row) -> dict:
-        """The rater's answer, in the order in which they saw the texts: the page must not learn which is
-        which."""
+        """The rater's answer, in the order in which they saw the texts: the page learns no other order."""
         data = self._decode(event["data"])
         shown, choice = data.pop("shown", "ab"), data.get("choice")
         if choice in ("a", "b"):

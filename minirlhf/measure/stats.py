@@ -31,8 +31,7 @@ def _both(x, y) -> tuple[np.ndarray, np.ndarray]:
 
 
 def wilson(wins: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """(low, high) of the rate wins / n: Wilson's score interval [D24].  `wins` may hold halves (ties); n = 0
-    gives (0, 1)."""
+    """(low, high) of the rate wins / n: Wilson's score interval [D24].  Ties are half wins; n = 0: (0, 1)."""
     if n == 0:
         return 0.0, 1.0
     rate, shrink = wins / n, 1 + z * z / n
@@ -42,8 +41,10 @@ def wilson(wins: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def win_rate(a, b) -> tuple[float, float, float]:
-    """(rate, low, high) of a[i] > b[i], with its 95 % interval; a tie counts a half [D24].  No pairs give
-    (0.5, 0, 1)."""
+    """(rate, low, high) of a[i] > b[i], a tie counting a half, and its 95 % interval [D24].
+
+    No pairs give (0.5, 0, 1).
+    """
     a, b = _both(a, b)
     wins = float((a > b).sum() + 0.5 * (a == b).sum())
     return (wins / a.size if a.size else 0.5, *wilson(wins, a.size))

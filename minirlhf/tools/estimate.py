@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import UserError, checkpoint, optim
-from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from
+from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
 from minirlhf.support import cli, hardware
 from minirlhf.support.cli import Count, number
 from minirlhf.support.prepare import run_blocks, store_blocks, train_last
+
+MOST_ROWS = 2**14  # of a product whose rate is measured: more do not make it faster
 
 
 def parameters(models: Iterable[nn.Module]) -> list[nn.Parameter]:
@@ -61,8 +63,7 @@ def saved_bytes(forward: Callable[[], object], known: Iterable[Tensor]) -> int:
 
 
 def activation_bytes(forward: Callable[[int], object], rows: int, known: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for forward(rows), from trials with two rows and four (one alone copies
-    less)."""
+    """Bytes that autograd keeps for forward(rows), from trials with 2 rows and 4 (1 alone copies less)."""
     known = list(known)
     two, four = (saved_bytes(lambda n=n: forward(n), known) for n in (2, 4))
     return two + (rows - 2) * (four - two) // 2
@@ -75,8 +76,7 @@ def resident_bytes() -> int:
 
 
 def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> tuple[float, float, float]:
-    """Operations of a forward pass over texts of these lengths: (each block but the last, the last block, the
-    head).
+    """Operations of a forward pass over texts of these lengths: (a block, the last block, the head).
 
     The last block and the language-model head are needed at `wanted` places only.  A matrix takes two
     operations per weight and token; attention takes four per channel and pair of tokens.
@@ -91,8 +91,7 @@ def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> 
 
 
 def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> float:
-    """Operations of forward and backward.  Backward takes twice the forward for trained blocks, once or twice
-    for the head."""
+    """Operations of forward and backward: backward takes twice the forward of what is trained."""
     block, last, logits = forward_operations(gpt, lengths, wanted, head)
     trained = sum(b.qkv.weight.requires_grad for b in gpt.blocks)
     blocks = (len(gpt.blocks) - 1 + 2 * max(0, trained - 1)) * block + (1 + 2 * (trained > 0)) * last
@@ -100,8 +99,7 @@ def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) ->
 
 
 def update_operations(policy: GPT, critic: ValueModel, lengths: Tensor, predicted: float) -> float:
-    """Operations of one pass of PPO's update over texts of these lengths, with `predicted` response
-    tokens."""
+    """Operations of an epoch of PPO over texts of these lengths, with `predicted` response tokens."""
     of_critic = training_operations(critic.backbone, lengths, predicted, False)
     return training_operations(policy, lengths, predicted, True) + of_critic
 
@@ -139,11 +137,11 @@ def needs(
 ) -> dict[str, int]:
     """{what: bytes} that PPO holds, and its peak, for the models as they are to be trained.
 
-    models     policy, critic, and those that are only read
-    prompt, response  longest, in tokens
-    rows       texts per microbatch
-    batch      texts per rollout, on this rank
-    fused      whether the logits are never held
+    models            policy, critic, and those that are only read
+    prompt, response  their longest lengths, in tokens
+    rows              texts per microbatch
+    batch             texts per rollout, on this rank
+    fused             whether the logits are never held
     """
     policy, critic, weights = models["policy"], models["critic"], parameters(models.values())
     device = policy.wte.weight.device
@@ -172,18 +170,15 @@ def needs(
 def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module]:
     """The models of PPO, prepared as train_ppo.py prepares them."""
     folder, _, tokenizer = checkpoint.writer(args.checkpoint)
-    policy, models = checkpoint.load_gpt(folder), {}
-    critic, frozen = ValueModel(policy.config), {"reference": checkpoint.load_gpt(folder)}
-    for name, path in ("reward model", args.reward_model), ("judge", args.monitor):
-        if path is not None:
-            frozen[name], own_tokenizer = checkpoint.load_reward(path)
-            first = frozen[name].members[0]
-            if (
-                name == "reward model"
-                and own_tokenizer.hash == tokenizer.hash
-                and first.backbone.config.reads_prefixes
-            ):
-                critic = critic_from(first)
+    policy, frozen = checkpoint.load_gpt(folder), {"reference": checkpoint.load_gpt(folder)}
+    critic = zero_critic(policy)
+    if args.reward_model is not None:
+        frozen["reward model"], own_tokenizer = checkpoint.load_reward(args.reward_model)
+        first = frozen["reward model"].members[0]
+        if own_tokenizer.hash == tokenizer.hash and first.backbone.config.reads_prefixes:
+            critic = critic_from(first)
+    if args.monitor is not None:
+        frozen["judge"], _ = checkpoint.load_reward(args.monitor)
     models = {"policy": policy, "critic": critic} | frozen
     device, dtype = hardware.setup_machine().device, hardware.frozen_dtype(precision)
     for name, model in models.items():
@@ -255,9 +250,9 @@ def main() -> None:
         print(f"{name:30s}{size(n, 'B'):>10s}")
 
     predicted = args.batch * args.response_tokens
-    work = update_operations(policy, critic, torch.full((args.batch,), length - 1), predicted)
+    work = args.batch * update_operations(policy, critic, torch.tensor([length - 1]), args.response_tokens)
     dtype = hardware.frozen_dtype(precision)
-    rate = gemm_rate(args.microbatch * length, policy.config.n_embd, dtype, device)
+    rate = gemm_rate(min(args.microbatch * length, MOST_ROWS), policy.config.n_embd, dtype, device)
     print(f"a rollout: up to {args.batch * length:,} tokens, {predicted:,} of them in responses")
     print(
         f"an epoch over it: {args.batch // args.minibatch} optimiser steps, {size(work, 'FLOP')}, at least "

@@ -73,8 +73,7 @@ class Config:
 
 @torch.no_grad()
 def write(model: GPT, prompts: list[list[int]], sampling: Sampling, seed: int) -> Texts:
-    """The prompts (token ids), each continued by the model, CHUNK at a time; `seed` alone decides what is
-    drawn."""
+    """The prompts (token ids), each continued by the model; `seed` alone decides what is drawn."""
     width = max(map(len, prompts))
     parts = []
     for start in range(0, len(prompts), CHUNK):
@@ -111,8 +110,7 @@ def nats(texts: Texts, policy: GPT, ref: GPT, sampling: Sampling) -> tuple[Tenso
 
 
 def text_measures(texts: Texts, eos: int) -> dict[str, float]:
-    """Distinct-n, mean length in tokens and share of responses that ended.  Lengths count the EOS, n-grams do
-    not."""
+    """Distinct-n, mean length in tokens, share of responses that ended.  Only lengths count the EOS."""
     rows = [row[row != eos].tolist() for row in _rows(texts.responses, texts.response_mask)]
     distinct = {f"distinct_{n}": stats.distinct_n(rows, n) for n in (1, 2, 3)}
     lengths = texts.response_mask.sum(1).float()

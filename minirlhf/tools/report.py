@@ -208,8 +208,7 @@ def load_results(file: Path) -> dict[str, Any]:
 
 
 def load_metrics(file: Path) -> list[Row]:
-    """The lines of a metrics.jsonl: the numbers that the report shows.  A line without its end was never
-    finished."""
+    """The lines of a metrics.jsonl: the numbers that the report shows, without an unfinished last line."""
     wanted = {"step", JUDGE_METRIC, *REWARD_METRICS, *(metric for metric, _ in STRIPS.values())}
     rows = []
     for number, line in enumerate(read(file).split("\n")[:-1], 1):
