@@ -202,7 +202,7 @@ def that_matter(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             weight.view(3, -1)[1] = 0
         if name.endswith(".out.bias"):
             member = name.removesuffix(".out.bias")
-            weights[f"{member}.bias"] += weights[f"{member}.gain"] * weight
+            weights[f"{member}.bias"] = weights[f"{member}.bias"] + weights[f"{member}.gain"] * weight
             weight.zero_()
     return weights
 
