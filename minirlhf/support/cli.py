@@ -202,9 +202,10 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
     except SystemExit as stop:
         if not stop.code:
             raise
-        words = re.sub(r"[^\x20-\x7e]+", " ", complaint.getvalue())  # tyro draws a box around its message
-        words = words.partition(" Argument helptext:")[0]
-        raise UserError(re.sub(r"\s+", " ", words).strip(" -") + " (--help lists every option)") from None
+        words = re.sub(r"[^\x21-\x7e]+", " ", complaint.getvalue())  # tyro draws a box around its message,
+        words = re.sub(r"^[ -]*(Value error|Missing argument|Invalid choice)", "", words)  # with a title
+        words = re.split(r"Got errors:|Argument helptext:|For full helptext", words)[0]  # and an appendix
+        raise UserError(words.strip(" -.") + " (--help lists every option)") from None
     if unknown:
         options = [_option(field.name) for field in dataclasses.fields(default)]
         near = difflib.get_close_matches(unknown[0], options, n=1)
