@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from . import command
+from .command import Mistake, find
 from .meters import NUMBERS, byte_trace, capture, read
 
 
@@ -213,9 +215,12 @@ def show(report: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return command.run("kernels.audit", lambda: measure(parse()))
+
+
+def parse() -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser("python -m kernels.audit", description=__doc__, formatter_class=formatter)
     ours = ["kernels.tools.audit:our_cases"]
     parser.add_argument(
         "cases", nargs="*", default=ours, help="module:NAME of a list of Case, or of a function that makes it"
@@ -229,20 +234,27 @@ def main() -> int:
         "--trace", action="store_true", help="only the bytes, as JSON: what the child process does"
     )
     args = parser.parse_args()
+    args.targets = args.targets.split(",")
+    for target in args.targets:
+        if not re.fullmatch(r"cuda:[0-9]{2,3}|hip:gfx[0-9a-z]+", target):
+            raise Mistake(f"--targets: {target!r} is not of the form cuda:90 or hip:gfx942")
+    if args.json and not args.json.parent.is_dir():
+        raise Mistake(f"--json {args.json}: no such folder: make it first")
+    return args
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Audit the cases, and print what was found -> 1 where a goal of --check was missed."""
     if importlib.util.find_spec("triton") is None:
-        print("kernels.audit needs triton, which is not installed (pip install triton)", file=sys.stderr)
-        return 2
+        raise Mistake("needs triton, which is not installed (pip install triton)")
     os.environ["TRITON_INTERPRET"] = str(int(args.trace))  # before triton is imported
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # the default changes in triton 3.10
-    named = [
-        getattr(importlib.import_module(module), name)
-        for module, name in (spec.split(":") for spec in args.cases)
-    ]
+    named = [find(spec) for spec in args.cases]
     cases = [case for cases in named for case in (cases() if callable(cases) else cases)]
     if args.trace:
         print(json.dumps(trace(cases)))
         return 0
-    report = audit(cases, args.cases, args.targets.split(","))
+    report = audit(cases, args.cases, args.targets)
     show(report)
     misses = missed(report) if args.check else []
     print("".join(f"\nMISSED {line}" for line in misses))

@@ -29,6 +29,8 @@ from kernels.advantages import gae_reference
 from kernels.kl import token_kl_reference
 from kernels.linear_logprobs import linear_token_logprobs_reference
 from kernels.logprobs import token_logprobs_reference
+from kernels.tools import command
+from kernels.tools.command import Mistake, find
 
 try:
     import hypothesis
@@ -72,10 +74,6 @@ GUESSES = {
     "kl": "token_kl",
     "log_?(p|softmax)": "token_logprobs",
 }
-
-
-class Mistake(Exception):
-    """Of the user: one line, with the remedy."""
 
 
 class Subject:
@@ -273,19 +271,8 @@ def check(
 
 
 def load(target: str) -> Callable[..., Any]:
-    module, _, path = target.partition(":")
-    if not module or not path:
-        raise Mistake(f"{target!r} is not of the form package.module:function")
-    try:
-        found = importlib.import_module(module)
-    except (Exception, SystemExit) as error:
-        raise Mistake(
-            f"cannot import {module} ({describe(error)}): run this where it lies, or install it"
-        ) from error
-    for name in path.split("."):
-        if not hasattr(found, name):
-            raise Mistake(f"{module} has no {path}: is it spelled so?")
-        found = getattr(found, name)
+    """The function that `package.module:function` names."""
+    found = find(target, "function")
     if not callable(found):
         raise Mistake(f"{target} is of type {type(found).__name__}: name a function")
     return found
@@ -299,32 +286,37 @@ def guess(target: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return command.run("kernels.testing", lambda: ask(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m kernels.testing", description=__doc__, formatter_class=formatter
-    )
+    parser = command.Parser("python -m kernels.testing", description=__doc__, formatter_class=formatter)
     parser.add_argument("target", metavar="package.module:function")
     parser.add_argument("--op", help=f"{', '.join(OPS)} (default: guessed from the function's name)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
-        "--max-examples", type=int, default=EXAMPLES, metavar="N", help="a property (default: %(default)s)"
+        "--max-examples",
+        type=command.whole_number(1, 10**9),
+        default=EXAMPLES,
+        metavar="N",
+        help="examples per property, at least 1 (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    seeds = command.whole_number(0, 2**32 - 1)
+    parser.add_argument("--seed", type=seeds, default=0, help="random seed, 0 or larger (default: 0)")
+    return parser.parse_args(argv)
+
+
+def ask(args: argparse.Namespace) -> int:
+    """Ask all properties of the op, and print what came out -> 1 where one failed."""
     if INTERPRETED and importlib.util.find_spec("triton"):
         importlib.import_module("kernels.tools.interpreter").repair()
-    try:
-        if args.max_examples < 1:
-            raise Mistake(f"--max-examples must be at least 1, not {args.max_examples}")
-        if args.device == "cuda" and not torch.cuda.is_available():
-            raise Mistake("torch sees no GPU: leave --device out, and set TRITON_INTERPRET=1 for Triton code")
-        function, op = load(args.target), args.op or guess(args.target)
-        if op not in OPS:
-            raise Mistake(f"there is no op {op}: choose from {', '.join(OPS)}")
-        subject = Subject(function, op, args.device)
-    except Mistake as mistake:
-        print(f"kernels.testing: {mistake}", file=sys.stderr)
-        return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise Mistake("torch sees no GPU: leave --device out, and set TRITON_INTERPRET=1 for Triton code")
+    function, op = load(args.target), args.op or guess(args.target)
+    if op not in OPS:
+        raise Mistake(f"there is no op {op}: choose from {', '.join(OPS)}")
+    subject = Subject(function, op, args.device)
     where = f"{args.device}{' (interpreter)' if INTERPRETED else ''}"
     print(
         f"{args.target} as {op} on {where}: at most {args.max_examples} examples a property, seed {args.seed}",

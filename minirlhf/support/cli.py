@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import functools
 import io
 import math
 import os
@@ -116,12 +117,18 @@ class Parser(argparse.ArgumentParser):
 def check_ranges(config: Any) -> None:
     """Refuse a config with a number outside the range in its field's type; None passes, tuples are checked
     entry by entry."""
-    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+    for name, kind in _kinds(type(config)).items():
         accepted = _range_of(kind)
         value = getattr(config, name)
         for x in value if isinstance(value, tuple) else (value,):
             if accepted is not None and x is not None and x not in accepted:
                 raise UserError(f"{_option(name)} must be {accepted}, not {one_line(x, 40)}")
+
+
+@functools.cache
+def _kinds(config: type) -> dict[str, Any]:
+    """The types of all fields of a dataclass, ranges included."""
+    return typing.get_type_hints(config, include_extras=True)
 
 
 def _option(name: str) -> str:
@@ -188,8 +195,7 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
     if chosen[0] not in presets:
         raise UserError(f"--preset must be one of {', '.join(presets)}, not {_shown(chosen[0])}")
     default = presets[chosen[0]]
-    kinds = typing.get_type_hints(type(default), include_extras=True)
-    _check_words({_option(field.name): kinds[field.name] for field in dataclasses.fields(default)}, argv)
+    _check_words({_option(name): kind for name, kind in _kinds(type(default)).items()}, argv)
     for field in dataclasses.fields(default):  # tyro would keep the last of --reward a --reward b, and drop a
         if isinstance(getattr(default, field.name), tuple):
             argv = join_repeated(argv, _option(field.name))

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 
 from minirlhf import UserError
+from minirlhf.support.text import one_line
 
 Reward = Callable[[list[str], list[str]], list[float]]
 SPEC = re.compile(r"(rm|(?!rm:)[\w.]+:\w+)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))?")
@@ -25,10 +26,10 @@ def load_rewards(specs: list[str]) -> list[tuple[str, Reward | None, float]]:
     for spec in specs:
         if not (match := SPEC.fullmatch(spec)):
             form = "rm[:WEIGHT] or package.module:function[:WEIGHT], WEIGHT a number such as -0.5"
-            raise UserError(f"--reward {one_line(spec)}: want {form}")
+            raise UserError(f"--reward {one_line(spec, 60)}: want {form}")
         name, weight = match.groups(default="1")
         if abs(float(weight)) > 1e9:
-            raise UserError(f"--reward {spec}: its weight must be at least -1e+09 and at most 1e+09")
+            raise UserError(f"--reward {one_line(spec, 60)}: its weight must be at least -1e+09 and at most 1e+09")
         rewards.append((name, None if name == "rm" else find(name), float(weight)))
     return rewards
 
@@ -98,8 +99,4 @@ def _shown(value: object) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {error}")
-
-
-def one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:300]
+    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}")
