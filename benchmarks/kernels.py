@@ -1,16 +1,23 @@
 """Time and memory of the kernels beside what people use instead, all in one run.
 
     python benchmarks/kernels.py                             # on a GPU where there is one, else on CPU
-    python benchmarks/kernels.py --op gae linear --check     # some operations; exit 1 where a goal is missed
-    python -m kernels.audit benchmarks.kernels:public_cases  # the public kernels installed here, by our own audit
+    python benchmarks/kernels.py --op gae linear --check     # some operations; exit 1 where a bound is missed
+    python benchmarks/kernels.py --small --out /tmp/x.json   # tiny shapes, no memory: does everything run?
+    python -m kernels.audit benchmarks.kernels:public_cases  # audit the public kernels installed here
 
-Contenders do the same work: same inputs, results and gradients compared with ours before anything is timed. They take
-turns, round by round, so that a slow minute hits all; a ratio is the median of the rounds' ratios. On a GPU: CUDA events,
-the L2 cache flushed before each measurement, memory from PyTorch's allocator, and bandwidth (the bytes that cannot be
-avoided over the time) against that of a plain copy in the same run. On CPU: wall time in this process (--clock process:
-seconds of all its threads); peak memory in a child process per contender, as the high-water mark of resident memory (VmHWM,
-reset just before the call) less what was resident then. That counts every page touched, by whatever allocator, gradients
-and workspaces included.
+All contenders do the same work: they get the same inputs, and their results and gradients are compared with
+ours before anything is timed. They take turns, round by round, so that a slow minute hits all of them; a
+ratio is the median of the rounds' ratios.
+
+On a GPU, time is measured by CUDA events, with the L2 cache flushed before each measurement, and memory by
+PyTorch's allocator. Each time stands beside the time that a plain copy, measured in the same run, takes for
+the bytes that cannot be avoided; for linear_token_logprobs also beside the time of the matrix products that
+cannot be avoided, at the rate that a large product reaches in the same run.
+
+On a CPU, time is wall time in this process (--clock process: seconds of all its threads). Peak memory is
+measured in a child process per contender: the high-water mark of resident memory (VmHWM, reset just before
+the call) less what was resident before. That counts every page touched, by any allocator, with gradients and
+workspaces.
 """
 
 import argparse
@@ -22,6 +29,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = "ours"
 TRL_CHUNK = 32768  # columns of its tiles, as its trainers set it
-GOALS = [  # operation, contender, measure, our share of the contender's at most
+BOUNDS = [  # for --check: operation, contender, measure, our share of the contender's at most
     ("linear_token_logprobs", "log_softmax + gather", "seconds", 1.15),
     ("linear_token_logprobs", "log_softmax + gather", "memory", 1 / 4),
     ("gae", "loop over T", "seconds", 1 / 3),
@@ -52,7 +60,7 @@ GOALS = [  # operation, contender, measure, our share of the contender's at most
 ]
 
 
-# What people use instead. Each takes what our function takes and returns the first of its results, or all.
+# What people use instead. Each takes what our function takes, and returns the first or all of its results.
 
 
 def plain(logits: Tensor, tokens: Tensor) -> tuple[Tensor]:
@@ -87,7 +95,7 @@ def gae_loop(
 
 
 def installed(*modules: str) -> bool:
-    """Whether these import; a package that is there but broken here counts as missing, and says so."""
+    """Whether these modules import. A package that is there but broken counts as missing, and is reported."""
     try:
         for module in modules:
             importlib.import_module(module)
@@ -100,7 +108,7 @@ def installed(*modules: str) -> bool:
 
 
 def liger_losses(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The gradient is made in forward, in the logits' own memory, and scaled by one number for all rows."""
+    """Liger computes the gradient in forward, in place of the logits; one number scales it for all rows."""
     from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
     return LigerCrossEntropyFunction.apply(logits, tokens, None, -100, 0.0, 0.0, "none")[0]
@@ -151,6 +159,7 @@ class Operation:
     inputs: Callable[[bool], Sequence[Any]]  # tiny or full-size
     graded: tuple[int, ...]  # the results that backward starts from
     contenders: dict[str, Callable]
+    products: tuple[int, int] = (0, 0)  # matrix products that forward and backward cannot avoid
 
 
 GPU = DEVICE == "cuda"
@@ -200,9 +209,8 @@ def kl(V: int) -> Operation:
 def linear() -> Operation:
     of_product = lambda function: lambda hidden, weight, tokens: function(hidden @ weight.T, tokens)
     calls = {OURS: linear_token_logprobs, "log_softmax + gather": of_product(plain)}
-    return Operation(
-        of_hidden, (0,), calls | {"F.cross_entropy": of_product(cross_entropy)} | public_linear()
-    )
+    calls |= {"F.cross_entropy": of_product(cross_entropy), **public_linear()}
+    return Operation(of_hidden, (0,), calls, products=(1, 3))  # logits; again for backward, and two gradients
 
 
 def advantages(with_dones: bool) -> Operation:
@@ -263,7 +271,7 @@ def stopwatch(clock: str = "") -> Callable[[Callable], tuple[float, Any]]:
 
 
 def same(name: str, got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    """Equal but for rounding (bf16 logits on a GPU): else it was other work that is timed."""
+    """Raise AssertionError unless equal but for rounding (of bf16 logits on a GPU): else the work differs."""
     tolerance = 2e-2 if GPU else 1e-3
     for a, b in zip(got, want, strict=False):  # a contender may return fewer results
         error, size = float((a.float() - b.float()).abs().max()), float(b.abs().max())
@@ -275,7 +283,7 @@ def resident(field: str) -> int:
 
 
 def measure_memory(op: Operation, name: str) -> int:
-    """Peak bytes that one forward and backward add to what was there, results and gradients included."""
+    """Peak bytes that one forward and backward add to what was there, with results and gradients."""
     timed = lambda function: (0.0, function())
     call = op.contenders[name]
     run(op, call, op.inputs(True), timed)  # libraries, threads, code
@@ -298,8 +306,8 @@ def in_child(op: str, name: str) -> int:
     return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
-def measure(name: str, op: Operation, rounds: int, clock: str) -> dict[str, Any]:
-    timed, inputs = stopwatch(clock), op.inputs(False)
+def measure(name: str, op: Operation, args: argparse.Namespace, clock: str) -> dict[str, Any]:
+    timed, inputs = stopwatch(clock), op.inputs(args.small)
     _, _, want, want_grads = run(op, op.contenders[OURS], inputs, timed)
     moved = nbytes(inputs) + nbytes(want)
     moved_back = nbytes(inputs) + nbytes([want[i] for i in op.graded]) + nbytes(want_grads)
@@ -313,7 +321,7 @@ def measure(name: str, op: Operation, rounds: int, clock: str) -> dict[str, Any]
     samples: dict[str, dict[str, list[float]]] = {
         contender: {"forward": [], "backward": []} for contender in op.contenders
     }
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for contender, call in op.contenders.items():
             forward, backward, *_ = run(op, call, inputs, timed)
             samples[contender]["forward"].append(forward)
@@ -322,16 +330,29 @@ def measure(name: str, op: Operation, rounds: int, clock: str) -> dict[str, Any]
     del inputs
     for contender, sample in samples.items():
         sample["seconds"] = [f + b for f, b in zip(sample["forward"], sample["backward"], strict=True)]
-        sample["memory"] = in_child(name, contender) if DEVICE == "cpu" else measure_memory(op, contender)
-    least = {"forward": moved, "backward": moved_back * bool(op.graded)}
-    return {"shapes": shapes, "bytes_at_least": least, "results_bytes": results, "contenders": samples}
+        if not args.small:
+            sample["memory"] = in_child(name, contender) if DEVICE == "cpu" else measure_memory(op, contender)
+    found = {"shapes": shapes, "results_bytes": results, "contenders": samples}
+    found["bytes_at_least"] = {"forward": moved, "backward": moved_back * bool(op.graded)}
+    if any(op.products):
+        (n, c), (v, _) = shapes[:2]
+        each = 2 * n * v * c
+        found["flop_at_least"] = {"forward": op.products[0] * each, "backward": op.products[1] * each}
+    return found
 
 
 def copy_rate() -> float:
-    """Bytes a second, read and written, of the plainest copy of 1 GiB."""
+    """Bytes per second, read and written, of the plainest copy of 1 GiB."""
     source = torch.zeros(1 << 30, dtype=torch.uint8, device="cuda")
     target, timed = torch.empty_like(source), stopwatch()
     return 2 * source.numel() / median(timed(lambda: target.copy_(source))[0] for _ in range(20))
+
+
+def product_rate() -> float:
+    """Operations per second of a large matrix product in the benchmark's dtype."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda").to(DTYPE).unbind()
+    timed = stopwatch()
+    return 2 * 8192**3 / median(timed(lambda: a @ b)[0] for _ in range(10))
 
 
 def versions() -> dict[str, str]:
@@ -345,14 +366,16 @@ def versions() -> dict[str, str]:
 
 
 def device_facts() -> dict[str, Any]:
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     facts = {
         "device": DEVICE,
         "cpu": cpu[1] if cpu else platform.machine(),
         "threads": torch.get_num_threads(),
     }
     if DEVICE == "cuda":
-        facts |= {"device": torch.cuda.get_device_name(), "copy_bytes_per_second": copy_rate()}
+        rates = {"copy_bytes_per_second": copy_rate(), "product_flop_per_second": product_rate()}
+        facts |= {"device": torch.cuda.get_device_name(), **rates}
     return facts | {"versions": versions()}
 
 
@@ -365,37 +388,52 @@ def ratio(result: dict[str, Any], contender: str, measure: str) -> float:
     return median(a / b for a, b in zip(ours, theirs, strict=True)) if measure == "seconds" else ours / theirs
 
 
-def show(name: str, result: dict[str, Any], copy: float | None) -> None:
+def shares_of_floor(result: dict[str, Any], facts: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{contender: {phase: floor / time}}. The floor: the time of the bytes, or of the products if longer."""
+    floors = {
+        phase: moved / facts["copy_bytes_per_second"] for phase, moved in result["bytes_at_least"].items()
+    }
+    for phase, work in result.get("flop_at_least", {}).items():
+        floors[phase] = max(floors[phase], work / facts["product_flop_per_second"])
+    return {
+        contender: {phase: floor / median(sample[phase]) for phase, floor in floors.items() if floor}
+        for contender, sample in result["contenders"].items()
+    }
+
+
+def show(name: str, result: dict[str, Any], facts: dict[str, Any]) -> None:
     print(f"\n{name}, shapes {result['shapes']}, results {result['results_bytes'] / 2**20:.1f} MiB")
-    titles = f"{'forward':>11s}{'backward':>11s}{'both, ms (quartiles)':>31s}{'ours/it':>9s}{'peak MiB':>10s}{'ours/it':>8s}"
-    print(f"{'':38s}{titles}")
+    titles = f"{'forward':>11s}{'backward':>11s}{'both, ms (quartiles)':>31s}{'ours/it':>9s}"
+    print(f"{'':38s}{titles}{'peak MiB':>10s}{'ours/it':>8s}")
     for contender, sample in result["contenders"].items():
         low, middle, high = (1e3 * q for q in quantiles(sample["seconds"], n=4))
         forward, backward = (1e3 * median(sample[phase]) for phase in ("forward", "backward"))
-        times = f"{forward:11.2f}{backward:11.2f}{f'{middle:.2f} ({low:.2f}-{high:.2f})':>31s}"
-        shares = ratio(result, contender, "seconds"), ratio(result, contender, "memory")
-        line = f"{contender:38s}{times}{shares[0]:9.2f}{sample['memory'] / 2**20:10.1f}{shares[1]:8.2f}"
-        for phase, moved in result["bytes_at_least"].items() if copy else ():
-            line += f" {phase} {moved / median(sample[phase]) / copy:.0%} of copy" if moved else ""
-        print(line)
+        line = f"{contender:38s}{forward:11.2f}{backward:11.2f}{f'{middle:.2f} ({low:.2f}-{high:.2f})':>31s}"
+        line += f"{ratio(result, contender, 'seconds'):9.2f}"
+        if "memory" in sample:
+            line += f"{sample['memory'] / 2**20:10.1f}{ratio(result, contender, 'memory'):8.2f}"
+        for phase, share in result.get("share_of_floor", {}).get(contender, {}).items():
+            line += f" {phase} {share:.0%} of the floor's rate"
+        print(line, flush=True)
 
 
 def misses(results: dict[str, Any]) -> list[str]:
-    """One line for each goal missed; prints how each goal stands."""
+    """One line for each bound that is missed. Prints the value of each bound."""
     found = []
-    for op, contender, measure, limit in GOALS:
-        goal = f"{op}: at most {limit:.3f} x {contender} in {measure}"
-        if contender not in results.get(op, {}).get("contenders", ()):
-            print(f"{'not measured':14s} {goal}")
+    for op, contender, measure, limit in BOUNDS:
+        bound = f"{op}: at most {limit:.3f} x {contender} in {measure}"
+        measured = results.get(op, {}).get("contenders", {})
+        if measure not in measured.get(contender, ()):
+            print(f"{'not measured':14s} {bound}")
             continue
         value = ratio(results[op], contender, measure)
-        print(f"{'met' if value <= limit else 'MISSED':6s} {value:7.3f} {goal}")
-        found += [goal] if value > limit else []
+        print(f"{'met' if value <= limit else 'MISSED':6s} {value:7.3f} {bound}")
+        found += [bound] if value > limit else []
     return found
 
 
 def public_cases() -> list[Case]:
-    """Triton kernels of TRL and Liger, where installed, for `python -m kernels.audit benchmarks.kernels:public_cases`."""
+    """The Triton kernels of TRL and Liger, where installed, for `python -m kernels.audit`."""
 
     def inputs(V: int, large: int, device: str) -> list[Tensor]:
         n = large if device == "meta" else 3
@@ -419,21 +457,26 @@ def public_cases() -> list[Case]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--op", nargs="+", default=[""], help="measure only operations whose names begin with one of these")
+    add("--without", nargs="+", default=[], help="leave out contenders whose names begin with one of these")
+    add(
+        "--rounds",
+        type=int,
+        default=7,
+        help="measurements of each contender, at least 2 (default: %(default)s)",
     )
-    parser.add_argument("--op", nargs="+", default=[""], help="only operations whose names begin so")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="measurements of each contender (default: %(default)s)"
-    )
-    parser.add_argument("--clock", choices=("wall", "process"), default="wall",
-                        help="on CPU; process: seconds of all threads, for a busy machine")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/kernels_<device>.json")
-    parser.add_argument(
-        "--check", action="store_true", help="exit 1 where a goal that was measured is missed"
-    )
-    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # what a child process does
+    add("--clock", choices=("wall", "process"), default="wall",
+        help="clock on a CPU; process: seconds of all threads, for a busy machine")  # fmt: skip
+    add("--out", type=Path, help="JSON file (default: benchmarks/results/kernels_<device>.json)")
+    add("--small", action="store_true", help="use tiny shapes, and do not measure memory")
+    add("--check", action="store_true", help="exit with 1 if a bound that was measured is missed")
+    add("--memory", nargs=2, help=argparse.SUPPRESS)  # what a child process does
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f"--rounds must be at least 2, not {args.rounds}")
     torch.manual_seed(0)
     if args.memory:
         op, contender = args.memory
@@ -443,14 +486,29 @@ def main() -> int:
     facts = device_facts() | {"clock": clock, "rounds": args.rounds}
     slug = re.sub(r"\W+", "-", facts["device"].lower())
     out = args.out or ROOT / f"benchmarks/results/kernels_{slug}.json"
-    results = {}
+    results, failed = {}, {}
     for name, make in OPERATIONS.items():
-        if name.startswith(tuple(args.op)):
-            results[name] = measure(name, make(), args.rounds, clock)
-            show(name, results[name], facts.get("copy_bytes_per_second"))
-    out.write_text(json.dumps(facts | {"operations": results}, indent=1) + "\n")
+        if not name.startswith(tuple(args.op)):
+            continue
+        op = make()
+        for contender in [c for c in op.contenders if c.startswith(tuple(args.without))]:
+            del op.contenders[contender]
+        try:
+            results[name] = measure(name, op, args, clock)
+        except Exception as error:  # the other operations are measured all the same
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
+        else:
+            if GPU:
+                results[name]["share_of_floor"] = shares_of_floor(results[name], facts)
+            show(name, results[name], facts)
+        if GPU:
+            torch.cuda.empty_cache()
+        found = facts | {"operations": results} | ({"failed": failed} if failed else {})
+        out.write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(facts))
-    return int(bool(misses(results)) and args.check)
+    missed = [] if args.small else misses(results)
+    return int(bool(failed) or (bool(missed) and args.check))
 
 
 if __name__ == "__main__":

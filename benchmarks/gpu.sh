@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, in one command of at most seven minutes.
+#
+#   benchmarks/gpu.sh                        # on a machine with an NVIDIA or AMD GPU
+#   OUT=/tmp/small benchmarks/gpu.sh --small # the same steps on tiny shapes, without a GPU: does the script run?
+#
+# The machine needs torch, triton, numpy, safetensors, tiktoken, pytest, hypothesis and this checkout. The other
+# packages that the scripts import come as wheels from .wheels/ (about 1 MB, ignored by git), so that the machine
+# needs no network. Make that folder beforehand, with the same Python version:
+#
+#   python -m pip download --only-binary=:all: -d .wheels -c constraints.txt tyro tqdm jinja2
+#
+# Steps: the kernels against their oracles; the tests marked gpu, with the property suite on the GPU; each kernel
+# against the time of its bytes and against plain PyTorch; PPO iterations of SmolLM2's shape in bf16, without and with
+# --compile, and their memory against the estimate. Each step has a time limit, and a step that fails does not stop the
+# next. Logs and JSON go to OUT (default: benchmarks/results/gpu-<card>-<date>). Exit code: 0 if all steps passed.
+set -u
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python}
+SMALL=""
+TOTAL=410 # seconds for all steps
+case "${1:-}" in
+"") ;;
+--small) SMALL=--small ;;
+*)
+    echo "usage: [OUT=FOLDER] benchmarks/gpu.sh [--small]" >&2
+    exit 2
+    ;;
+esac
+
+CARD=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")') || exit 2
+if [ -z "$CARD" ] && [ -z "$SMALL" ]; then
+    echo "gpu.sh: torch sees no GPU: add --small to run the steps on tiny shapes" >&2
+    exit 2
+fi
+SLUG=$(printf %s "${CARD:-none}" | tr -cs 'A-Za-z0-9' - | tr A-Z a-z)
+OUT=${OUT:-benchmarks/results/gpu-${SLUG%-}-$(date +%Y-%m-%d)}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+rm -f "$OUT/steps.jsonl"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+FAILED=0
+
+# step NAME SECONDS COMMAND...: run the command, at most so long; its output goes to OUT/NAME.log, its end is shown.
+step() {
+    local name=$1 limit=$2 start=$SECONDS left=$((TOTAL - SECONDS)) rc=0
+    shift 2
+    if [ "$left" -lt "$limit" ]; then limit=$left; fi
+    echo "== $name, at most $limit s: $*"
+    if [ "$limit" -le 0 ]; then
+        echo "no time is left" | tee "$OUT/$name.log"
+        rc=124
+    else
+        timeout --kill-after=5 "$limit" "$@" >"$OUT/$name.log" 2>&1 || rc=$?
+        tail -n 25 "$OUT/$name.log"
+    fi
+    echo "{\"step\": \"$name\", \"exit_code\": $rc, \"seconds\": $((SECONDS - start))}" >>"$OUT/steps.jsonl"
+    if [ "$rc" -ne 0 ]; then FAILED=1; fi
+}
+
+# What the scripts import and this machine lacks goes into a folder of its own, not into the environment.
+PACKAGES=$(mktemp -d)
+trap 'rm -rf "$PACKAGES"' EXIT
+export PYTHONPATH=$PYTHONPATH:$PACKAGES
+step packages 40 "$PYTHON" benchmarks/gpu.py packages "$PACKAGES"
+
+if [ -n "$SMALL" ]; then
+    TRITON_INTERPRET=1 step oracles 120 "$PYTHON" benchmarks/gpu.py oracles "$OUT/oracles.json" --small
+    step properties 60 "$PYTHON" -m kernels.testing kernels:gae --max-examples 1
+    step tests 60 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/kernels/test_kernel_gpu.py
+else
+    step oracles 60 "$PYTHON" benchmarks/gpu.py oracles "$OUT/oracles.json"
+    KERNEL_EXAMPLES=8 step tests 150 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider \
+        --continue-on-collection-errors -rfE tests
+fi
+step kernels 100 "$PYTHON" benchmarks/kernels.py --without torch.compile TRL Liger torchrl --out "$OUT/kernels.json" $SMALL
+step ppo 90 "$PYTHON" benchmarks/gpu.py ppo "$OUT/ppo.json" $SMALL
+step ppo-compile 120 "$PYTHON" benchmarks/gpu.py ppo "$OUT/ppo-compile.json" --compile $SMALL
+
+echo "== ${CARD:-no GPU}: logs and JSON in $OUT"
+cat "$OUT/steps.jsonl"
+exit $FAILED
