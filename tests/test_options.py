@@ -4,25 +4,16 @@ F15: values that passed parsing and then crashed, hung, or (--clip-range=-0.2, -
 H20: tracebacks for mistaken arguments, and for Ctrl-C before the loop.
 """
 
-import argparse
-import contextlib
 import dataclasses
 import importlib
-import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
-import time
 import typing
 from pathlib import Path
 
 import pytest
 
 from minirlhf.measure import baselines
-from minirlhf.support import cli, ctrl_c
+from minirlhf.support import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_CONFIGS = {

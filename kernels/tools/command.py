@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Callable
@@ -63,6 +64,12 @@ def run(name: str, main: Callable[[], int]) -> int:
         line = " ".join(str(mistake).split())
         print(f"{name}: {''.join(c if c.isprintable() else '?' for c in line)}", file=sys.stderr)
         return 2
+
+
+def run_module(name: str) -> None:
+    """Run a module of this folder as the command that its front is."""
+    end_on_ctrl_c()
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def end_on_ctrl_c() -> None:
