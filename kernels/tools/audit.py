@@ -1,18 +1,18 @@
 """What our Triton kernels ask of a GPU, found on a machine that has none, and whether it is what they should.
 
-    python -m kernels.audit                                  # our kernels, for sm_80, sm_90, sm_100 and gfx942
-    python -m kernels.audit --check --json audit.json        # and name each goal that is missed; exit 1 if one is
+    python -m kernels.audit                             # our kernels, for sm_80, sm_90, sm_100 and gfx942
+    python -m kernels.audit --check --json audit.json   # and name each goal that is missed: exit 1
     python -m kernels.audit package.module:CASES             # anyone's kernels, by the same meters
 
 The meters are in meters.py. Per kernel and target: registers, stack, spills, shared memory, and for each
-innermost loop that touches global memory the accesses of one trip, its instructions per byte, barriers and shuffles. A loop
-that should be bound by bandwidth must not be bound by issue slots: an H100 can issue about ten thread-instructions for
-each byte that it can read. Per call, forward and backward: the bytes that kernels ask for, and the memory that buffers take.
-The minimum of bytes is each tensor argument (in backward also each upstream gradient) read once and each result written
-once. Extra memory is the peak of all buffers alive at once, less the results; what a library takes for itself (cuBLAS its
-workspace) is not seen. Bytes are those of Triton kernels alone, counted in Triton's interpreter, in a child process: Triton
-chooses between it and the compiler when it is imported.
-"""
+innermost loop that touches global memory the accesses of one trip, its instructions per byte, barriers and
+shuffles. A loop that should be bound by bandwidth must not be bound by issue slots: an H100 can issue about
+ten thread-instructions for each byte that it can read. Per call, forward and backward: the bytes that kernels
+ask for, and the memory that buffers take. The minimum of bytes is each tensor argument (in backward also each
+upstream gradient) read once and each result written once. Extra memory is the peak of all buffers alive at
+once, less the results; what a library takes for itself (cuBLAS its workspace) is not seen. Bytes are those of
+Triton kernels alone, counted in Triton's interpreter, in a child process: Triton chooses between it and the
+compiler when it is imported."""
 
 import argparse
 import importlib.util
@@ -39,7 +39,8 @@ from .meters import NUMBERS, byte_trace, capture, read
 
 @dataclass(frozen=True)
 class Case:
-    """A call to audit. `inputs("meta")` gives full-size arguments, `inputs("cpu")` small ones for the interpreter."""
+    """A call to audit. `inputs("meta")` gives full-size arguments, `inputs("cpu")` small ones for the
+    interpreter."""
 
     name: str
     call: Callable[..., Any]
@@ -51,7 +52,8 @@ def nbytes(values: Any) -> int:
 
 
 def phases(case: Case, device: str, instrument: Callable) -> Iterator[tuple[str, Any, int, int]]:
-    """Call forward, then backward -> phase, what the instrument saw, bytes at least moved, bytes of the results."""
+    """Call forward, then backward -> phase, what the instrument saw, bytes at least moved, bytes of the
+    results."""
     inputs = case.inputs(device)
     with instrument() as seen:
         outputs = tree_leaves(case.call(*inputs))
@@ -84,7 +86,8 @@ def our_cases() -> list[Case]:
     import kernels
 
     def logits(count: int, V: int, dtype: torch.dtype, masked: bool, device: str) -> list[Any]:
-        """Logits (a KL's second ones, of a frozen reference), tokens; if `masked`: temperature, mask, nothing is frozen."""
+        """Logits (a KL's second ones, of a frozen reference), tokens; if `masked`: temperature, mask, nothing
+        is frozen."""
         N = 8192 if device == "meta" else 3
         rows = [
             torch.randn(N, V, device=device).to(dtype).requires_grad_(i == 0 or masked) for i in range(count)
@@ -126,7 +129,8 @@ def our_cases() -> list[Case]:
 
 
 def worst(*measures: str) -> Callable[[dict[str, Any]], float]:
-    """The largest sum of these over the inner loops; inf if there is none, since then nothing was measured."""
+    """The largest sum of these over the inner loops; inf if there is none, since then nothing was
+    measured."""
     return lambda row: max((sum(loop[m] for m in measures) for loop in row["loops"]), default=math.inf)
 
 
@@ -137,9 +141,21 @@ GOALS = [  # the goal; the calls (and, of kernels, targets) it is about; the mea
     ("load/store width at V=50257: 128-bit, edges aside", "kernels", ROWS + ".*V=50257", worst("narrow"), 0),
     ("instructions per byte in the inner loop, log-prob + entropy forward: <= 6",
      "kernels", "^token_logprobs bf.*forward cuda", worst("instructions_per_byte"), 6),
-    ("the same, KL forward: <= 8", "kernels", "^token_kl bf.*forward cuda", worst("instructions_per_byte"), 8),
+    (
+        "the same, KL forward: <= 8",
+        "kernels",
+        "^token_kl bf.*forward cuda",
+        worst("instructions_per_byte"),
+        8,
+    ),
     ("barriers + shuffles in the inner loop: 0", "kernels", ROWS, worst("barrier", "shuffle"), 0),
-    ("stack and spills, sm_80, sm_90, sm_100, gfx942: 0", "kernels", "", lambda row: row["stack"] + row["spills"], 0),
+    (
+        "stack and spills, sm_80, sm_90, sm_100, gfx942: 0",
+        "kernels",
+        "",
+        lambda row: row["stack"] + row["spills"],
+        0,
+    ),
     ("linear-fused forward, extra memory at N=8192, V=151936: <= 10 MiB",
      "calls", "^linear.* forward", lambda row: row["extra"] / 2**20, 10),
     ("linear-fused backward, extra memory besides the gradients: <= 64 MiB",
@@ -187,7 +203,7 @@ def audit(cases: Sequence[Case], spec: list[str], targets: Sequence[str]) -> dic
 def show(report: dict[str, Any]) -> None:
     widths = lambda counts: "+".join(f"{n}x{bits}" for bits, n in counts.items()) or "-"
     print(
-        "target       regs  stack spills shared   each inner loop: loads stores (count x bits) instructions/byte"
+        "target       regs  stack spills shared   inner loops: loads stores (count x bits) instructions/byte"
     )
     print(f"{'':41s}(instructions barriers shuffles)")
     calls = None
@@ -206,7 +222,8 @@ def show(report: dict[str, Any]) -> None:
             found = "; ".join(loops) or f"no loop: {widths(row['load'])} {widths(row['store'])}"
             print(f"  {row['target']:10s}{numbers}   {found}")
     print(
-        f"\n{'':42s}{'bytes':>10s} {'distinct':>10s} {'minimum':>10s} {'ratio':>8s} {'extra MiB':>10s} {'results':>10s}"
+        f"\n{'':42s}{'bytes':>10s} {'distinct':>10s} {'minimum':>10s} {'ratio':>8s} "
+        f"{'extra MiB':>10s} {'results':>10s}"
     )
     for call, row in report["calls"].items():
         numbers = "".join(f" {row[n]:10d}" for n in ("requested", "distinct", "minimum"))

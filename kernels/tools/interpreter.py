@@ -2,11 +2,12 @@
 
 1. tl.dot multiplies the bit patterns of bf16 operands as integers (triton #11584): they are converted first.
 2. A conversion from fp32 to bf16 cuts the low bits off; GPUs round to the nearest, ties to even.
-3. tl.associative_scan goes from element to element, 120 us each, and in this order also a combine function that is not
-   associative looks right. The replacement combines in a tree (Hillis & Steele 1986), as GPUs do, in log2(n) calls.
+3. tl.associative_scan goes from element to element, 120 us each, and in this order also a combine function
+that is not
+   associative looks right. The replacement combines in a tree (Hillis & Steele 1986), as GPUs do.
 
-`repair()` is called by tests/kernels/conftest.py and by kernels.testing; nothing else needs it, and on a GPU nothing does.
-"""
+`repair()` is called by tests/kernels/conftest.py and by kernels.testing; nothing else needs it, and on a GPU
+nothing does."""
 
 import numpy as np
 

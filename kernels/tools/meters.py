@@ -1,12 +1,11 @@
 """Three meters for Triton kernels on a machine without a GPU; kernels/tools/audit.py applies them.
 
-`capture` watches calls whose tensors are on the `meta` device, which gives them a shape but no memory. Triton's own
-launcher specialises and compiles each kernel and starts none: what is compiled is what would run, at sizes that no test
-could hold. `Buffers` weighs the tensors made meanwhile.
-`read` finds in the machine code the registers, the stack, the spills, and for each innermost loop what one thread does in
-one trip: the width of its accesses, barriers and shuffles, instructions per byte of global memory.
-`byte_trace` counts the bytes that kernels ask for when Triton's interpreter runs them (TRITON_INTERPRET=1).
-"""
+`capture` watches calls whose tensors are on the `meta` device, which gives them a shape but no memory.
+Triton's own launcher specialises and compiles each kernel and starts none: what is compiled is what would
+run, at sizes that no test could hold. `Buffers` weighs the tensors made meanwhile. `read` finds in the
+machine code the registers, the stack, the spills, and for each innermost loop what one thread does in one
+trip: the width of its accesses, barriers and shuffles, instructions per byte of global memory. `byte_trace`
+counts the bytes that kernels ask for when Triton's interpreter runs them (TRITON_INTERPRET=1)."""
 
 import re
 import subprocess
@@ -123,10 +122,11 @@ def count(code: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def inner_loops(code: Sequence[tuple[str, str]], labels: dict[str, int]) -> list[dict[str, Any]]:
-    """One trip of each loop that touches global memory and holds no other that does (one that only waits may be in it).
+    """One trip of each loop that touches global memory and holds no other that does (one that only waits may
+    be in it).
 
-    A loop has a head, which no path from the kernel's start goes round, and consists of what leads back to it.
-    """
+    A loop has a head, which no path from the kernel's start goes round, and consists of what leads back to
+    it."""
     before: dict[int, list[int]] = defaultdict(list)  # the instructions that control may come from
     for i, (op, operands) in enumerate(code):
         jump = re.match(r"BRA|CALL|EXIT|s_c?branch|s_endpgm", op)
@@ -200,9 +200,9 @@ def read(made: Any) -> dict[str, Any]:
 
 @contextmanager
 def byte_trace() -> Iterator[tuple[dict[str, Counter[str]], dict[str, list]]]:
-    """Counts the bytes that interpreted kernels ask for within it, by "kernel.argument" and by kind (load, store, atomic);
-    and collects the address of each of these bytes, by kind. A masked lane costs nothing. An access that lies in no
-    argument's memory raises IndexError, before the interpreter could crash on it."""
+    """Counts the bytes that interpreted kernels ask for within it, by "kernel.argument" and by kind (load,
+    store, atomic); and collects the address of each of these bytes, by kind. A masked lane costs nothing. An
+    access that lies in no argument's memory raises IndexError, before the interpreter could crash on it."""
     import numpy as np
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 

@@ -1,9 +1,9 @@
 """What must hold of the four ops, whoever wrote them, and which public bug broke it.  `kernels.testing` asks.
 
-A property takes the function under test (f, a kernels.testing.Subject: results and gradients by name) and a few small values
-that hypothesis draws and shrinks; the data follow from the drawn seed.  f.oracle is the op's reference, in float64.  A result
-may be off by 2e-6 max(1, |value|), a gradient by 1.5 eps of its dtype times its magnitude: see `slack`.
-"""
+A property takes the function under test (f, a kernels.testing.Subject: results and gradients by name) and a
+few small values that hypothesis draws and shrinks; the data follow from the drawn seed.  f.oracle is the op's
+reference, in float64.  A result may be off by 2e-6 max(1, |value|), a gradient by 1.5 eps of its dtype times
+its magnitude: see `slack`."""
 
 from __future__ import annotations
 
@@ -107,9 +107,9 @@ def slack(
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> dict:
-    """What rounding excuses in a gradient: 1.5 eps of its dtype times its magnitude (the row's largest), and 1e-7 of the
-    upstream gradients times their factors in the formula. Through the linear op's products these go by absolute values, where
-    an fp32 sum of n products adds sqrt(n) half-eps."""
+    """What rounding excuses in a gradient: 1.5 eps of its dtype times its magnitude (the row's largest), and
+    1e-7 of the upstream gradients times their factors in the formula. Through the linear op's products these
+    go by absolute values, where an fp32 sum of n products adds sqrt(n) half-eps."""
     largest = want["kl" if "kl" in want else "entropy"].nan_to_num(0.0, 0.0)
     factor = (1e-7 + 1e-7 * sum(u.abs() for u in up.values()) * (1 + largest) / temperature)[
         ..., None
@@ -142,7 +142,8 @@ def agree(
     wide: list | None = None,
     **options: Any,
 ) -> None:
-    """Results, and gradients for the upstream gradients `up`, are the oracle's for `arguments`; f may get others (`wide`)."""
+    """Results, and gradients for the upstream gradients `up`, are the oracle's for `arguments`; f may get
+    others (`wide`)."""
     options = f.takes(**options)
     want = f.oracle(*arguments, upstream=up, **options)
     allowed = slack(f, arguments[:-1], arguments[-1], want, up, **options) if up else {}
@@ -159,10 +160,11 @@ def agree(
 
 
 def case(f, seed: int, lead: Any, vocab: int, scale: float = 3.0, dtype: torch.dtype = torch.float32):
-    """(inputs, tokens, upstream gradients, generator); inputs: logits; or logits, ref_logits; or hidden, weight.
+    """(inputs, tokens, upstream gradients, generator); inputs: logits; or logits, ref_logits; or hidden,
+    weight.
 
-    hidden and weight lie on a grid on which fp32 products and sums are exact, so that the logits are, and the linear op
-    owes the same accuracy as the others."""
+    hidden and weight lie on a grid on which fp32 products and sums are exact, so that the logits are, and the
+    linear op owes the same accuracy as the others."""
     g, lead = torch.Generator().manual_seed(seed), (lead,) if isinstance(lead, int) else lead
     tokens = torch.randint(vocab, lead, generator=g)
     if f.op == "linear_token_logprobs":
@@ -337,7 +339,8 @@ WHERE = st.sampled_from(["leading", "trailing", "scattered"])
     in_both=st.booleans(),
 )
 def impossible_columns_equal_deleted_ones(f, seed, kept, gone, where, in_both):
-    """-inf logits, a leading block of them too (flash-attention #1930); in the policy alone, or in the reference as well."""
+    """-inf logits, a leading block of them too (flash-attention #1930); in the policy alone, or in the
+    reference as well."""
     inputs, tokens, up, g = case(f, seed, 3, kept)
     every, anywhere = torch.arange(kept + gone), torch.randperm(kept + gone, generator=g)
     column = {"leading": every[gone:], "trailing": every[:kept], "scattered": anywhere[:kept]}[where]
@@ -557,7 +560,8 @@ def rows_are_independent(f, seed, steps, row):
 
 @prop(GAE, "dones", **SEED, first=st.integers(1, 9), second=st.integers(1, 9), gamma=FRACTION)
 def a_done_splits_a_row_into_two_calls(f, seed, first, second, gamma):
-    """Neither a value nor an advantage crosses it (tianshou #869); what would follow a done last step may be NaN."""
+    """Neither a value nor an advantage crosses it (tianshou #869); what would follow a done last step may be
+    NaN."""
     inputs, _ = episodes(seed, 3, first + second)
     dones = torch.zeros(3, first + second, dtype=torch.bool).index_fill(
         1, torch.tensor([first - 1, first + second - 1]), True
@@ -581,7 +585,8 @@ def a_done_splits_a_row_into_two_calls(f, seed, first, second, gamma):
     lam=FRACTION,
 )
 def long_rows_work(f, seed, steps, gamma, lam):
-    """No carry is lost between blocks, no product gamma^t underflows (trl #6626). Against the recursion, in float64."""
+    """No carry is lost between blocks, no product gamma^t underflows (trl #6626). Against the recursion, in
+    float64."""
     (rewards, values), _ = episodes(seed, 2, steps)
     v = torch.cat([values.double(), torch.zeros(2, 1)], 1)
     delta = (rewards + gamma * v[:, 1:] - v[:, :-1]).unbind(1)
@@ -611,7 +616,8 @@ def targets_carry_no_gradient(f):
 
 
 def example(f, seed: int, size: int, dtype: torch.dtype = torch.float32, lead: Any = 6, **more: Any):
-    """(arguments, options, upstream gradients) of any op; `lead` is the shape of the tokens, or the number of episodes."""
+    """(arguments, options, upstream gradients) of any op; `lead` is the shape of the tokens, or the number of
+    episodes."""
     if f.op == "gae":
         inputs, given = episodes(seed, lead if isinstance(lead, int) else 6, size, dtype)
         return inputs, f.takes(**given), None
@@ -649,10 +655,11 @@ def inputs_may_have_any_layout(f, seed, size, layout):
 
 
 def gap_of_2_31(f, x: Tensor) -> Tensor:
-    """x [2, n] with its rows more than 2^31 elements apart, in memory that nobody pays for: a file with a hole.
+    """x [2, n] with its rows more than 2^31 elements apart, in memory that nobody pays for: a file with a
+    hole.
 
-    The first row lies in the middle, so that an offset that wraps around at 32 bits meets zeros in the same storage: a wrong
-    number instead of a crash."""
+    The first row lies in the middle, so that an offset that wraps around at 32 bits meets zeros in the same
+    storage: a wrong number instead of a crash."""
     n = x.shape[1]
     size = (2**32 + 2 * n) * x.element_size()
     if f.device.type == "cuda":

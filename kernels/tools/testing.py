@@ -1,12 +1,13 @@
-"""Try to break a kernel: every property of `kernels.tools.properties`, asked of any function with an op's signature.
+"""Try to break a kernel: every property of `kernels.tools.properties`, asked of any function with an op's
+signature.
 
-    python -m kernels.testing package.module:function [--op OP] [--device cpu|cuda] [--max-examples N] [--seed S]
+    python -m kernels.testing package.module:function [--op OP] [--device cpu|cuda] [--max-examples N]
 
-One line a property: pass; FAIL with the smallest failing example that hypothesis finds; or - and why it was not asked. Exit
-code 0, 1 if a property failed, 2 for a mistake of the user. The function takes the op's tensors by position and its options
-(temperature, mask, ...) by name; it may lack options, and the later results: what it lacks it is not asked. Under
-TRITON_INTERPRET=1 Triton code runs with no GPU. As a library: check(Subject(function, op), property).
-"""
+One line a property: pass; FAIL with the smallest failing example that hypothesis finds; or - and why it was
+not asked. Exit code 0, 1 if a property failed, 2 for a mistake of the user. The function takes the op's
+tensors by position and its options (temperature, mask, ...) by name; it may lack options, and the later
+results: what it lacks it is not asked. Under TRITON_INTERPRET=1 Triton code runs with no GPU. As a library:
+check(Subject(function, op), property)."""
 
 from __future__ import annotations
 
@@ -77,8 +78,9 @@ GUESSES = {
 
 
 class Subject:
-    """A function as the properties see it. Called with tensors from anywhere it answers with its results by name, and with
-    the gradients of its inputs ("d logits") where upstream gradients are given. `can`: its options, results and abilities."""
+    """A function as the properties see it. Called with tensors from anywhere it answers with its results by
+    name, and with the gradients of its inputs ("d logits") where upstream gradients are given. `can`: its
+    options, results and abilities."""
 
     def __init__(
         self, function: Callable[..., Any], op: str, device: str = "cpu", exact: bool = False
@@ -90,7 +92,8 @@ class Subject:
         self.oracle = self if exact else Subject(OPS[op].reference, op, exact=True)
 
     def _options(self) -> set[str]:
-        """The op's options that the signature names, or would swallow. What it names beyond the tensors must be optional."""
+        """The op's options that the signature names, or would swallow. What it names beyond the tensors must
+        be optional."""
         try:
             parameters = list(inspect.signature(self.function).parameters.values())
         except (TypeError, ValueError):  # not written in Python: nothing is known
@@ -134,7 +137,8 @@ class Subject:
         if found != [shape] * len(out) or len(out) > len(self.results):
             want = f"{', '.join(self.results)}, each {shape}"
             raise Mistake(
-                f"as {self.op} of two rows of three numbers it should return {want}, not {found}: another --op?"
+                f"as {self.op} of two rows of three numbers it should return {want}, "
+                f"not {found}: another --op?"
             )
         self.results = self.results[: len(out)]
         self.can |= {*self.results}
@@ -151,7 +155,8 @@ class Subject:
                     self.can.add(ability)
 
     def _blocks(self) -> list[tuple[dict[str, Any], str]]:
-        """Block sizes: the integers so named in the function's module, or in those of its package that it imports from."""
+        """Block sizes: the integers so named in the function's module, or in those of its package that it
+        imports from."""
         module = getattr(self.function, "__module__", None) or ""
         names = {module} | {
             getattr(x, "__module__", None) or "" for x in vars(sys.modules.get(module, argparse)).values()
@@ -232,7 +237,8 @@ def describe(error: BaseException) -> str:
 def check(
     subject: Subject, name: str, max_examples: int = EXAMPLES, seed: int = 0, shrink: bool = True
 ) -> Outcome:
-    """Ask one property. The detail of a failure is its message and the smallest example found (the first without `shrink`)."""
+    """Ask one property. The detail of a failure is its message and the smallest example found (the first
+    without `shrink`)."""
     asked, op = PROPERTIES[subject.op][name], OPS[subject.op]
     for need in asked.needs:
         if need not in subject.can:
@@ -319,7 +325,8 @@ def ask(args: argparse.Namespace) -> int:
     subject = Subject(function, op, args.device)
     where = f"{args.device}{' (interpreter)' if INTERPRETED else ''}"
     print(
-        f"{args.target} as {op} on {where}: at most {args.max_examples} examples a property, seed {args.seed}",
+        f"{args.target} as {op} on {where}: "
+        f"at most {args.max_examples} examples per property, seed {args.seed}",
         flush=True,
     )
     start, count = time.perf_counter(), {"pass": 0, "FAIL": 0, "-": 0}
@@ -328,7 +335,8 @@ def ask(args: argparse.Namespace) -> int:
         count[outcome.status] += 1
         print(outcome, flush=True)
     print(
-        f"{count['pass']} passed, {count['FAIL']} failed, {count['-']} not asked ({time.perf_counter() - start:.1f} s)"
+        f"{count['pass']} passed, {count['FAIL']} failed, {count['-']} not asked "
+        f"({time.perf_counter() - start:.1f} s)"
     )
     return 1 if count["FAIL"] else 0
 
