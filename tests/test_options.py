@@ -35,6 +35,8 @@ REFUSED_BESIDE = {"batch", "minibatch", "microbatch", "n_head", "n_embd", "rewar
 NUMBERS = ["0", "-1", "1", "0.5", "1e12", "1000000001", "-1000000001", "1e400", "9" * 30, "9" * 400, "9" * 5000, "1e-300"]
 WORDS = ["nan", "inf", "-inf", "x", "", " ", "0x10", "1,5", "1e", "--x", "None", "true", "1\n2", "\x1b[31m", "\ud800", "é"]
 
+BAD = ["nan", "inf", "-inf", "x", "0x10", "1,5", "-1000000001", "1e400", "9" * 30, "9" * 400, "9" * 5000, "1\n2", "\x1b[31m"]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_baselines():
@@ -128,3 +130,102 @@ def parse(name: str, argv: list[str], capsys) -> tuple[int, list[str], object]:
     parsed, module = [None], OF_CONFIGS[name]
     code, lines = ends(lambda: parsed.append(cli.parse_config(presets_of(name), module.__doc__, argv)), capsys)
     return code, lines, parsed[-1]
+
+
+def test_the_last_preset_counts(capsys):
+    """Its settings, not those of the first with the other's name."""
+    _, _, config = parse("train_sft", ["--preset", "smoke", "--preset", "gpt2"], capsys)
+    assert config == OF_CONFIGS["train_sft"].PRESETS["gpt2"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--lr"], ["--betas", "0.9"], ["--betas", "0.9", "0.9", "0.9"], ["--reward"], ["--genres"], ["x"], ["--lr", "1", "2"], ["--lrr=1"]],
+    ids=str,
+)
+def test_too_few_or_too_many_words(argv, capsys):
+    name = "train_ppo" if argv[0] == "--reward" else "train_sft"
+    code, lines, _ = parse(name, argv, capsys)
+    assert code == 2 and is_one_line(lines) and argv[0].partition("=")[0] in lines[0]
+
+
+# ----------------------------------------------------------------------------- options of argparse
+
+
+class Found(Exception):
+    """The parser of a command, which parses nothing."""
+
+
+@pytest.fixture
+def parser_of(monkeypatch):
+    """parser_of(module) -> the parser that its main() makes."""
+
+    def call(name: str) -> argparse.ArgumentParser:
+        def stop(parser, *args, **options):
+            raise Found(parser)
+
+        with monkeypatch.context() as patch, pytest.raises(Found) as found:
+            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            importlib.import_module(name).main()
+        return found.value.args[0]
+
+    return call
+
+
+def actions(parser: argparse.ArgumentParser, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], argparse.Action]]:
+    """((names of the commands before it), option) of each option that takes a value, in all subcommands."""
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                found += actions(inner, (*before, name))
+        elif action.option_strings and action.nargs != 0:
+            found.append((before, action))
+    return found
+
+
+def needed(parser: argparse.ArgumentParser, commands: tuple[str, ...]) -> list[str]:
+    """Words for everything that a command requires."""
+    words = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            name, *rest = commands
+            return [*words, name, *needed(action.choices[name], tuple(rest))]
+        if not action.option_strings and action.nargs not in ("*", "?"):
+            words.append(next(iter(action.choices)) if action.choices else "x")
+        elif action.required:
+            words += [action.option_strings[0], "x"]
+    return words
+
+
+@pytest.mark.parametrize("name", OF_PARSERS)
+def test_F15_tools_refuse_in_one_line_what_is_no_number(name, parser_of, capsys, monkeypatch, tmp_path):
+    """Nothing is read or written before: the command is run as a user runs it, on files that do not exist."""
+    monkeypatch.chdir(tmp_path)
+    module, parser, numbers = importlib.import_module(name), parser_of(name), 0
+    for commands, action in actions(parser):
+        option, of_number = action.option_strings[-1], action.type not in (None, str, Path)
+        numbers += of_number
+        for i, word in enumerate(["", *NUMBERS, *BAD] if of_number else [""]):
+            if word and word not in BAD and takes(action.type, word):
+                continue
+            apart = i % 2 or not option.startswith("--")
+            argv = [*needed(parser, commands), *([option, word] if apart else [f"{option}={word}"])]
+            monkeypatch.setattr(sys, "argv", [name, *argv])
+            code, lines = ends(lambda: sys.exit(module.main()), capsys)
+            assert code == 2 and is_one_line(lines) and option in lines[0], (argv, code, lines)
+    assert not any(tmp_path.iterdir())
+    assert numbers >= {"minirlhf.tools.report": 0, "minirlhf.interop.command": 0, "kernels.tools.audit": 0}.get(name, 2)
+
+
+def takes(kind, word: str) -> bool:
+    try:
+        kind(word)
+    except argparse.ArgumentTypeError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", OF_PARSERS)
+def test_every_number_of_a_tool_has_a_range(name, parser_of):
+    assert not [action.option_strings for _, action in actions(parser_of(name)) if action.type in (int, float)]

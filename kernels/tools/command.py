@@ -17,7 +17,14 @@ class Mistake(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose mistakes are a Mistake."""
+    """argparse's parser whose mistakes are a Mistake; an empty argument is one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        args = sys.argv[1:] if args is None else list(args)
+        for before, word in zip(["", *args], args, strict=False):
+            if not word or word.startswith("--") and word.partition("=")[1:] == ("=", ""):
+                raise Mistake(f"{word.strip('=') or before}: its value is empty; is a shell variable unset?")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise Mistake(f"{message} (--help lists every option)")

@@ -138,7 +138,7 @@ def _option(name: str) -> str:
 def _check_words(options: dict[str, Any], argv: list[str]) -> None:
     """Refuse values that cannot be read, in words of our own; `options`: the types of all options by name.
 
-    What remains for tyro to refuse: unknown options, and the number of values.
+    What remains for tyro to refuse: unknown options, and words before the first option.
     """
     groups: list[tuple[str, list[str]]] = []
     for word in argv:
@@ -150,10 +150,19 @@ def _check_words(options: dict[str, Any], argv: list[str]) -> None:
         kind = options.get(option.replace("--no-", "--", 1)) if option not in options else options[option]
         if kind is bool and words:
             raise UserError(f"{option} takes no value, but {_shown(words[0])} follows it")
-        if kind not in (bool, None) and not words:
-            raise UserError(f"{option} needs a value")
+        if kind not in (bool, None):
+            _check_count(option, kind, words)
         for word in words if kind is not None else []:
             _check_word(option, kind, word)
+
+
+def _check_count(option: str, kind: Any, words: list[str]) -> None:
+    parts = typing.get_args(kind) if typing.get_origin(kind) is tuple else (kind,)
+    if not words:
+        raise UserError(f"{option} needs a value")
+    if parts[-1] is not ... and len(words) != len(parts):
+        want = "one value" if len(parts) == 1 else f"{len(parts)} values"
+        raise UserError(f"{option} takes {want}, not {len(words)}: {one_line(' '.join(words), 40)}")
 
 
 def _check_word(option: str, kind: Any, word: str) -> None:
