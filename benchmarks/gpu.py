@@ -56,7 +56,8 @@ def install(folder: Path) -> int:
 def errors(found: dict, want: dict, scale: dict) -> dict[str, float]:
     """The largest error of each result, relative to the largest value of its row or to 1, whichever is larger."""
     return {
-        name: float(((value.double() - want[name]).abs() / scale[name]).max()) for name, value in found.items()
+        name: float(((value.double() - want[name]).abs() / scale[name]).max())
+        for name, value in found.items()
     }
 
 
@@ -86,14 +87,18 @@ def oracles(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     sizes = [(3, 70)] if args.small else [(64, 1031), (64, 50257), (64, 151936)]
-    channels, episodes = (24, (3, 40)) if args.small else (256, (4, 300))  # gae's oracle is a double sum in Python
+    channels, episodes = (
+        (24, (3, 40)) if args.small else (256, (4, 300))
+    )  # gae's oracle is a double sum in Python
     rows, failed = [], 0
     for op, about in OPS.items():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for n, size in sizes if op != "gae" else [episodes]:
                 shapes = {"hidden": (n, channels), "weight": (size, channels)}
                 tensors = [torch.randn(shapes.get(name, (n, size)), device=device) for name in about.inputs]
-                tensors = [(x / channels**0.5 if x.shape[-1] == channels else 3 * x).to(dtype) for x in tensors]
+                tensors = [
+                    (x / channels**0.5 if x.shape[-1] == channels else 3 * x).to(dtype) for x in tensors
+                ]
                 tokens = [] if op == "gae" else [torch.randint(size, (n,), device=device)]
                 row = {"op": op, "dtype": str(dtype).removeprefix("torch."), "rows": n, "size": size}
                 row["path"] = "triton" if dispatch.use_triton(*tensors) else "plain"
@@ -101,9 +106,13 @@ def oracles(args: argparse.Namespace) -> int:
                     exact = call(about.reference, [x.double() for x in tensors], tokens, about.inputs)
                     exact = {name: x.to(device) for name, x in exact.items()}
                     scale = {k: x.abs().amax(-1, keepdim=True).clamp(min=1) for k, x in exact.items()}
-                    row["kernel"] = errors(call(getattr(kernels, op), tensors, tokens, about.inputs), exact, scale)
+                    row["kernel"] = errors(
+                        call(getattr(kernels, op), tensors, tokens, about.inputs), exact, scale
+                    )
                     if op != "gae":
-                        row["plain"] = errors(call(about.reference, tensors, tokens, about.inputs), exact, scale)
+                        row["plain"] = errors(
+                            call(about.reference, tensors, tokens, about.inputs), exact, scale
+                        )
                     # Results are fp32. A gradient is rounded to its dtype once; the linear op's products round too.
                     eps = {name: 1e-5 for name in exact} | {
                         f"d {name}": max(1e-5, (8 if op.startswith("linear") else 2) * torch.finfo(dtype).eps)
@@ -213,13 +222,19 @@ def estimated(work: dict, folder: Path) -> dict[str, int]:
     from minirlhf.tools import estimate
 
     named = {"reward-model": folder / "rm", "batch": work["batch"], "minibatch": work["minibatch"]}
-    named |= {"prompt-tokens": work["prompt"] - 1, "response-tokens": work["response"], "precision": work["precision"]}
+    named |= {
+        "prompt-tokens": work["prompt"] - 1,
+        "response-tokens": work["response"],
+        "precision": work["precision"],
+    }
     args = estimate.parse([str(folder / "sft"), *(str(x) for k, v in named.items() for x in (f"--{k}", v))])
     models = estimate.load_models(args, work["precision"])
     fused = optim.fuse_head("auto", work["minibatch"] * work["response"], work["shape"]["vocab_size"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with hardware.Machine(device).autocast(work["precision"]):
-        return estimate.needs(models, work["prompt"], work["response"], work["minibatch"], work["batch"], fused)
+        return estimate.needs(
+            models, work["prompt"], work["response"], work["minibatch"], work["batch"], fused
+        )
 
 
 def child(command: str, job: dict) -> Any:
@@ -253,7 +268,15 @@ def ppo(args: argparse.Namespace) -> int:
             except Exception as error:
                 found["estimate_error"] = f"{type(error).__name__}: {error}"
     ends = [0.0, *(line["time/seconds"] for line in lines)]
-    kept = ("time/rollout", "time/score", "time/update", "val/ratio", "val/ratio_var", "objective/kl", "val/response_length")
+    kept = (
+        "time/rollout",
+        "time/score",
+        "time/update",
+        "val/ratio",
+        "val/ratio_var",
+        "objective/kl",
+        "val/response_length",
+    )
     found["iterations"] = [
         {key: line[key] for key in kept if key in line} | {"seconds": end - start}
         for line, start, end in zip(lines, ends, ends[1:], strict=False)
@@ -262,7 +285,11 @@ def ppo(args: argparse.Namespace) -> int:
         keys = [key for key in counted[0] if key == "seconds" or key.startswith("time/")]
         found["median_seconds"] = {key: median(line[key] for line in counted) for key in keys}
     args.out.write_text(json.dumps(found, indent=1) + "\n")
-    summary = {k: found[k] for k in ("median_seconds", "peak_bytes", "estimate_bytes", "error", "estimate_error") if k in found}
+    summary = {
+        k: found[k]
+        for k in ("median_seconds", "peak_bytes", "estimate_bytes", "error", "estimate_error")
+        if k in found
+    }
     print(json.dumps(summary, indent=1))
     return int("error" in found or "estimate_error" in found or not found.get("median_seconds"))
 

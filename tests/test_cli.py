@@ -67,12 +67,18 @@ def test_a_bad_value_is_one_line(argv, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("argv", ["--lr x", "--lr", "--steps 1.5", "--steps 1e3", "--betas 0.9", "--stop 3", "--depth \x1b[31m"])
+@pytest.mark.parametrize(
+    "argv", ["--lr x", "--lr", "--steps 1.5", "--steps 1e3", "--betas 0.9", "--stop 3", "--depth \x1b[31m"]
+)
 def test_what_cannot_be_read_is_one_line(argv):
     with pytest.raises(UserError) as error:
         parse(*argv.split(" "))
     message = str(error.value)
-    assert argv.split()[0 if argv != "--stop 3" else 1] in message and message.isprintable() and len(message) < 130
+    assert (
+        argv.split()[0 if argv != "--stop 3" else 1] in message
+        and message.isprintable()
+        and len(message) < 130
+    )
 
 
 def test_a_range_says_what_it_accepts():

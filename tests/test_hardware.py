@@ -48,7 +48,9 @@ def test_pick_precision(monkeypatch):
         assert (x @ x).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("flags", "fast"), [("avx2 fma", False), ("avx512_bf16", True), ("amx_bf16 amx_tile", True)])
+@pytest.mark.parametrize(
+    ("flags", "fast"), [("avx2 fma", False), ("avx512_bf16", True), ("amx_bf16 amx_tile", True)]
+)
 def test_R3_bf16_is_fast_where_the_hardware_multiplies_it(monkeypatch, flags, fast):
     """On a CPU by its flags; on a GPU without emulation."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -64,7 +66,9 @@ def test_frozen_weights_are_kept_in_the_precision_that_they_are_read_in():
     assert hardware.frozen_dtype("bf16") == torch.bfloat16 and hardware.frozen_dtype("fp32") == torch.float32
 
 
-@pytest.mark.parametrize("flags", [(False, False, False), (False, True, False), (True, False, True), (True, True, True)])
+@pytest.mark.parametrize(
+    "flags", [(False, False, False), (False, True, False), (True, False, True), (True, True, True)]
+)
 def test_ranks_decide_alike(monkeypatch, flags):
     """any: whether it holds on one rank at least; alone, nothing is summed."""
     assert [ALONE.any(flag) for flag in flags] == [*flags]
@@ -85,7 +89,10 @@ class DividedMachine(hardware.Machine):
 
 def test_D17_a_rank_without_a_gradient_takes_part_with_zeros():
     def share(rank, sum_):
-        parameters = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1), requires_grad=False)]
+        parameters = [
+            torch.nn.Parameter(torch.zeros(2)),
+            torch.nn.Parameter(torch.zeros(1), requires_grad=False),
+        ]
         if rank:
             parameters[0].grad = torch.tensor([1.0, rank])
         DividedMachine(ALONE.device, rank, 3, sum_).sum_gradients(parameters)

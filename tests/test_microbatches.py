@@ -12,7 +12,6 @@ SFT = [*STILL, "--n-layer", "1", "--n-embd", "16", "--dropout", "0", "--epochs",
 PPO = [*STILL[:-2], "--value-lr", "1e-12", "--iterations", "1", "--epochs", "1"]
 
 
-
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """A file of short texts of several lengths, so that microbatches differ in tokens."""

@@ -94,7 +94,9 @@ def test_embeddings_may_learn_faster():
     optimizer.step()
     for name, p in model.named_parameters():
         expected = 0.12 if name == "wte.weight" else 0.01
-        torch.testing.assert_close(before[name] - p, torch.full_like(p, expected), atol=1e-6, rtol=1e-4, msg=name)
+        torch.testing.assert_close(
+            before[name] - p, torch.full_like(p, expected), atol=1e-6, rtol=1e-4, msg=name
+        )
 
 
 def test_warmup_cosine():
@@ -153,7 +155,9 @@ def test_D17_a_step_is_that_of_the_gradients_sum_over_ranks():
         return optim.take_step(Rank(sum_), optimizer, 1.0), moved(optimizer)
 
     for norm, move in in_ranks(3, step):
-        assert norm == pytest.approx(math.hypot(5, 4)) and move == pytest.approx([5 / norm, -4 / norm], rel=1e-4)
+        assert norm == pytest.approx(math.hypot(5, 4)) and move == pytest.approx(
+            [5 / norm, -4 / norm], rel=1e-4
+        )
 
 
 def test_F20_ranks_refuse_a_step_together():
@@ -161,7 +165,10 @@ def test_F20_ranks_refuse_a_step_together():
 
     def step(rank, sum_):
         optimizer = two_parameters([1.0, math.nan if rank else 1.0])
-        with pytest.raises(UserError, match="^the critic's gradient norm is nan: lower its learning rate, or train in --precision"):
+        with pytest.raises(
+            UserError,
+            match="^the critic's gradient norm is nan: lower its learning rate, or train in --precision",
+        ):
             optim.take_step(Rank(sum_), optimizer, 1.0, "critic")
         return moved(optimizer)
 

@@ -17,7 +17,8 @@ from minirlhf.support import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_CONFIGS = {
-    name: importlib.import_module(name) for name in ("train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate")
+    name: importlib.import_module(name)
+    for name in ("train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate")
 }
 OF_PARSERS = [
     "minirlhf.tools.chat",
@@ -32,10 +33,54 @@ OF_PARSERS = [
 REFUSED = object()
 # Good values that a script refuses beside the defaults of others: sizes that must divide, names that must be known.
 REFUSED_BESIDE = {"batch", "minibatch", "microbatch", "n_head", "n_embd", "reward"}
-NUMBERS = ["0", "-1", "1", "0.5", "1e12", "1000000001", "-1000000001", "1e400", "9" * 30, "9" * 400, "9" * 5000, "1e-300"]
-WORDS = ["nan", "inf", "-inf", "x", "", " ", "0x10", "1,5", "1e", "--x", "None", "true", "1\n2", "\x1b[31m", "\ud800", "é"]
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "0.5",
+    "1e12",
+    "1000000001",
+    "-1000000001",
+    "1e400",
+    "9" * 30,
+    "9" * 400,
+    "9" * 5000,
+    "1e-300",
+]
+WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "x",
+    "",
+    " ",
+    "0x10",
+    "1,5",
+    "1e",
+    "--x",
+    "None",
+    "true",
+    "1\n2",
+    "\x1b[31m",
+    "\ud800",
+    "é",
+]
 
-BAD = ["nan", "inf", "-inf", "x", "0x10", "1,5", "-1000000001", "1e400", "9" * 30, "9" * 400, "9" * 5000, "1\n2", "\x1b[31m"]
+BAD = [
+    "nan",
+    "inf",
+    "-inf",
+    "x",
+    "0x10",
+    "1,5",
+    "-1000000001",
+    "1e400",
+    "9" * 30,
+    "9" * 400,
+    "9" * 5000,
+    "1\n2",
+    "\x1b[31m",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +160,11 @@ def test_F15_every_value_is_refused_in_one_line_or_means_what_it_says(name, caps
                 refused += 1
                 assert code == 2 and is_one_line(lines), (argv, code, lines)
                 assert re.match(f"error: ({option}|unknown option --x)", lines[0]), (argv, lines)
-        argv = [part for field in taken for part in ("--" + field.replace("_", "-"), word, word)[: 3 if field == "betas" else 2]]
+        argv = [
+            part
+            for field in taken
+            for part in ("--" + field.replace("_", "-"), word, word)[: 3 if field == "betas" else 2]
+        ]
         code, lines, config = parse(name, argv, capsys)  # all at once: a parse takes a tenth of a second
         assert (code, lines) == (0, []), (argv, code, lines)
         for field, expected in taken.items():
@@ -128,7 +177,9 @@ def test_F15_every_value_is_refused_in_one_line_or_means_what_it_says(name, caps
 def parse(name: str, argv: list[str], capsys) -> tuple[int, list[str], object]:
     """(exit code, lines of stderr, config) of a command line."""
     parsed, module = [None], OF_CONFIGS[name]
-    code, lines = ends(lambda: parsed.append(cli.parse_config(presets_of(name), module.__doc__, argv)), capsys)
+    code, lines = ends(
+        lambda: parsed.append(cli.parse_config(presets_of(name), module.__doc__, argv)), capsys
+    )
     return code, lines, parsed[-1]
 
 
@@ -140,7 +191,16 @@ def test_the_last_preset_counts(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--lr"], ["--betas", "0.9"], ["--betas", "0.9", "0.9", "0.9"], ["--reward"], ["--genres"], ["x"], ["--lr", "1", "2"], ["--lrr=1"]],
+    [
+        ["--lr"],
+        ["--betas", "0.9"],
+        ["--betas", "0.9", "0.9", "0.9"],
+        ["--reward"],
+        ["--genres"],
+        ["x"],
+        ["--lr", "1", "2"],
+        ["--lrr=1"],
+    ],
     ids=str,
 )
 def test_too_few_or_too_many_words(argv, capsys):
@@ -172,7 +232,9 @@ def parser_of(monkeypatch):
     return call
 
 
-def actions(parser: argparse.ArgumentParser, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], argparse.Action]]:
+def actions(
+    parser: argparse.ArgumentParser, before: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], argparse.Action]]:
     """((names of the commands before it), option) of each option that takes a value, in all subcommands."""
     found = []
     for action in parser._actions:
@@ -215,7 +277,11 @@ def test_F15_tools_refuse_in_one_line_what_is_no_number(name, parser_of, capsys,
             code, lines = ends(lambda: sys.exit(module.main()), capsys)
             assert code == 2 and is_one_line(lines) and option in lines[0], (argv, code, lines)
     assert not any(tmp_path.iterdir())
-    assert numbers >= {"minirlhf.tools.report": 0, "minirlhf.interop.command": 0, "kernels.tools.audit": 0}.get(name, 2)
+    assert numbers >= {
+        "minirlhf.tools.report": 0,
+        "minirlhf.interop.command": 0,
+        "kernels.tools.audit": 0,
+    }.get(name, 2)
 
 
 def takes(kind, word: str) -> bool:
@@ -228,4 +294,6 @@ def takes(kind, word: str) -> bool:
 
 @pytest.mark.parametrize("name", OF_PARSERS)
 def test_every_number_of_a_tool_has_a_range(name, parser_of):
-    assert not [action.option_strings for _, action in actions(parser_of(name)) if action.type in (int, float)]
+    assert not [
+        action.option_strings for _, action in actions(parser_of(name)) if action.type in (int, float)
+    ]

@@ -23,7 +23,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
 TINY = [*SMALL, "--n-layer", "1", "--n-embd", "16", "--dropout", "0", "--samples", "0"]
 RM = [*SMALL, "--dropout", "0", "--epochs", "1", "--normalise-samples", "8"]
-INPUTS = {"train_sft": [], "train_rm": ["--init", "{sft}"], "train_ppo": ["--init", "{sft}", "--reward-model", "{rm}"]}
+INPUTS = {
+    "train_sft": [],
+    "train_rm": ["--init", "{sft}"],
+    "train_ppo": ["--init", "{sft}", "--reward-model", "{rm}"],
+}
 CASES = {
     # 311 of 312 texts a batch: the other batch holds one, so a rank has none.  Stops early.
     "sft": ("train_sft", [*TINY, "--batch", "311"]),
@@ -235,8 +239,12 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(two_ranks):
 
 def test_H13_a_reward_function_that_fails_on_one_rank_stops_all(two_ranks):
     home, _, (first, second), _ = two_ranks
-    assert first["failing"].startswith("another process failed (ppo, step 2; the last good checkpoint is that of step 1; ")
-    assert second["failing"].startswith("--reward flaky:late failed: ConnectionError: judge: reset (ppo, step 2; ")
+    assert first["failing"].startswith(
+        "another process failed (ppo, step 2; the last good checkpoint is that of step 1; "
+    )
+    assert second["failing"].startswith(
+        "--reward flaky:late failed: ConnectionError: judge: reset (ppo, step 2; "
+    )
     assert checkpoint.load_config(home / "failing")["step"] == 1
 
 
@@ -276,7 +284,9 @@ def test_all_ranks_sum_the_same_tensors_in_the_same_order(smoke, run, tmp_path, 
                     x.add_(torch.linspace(0, 1e-3, x.numel()).view_as(x))
 
         monkeypatch.setattr(hardware.Machine, "sum_", sum_)
-        monkeypatch.setattr(stage_run, "setup_machine", lambda r=rank: hardware.Machine(torch.device("cpu"), r, 3))
+        monkeypatch.setattr(
+            stage_run, "setup_machine", lambda r=rank: hardware.Machine(torch.device("cpu"), r, 3)
+        )
         assert run(script, *options, *inputs, "--out", tmp_path / str(rank)) == 0
         found.append(shapes)
     assert len(found[0]) > 20 and found[1] == found[2] == found[0]
