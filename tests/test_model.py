@@ -495,16 +495,43 @@ def test_dropout_on_a_gpu_is_pytorchs(monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9])
-def test_the_transposed_product_is_the_product(rows):
+@pytest.mark.parametrize(("rows", "transposed"), [(2, True), (8, True), (9, False)])
+def test_few_rows_are_multiplied_by_the_transposed_product(rows, transposed):
+    """Its result is no contiguous tensor.  Where a gradient is wanted, the plain product is as fast."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(rows, 16), torch.randn(50, 16, requires_grad=True)
     expected = hidden @ weight.T
     with torch.no_grad():
-        torch.testing.assert_close(ragged.linear(hidden, weight), expected)
+        found = ragged.linear(hidden, weight)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous() is not transposed
     with_gradient = ragged.linear(hidden, weight)
     torch.testing.assert_close(with_gradient, expected)
-    assert with_gradient.requires_grad
+    assert with_gradient.requires_grad and with_gradient.is_contiguous()
+
+
+def lay_out(lengths, wanted=None):
+    """The layout of right-padded texts of these lengths, for a model with causal blocks, on a CPU."""
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return ragged.lay_out(mask.shape, mask, wanted, None, torch.device("cpu"), {True})
+
+
+def test_short_texts_share_rows_of_attention():
+    layout = lay_out([5, 3, 2, 2, 1])
+    assert (layout.batch, layout.width, layout.n_real) == (3, 5, 13)
+    assert layout.masks[True].shape == (3, 5, 5)
+    rows = layout.to_rows(torch.arange(1, 14)[:, None])[..., 0]
+    assert rows.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 0, 0]]
+    assert (layout.masks[True][1, 4] == 0).tolist() == [False, False, False, True, True]  # its own text alone
+    long = lay_out([120, 3, 2])
+    assert (long.batch, long.masks[True]) == (3, None)  # fused attention: rows of their own
+
+
+def test_what_the_last_block_computes_is_filled_up_too():
+    wanted = torch.zeros(2, 30, dtype=torch.bool)
+    wanted[0, :20] = wanted[1, :17] = True
+    layout = lay_out([30, 30], wanted)
+    assert len(layout.target) == 37 and len(layout.wanted) == 38
 
 
 def test_places_are_where_the_mask_is_true():
@@ -514,6 +541,17 @@ def test_places_are_where_the_mask_is_true():
     empty = places(torch.zeros(4, 6, dtype=torch.bool), x.device)
     assert x[empty].shape == (0, 3)
     assert send(x, x.device) is x
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_a_text_without_a_token_makes_no_gradient_nan():
+    """An encoder's fused attention over no key at all would be 0 / 0, though nobody reads it."""
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(ENCODER, context=100))
+    tokens, mask = torch.randint(50, (3, 100)), torch.ones(3, 100, dtype=torch.bool)
+    mask[1] = mask[2, 3:] = False
+    with torch.autograd.detect_anomaly(check_nan=True):
+        model(tokens, mask).square().sum().backward()
 
 
 def test_a_batch_without_a_real_token_has_no_hidden_states():

@@ -174,8 +174,8 @@ def _attention_mask(
     elif causal:
         if short and width > 1:
             mask = (column <= column[:, None])[None]
-    elif lengths is not None:  # a text without tokens sees its own padding, and is never read
-        mask = (column < lengths.clamp(min=1)[:, None])[:, None]
+    elif lengths is not None:
+        mask = (column < lengths[:, None])[:, None]
     if mask is None or not short:
         return mask
     return torch.zeros(mask.shape).masked_fill_(~mask, -math.inf)
