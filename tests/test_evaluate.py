@@ -246,7 +246,8 @@ def test_prompts_that_the_policy_practised_on_are_told(smoke, capsys):
 @pytest.mark.parametrize("options, message", [
     (["--prompts", "0"], "--prompts must be at least 1"), (["--best-of", "4", "-1"], "--best-of must be at least 1"),
     (["--seed", "-1"], "--seed must be at least 0"), (["--samples", "x"], "--samples"),
-    (["--results", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+    (["--results", "no/such/folder/x.json"], "there is no folder no/such/folder"), (["--results", "/"], "is a folder"),
+    (["--reward", "rm"], "--reward names functions here"), (["--reward", "os:system"], "want a function of (prompts, responses)"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(run, smoke, capsys, options, message):
     assert run("minirlhf.evaluate", "--run", smoke, *options) == 2

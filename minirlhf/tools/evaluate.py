@@ -216,7 +216,10 @@ def load_scorers(
     if model is not None:
         scorers: Scorers = {"score": of_model(model)}
     else:
-        rules = Scorer(load_rewards(list(config.reward) or trusted_rewards(about)), tokenizer)
+        rewards = load_rewards(list(config.reward) or trusted_rewards(about))
+        if any(function is None for _, function, _ in rewards):
+            raise UserError("--reward names functions here: name a reward model with --reward-model")
+        rules = Scorer(rewards, tokenizer)
         scorers = {"score": lambda texts: rules(texts)[0]}
     if config.judge or (config.run / "judge" / "config.json").exists():
         scorers["judge"] = of_model(config.judge or config.run / "judge")
@@ -360,8 +363,10 @@ def print_table(results: dict[str, Any]) -> None:
 def main() -> None:
     config = cli.parse_config({"demo": Config()}, __doc__)
     target = config.results or config.run / "results.json"
+    if target.is_dir():
+        raise UserError(f"--results {target}: is a folder: name a file in it")
     if config.run.exists() and not target.parent.is_dir():
-        raise UserError(f"{target}: there is no folder {target.parent}: make it, or change --results")
+        raise UserError(f"--results {target}: there is no folder {target.parent}: make it first")
     results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
     files.write_output(target, json.dumps(results, indent=1))
     print_table(results)
