@@ -4,20 +4,29 @@ F15: values that passed parsing and then crashed, hung, or (--clip-range=-0.2, -
 H20: tracebacks for mistaken arguments, and for Ctrl-C before the loop.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import importlib
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 import typing
 from pathlib import Path
 
 import pytest
 
 from minirlhf.measure import baselines
-from minirlhf.support import cli
+from minirlhf.support import cli, ctrl_c
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_CONFIGS = {
-    name: importlib.import_module(name) for name in ("train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate")
+    name: importlib.import_module(name)
+    for name in ("train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate")
 }
 OF_PARSERS = [
     "minirlhf.tools.chat",
@@ -32,10 +41,54 @@ OF_PARSERS = [
 REFUSED = object()
 # Good values that a script refuses beside the defaults of others: sizes that must divide, names that must be known.
 REFUSED_BESIDE = {"batch", "minibatch", "microbatch", "n_head", "n_embd", "reward"}
-NUMBERS = ["0", "-1", "1", "0.5", "1e12", "1000000001", "-1000000001", "1e400", "9" * 30, "9" * 400, "9" * 5000, "1e-300"]
-WORDS = ["nan", "inf", "-inf", "x", "", " ", "0x10", "1,5", "1e", "--x", "None", "true", "1\n2", "\x1b[31m", "\ud800", "é"]
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "0.5",
+    "1e12",
+    "1000000001",
+    "-1000000001",
+    "1e400",
+    "9" * 30,
+    "9" * 400,
+    "9" * 5000,
+    "1e-300",
+]
+WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "x",
+    "",
+    " ",
+    "0x10",
+    "1,5",
+    "1e",
+    "--x",
+    "None",
+    "true",
+    "1\n2",
+    "\x1b[31m",
+    "\ud800",
+    "é",
+]
 
-BAD = ["nan", "inf", "-inf", "x", "0x10", "1,5", "-1000000001", "1e400", "9" * 30, "9" * 400, "9" * 5000, "1\n2", "\x1b[31m"]
+BAD = [
+    "nan",
+    "inf",
+    "-inf",
+    "x",
+    "0x10",
+    "1,5",
+    "-1000000001",
+    "1e400",
+    "9" * 30,
+    "9" * 400,
+    "9" * 5000,
+    "1\n2",
+    "\x1b[31m",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +168,11 @@ def test_F15_every_value_is_refused_in_one_line_or_means_what_it_says(name, caps
                 refused += 1
                 assert code == 2 and is_one_line(lines), (argv, code, lines)
                 assert re.match(f"error: ({option}|unknown option --x)", lines[0]), (argv, lines)
-        argv = [part for field in taken for part in ("--" + field.replace("_", "-"), word, word)[: 3 if field == "betas" else 2]]
+        argv = [
+            part
+            for field in taken
+            for part in ("--" + field.replace("_", "-"), word, word)[: 3 if field == "betas" else 2]
+        ]
         code, lines, config = parse(name, argv, capsys)  # all at once: a parse takes a tenth of a second
         assert (code, lines) == (0, []), (argv, code, lines)
         for field, expected in taken.items():
@@ -128,7 +185,9 @@ def test_F15_every_value_is_refused_in_one_line_or_means_what_it_says(name, caps
 def parse(name: str, argv: list[str], capsys) -> tuple[int, list[str], object]:
     """(exit code, lines of stderr, config) of a command line."""
     parsed, module = [None], OF_CONFIGS[name]
-    code, lines = ends(lambda: parsed.append(cli.parse_config(presets_of(name), module.__doc__, argv)), capsys)
+    code, lines = ends(
+        lambda: parsed.append(cli.parse_config(presets_of(name), module.__doc__, argv)), capsys
+    )
     return code, lines, parsed[-1]
 
 
@@ -140,7 +199,16 @@ def test_the_last_preset_counts(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--lr"], ["--betas", "0.9"], ["--betas", "0.9", "0.9", "0.9"], ["--reward"], ["--genres"], ["x"], ["--lr", "1", "2"], ["--lrr=1"]],
+    [
+        ["--lr"],
+        ["--betas", "0.9"],
+        ["--betas", "0.9", "0.9", "0.9"],
+        ["--reward"],
+        ["--genres"],
+        ["x"],
+        ["--lr", "1", "2"],
+        ["--lrr=1"],
+    ],
     ids=str,
 )
 def test_too_few_or_too_many_words(argv, capsys):
@@ -172,7 +240,9 @@ def parser_of(monkeypatch):
     return call
 
 
-def actions(parser: argparse.ArgumentParser, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], argparse.Action]]:
+def actions(
+    parser: argparse.ArgumentParser, before: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], argparse.Action]]:
     """((names of the commands before it), option) of each option that takes a value, in all subcommands."""
     found = []
     for action in parser._actions:
@@ -215,7 +285,11 @@ def test_F15_tools_refuse_in_one_line_what_is_no_number(name, parser_of, capsys,
             code, lines = ends(lambda: sys.exit(module.main()), capsys)
             assert code == 2 and is_one_line(lines) and option in lines[0], (argv, code, lines)
     assert not any(tmp_path.iterdir())
-    assert numbers >= {"minirlhf.tools.report": 0, "minirlhf.interop.command": 0, "kernels.tools.audit": 0}.get(name, 2)
+    assert numbers >= {
+        "minirlhf.tools.report": 0,
+        "minirlhf.interop.command": 0,
+        "kernels.tools.audit": 0,
+    }.get(name, 2)
 
 
 def takes(kind, word: str) -> bool:
@@ -228,7 +302,9 @@ def takes(kind, word: str) -> bool:
 
 @pytest.mark.parametrize("name", OF_PARSERS)
 def test_every_number_of_a_tool_has_a_range(name, parser_of):
-    assert not [action.option_strings for _, action in actions(parser_of(name)) if action.type in (int, float)]
+    assert not [
+        action.option_strings for _, action in actions(parser_of(name)) if action.type in (int, float)
+    ]
 
 
 # ----------------------------------------------------------------------------- what contradicts
@@ -245,7 +321,11 @@ CONTRADICTIONS = [
     ("train_sft", "--n-embd 64 --n-head 5", "--n-embd 64 does not divide by --n-head 5"),
     ("train_rm", "--batch 30 --microbatch 7", "--batch 30 does not divide by --microbatch 7"),
     ("train_rm", "--normalise none --reference {s}/sft", "--reference is read for --normalise"),
-    ("train_rm", "--normalise none --normalise-samples 8", "--normalise-samples has no effect with --normalise none"),
+    (
+        "train_rm",
+        "--normalise none --normalise-samples 8",
+        "--normalise-samples has no effect with --normalise none",
+    ),
     ("train_rm", "--normalise none --temperature 2", "--temperature has no effect with --normalise none"),
     ("train_ppo", "--no-stop", "add --missing-eos none"),
     ("train_ppo", "--no-stop --missing-eos replace", "add --missing-eos none"),
@@ -261,8 +341,12 @@ CONTRADICTIONS = [
 ]
 
 
-@pytest.mark.parametrize(("script", "options", "said"), CONTRADICTIONS, ids=[f"{s} {o}" for s, o, _ in CONTRADICTIONS])
-def test_options_that_contradict_are_refused_before_anything_runs(run, capsys, tmp_path, monkeypatch, script, options, said):
+@pytest.mark.parametrize(
+    ("script", "options", "said"), CONTRADICTIONS, ids=[f"{s} {o}" for s, o, _ in CONTRADICTIONS]
+)
+def test_options_that_contradict_are_refused_before_anything_runs(
+    run, capsys, tmp_path, monkeypatch, script, options, said
+):
     monkeypatch.chdir(tmp_path)
     words = options.format(s="runs").split()  # there is no such folder: nothing is read
     assert run(script, "--preset", "smoke", *words) == 2
@@ -280,20 +364,59 @@ RM = [*SMALL, "--batch", 156, "--epochs", 1, "--normalise-samples", 2]  # 2 step
 PPO = [*SMALL, "--iterations", 2, "--epochs", 1]
 LONG = str(10**9)
 EDGES = [
-    ("train_sft", "--warmup 0 --weight-decay 0 --dropout 0 --final-epochs 0 --betas 0 0 --seed 0 --max-grad-norm 0"),
-    ("train_sft", f"--seed 4294967295 --batch {LONG} --patience {LONG} --warmup {LONG} --samples 1 --microbatch 1000"),
+    (
+        "train_sft",
+        "--warmup 0 --weight-decay 0 --dropout 0 --final-epochs 0 --betas 0 0 --seed 0 --max-grad-norm 0",
+    ),
+    (
+        "train_sft",
+        f"--seed 4294967295 --batch {LONG} --patience {LONG} --warmup {LONG} --samples 1 --microbatch 1000",
+    ),
     ("train_sft", "--context 2 --n-embd 1 --n-head 1 --vocab 258 --lr 1e-300 --adam-eps 1e9 --samples 2"),
-    ("train_sft", "--dropout 0.999 --betas 0.999 0.9999 --weight-decay 1e-300 --final-epochs 1000 --train-layers 1"),
-    ("train_rm", "--warmup 0 --weight-decay 0 --dropout 0 --lowercase 0 --embedding-lr 0 --betas 0 0 --bidirectional 0"),
-    ("train_rm", "--lowercase 1 --response-tokens 1 --prompt-tokens 1 --temperature 1000 --seed 0 --max-grad-norm 0"),
-    ("train_rm", f"--temperature 0.001 --batch {LONG} --warmup {LONG} --max-grad-norm 1e-300 --bidirectional 1"),
-    ("train_rm", "--normalise none --loss both --head linear --pooling last --seed 4294967295 --train-layers 1"),
-    ("train_ppo", "--kl-coef 0 --ent-coef 0 --gamma 0 --lam 0 --seed 0 --missing-eos-penalty 0 --disagreement-coef 0"),
-    ("train_ppo", "--temperature 0.001 --kl-coef 1e6 --missing-eos-penalty -3 --response-tokens 1 --max-grad-norm 0"),
-    ("train_ppo", "--temperature 1000 --clip-range 1e9 --clip-range-value None --max-approxkl 1e-300 --batch 1 --minibatch 1"),
-    ("train_ppo", f"--kl-target 1e-300 --kl-horizon 1 --save-samples {LONG} --save-every {LONG} --whiten-rewards --epochs 3"),
-    ("train_ppo", "--reward rm:0 --reward rm:-1 --reward minirlhf.rewards:length:1e3 --no-whiten-advantages --max-approxkl None"),
-    ("train_ppo", "--no-stop --missing-eos none --value-init sft --clip-range 1e-300 --gamma 1 --lam 1 --microbatch 1"),
+    (
+        "train_sft",
+        "--dropout 0.999 --betas 0.999 0.9999 --weight-decay 1e-300 --final-epochs 1000 --train-layers 1",
+    ),
+    (
+        "train_rm",
+        "--warmup 0 --weight-decay 0 --dropout 0 --lowercase 0 --embedding-lr 0 --betas 0 0 --bidirectional 0",
+    ),
+    (
+        "train_rm",
+        "--lowercase 1 --response-tokens 1 --prompt-tokens 1 --temperature 1000 --seed 0 --max-grad-norm 0",
+    ),
+    (
+        "train_rm",
+        f"--temperature 0.001 --batch {LONG} --warmup {LONG} --max-grad-norm 1e-300 --bidirectional 1",
+    ),
+    (
+        "train_rm",
+        "--normalise none --loss both --head linear --pooling last --seed 4294967295 --train-layers 1",
+    ),
+    (
+        "train_ppo",
+        "--kl-coef 0 --ent-coef 0 --gamma 0 --lam 0 --seed 0 --missing-eos-penalty 0 --disagreement-coef 0",
+    ),
+    (
+        "train_ppo",
+        "--temperature 0.001 --kl-coef 1e6 --missing-eos-penalty -3 --response-tokens 1 --max-grad-norm 0",
+    ),
+    (
+        "train_ppo",
+        "--temperature 1000 --clip-range 1e9 --clip-range-value None --max-approxkl 1e-300 --batch 1 --minibatch 1",
+    ),
+    (
+        "train_ppo",
+        f"--kl-target 1e-300 --kl-horizon 1 --save-samples {LONG} --save-every {LONG} --whiten-rewards --epochs 3",
+    ),
+    (
+        "train_ppo",
+        "--reward rm:0 --reward rm:-1 --reward minirlhf.rewards:length:1e3 --no-whiten-advantages --max-approxkl None",
+    ),
+    (
+        "train_ppo",
+        "--no-stop --missing-eos none --value-init sft --clip-range 1e-300 --gamma 1 --lam 1 --microbatch 1",
+    ),
 ]
 
 
@@ -305,7 +428,9 @@ def home(run, tmp_path_factory) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("script", "options"), EDGES, ids=[f"{script} {options}" for script, options in EDGES])
+@pytest.mark.parametrize(
+    ("script", "options"), EDGES, ids=[f"{script} {options}" for script, options in EDGES]
+)
 def test_F15_values_at_the_edge_run(run, metrics, home, tmp_path, script, options):
     """0 where 0 is allowed, and the largest and smallest numbers: a whole run, with finite numbers."""
     inputs = {"train_sft": SFT, "train_rm": [*RM, "--init", home / "sft"]}
@@ -320,12 +445,24 @@ def test_F15_values_at_the_edge_run(run, metrics, home, tmp_path, script, option
 
 def test_0_kl_coef_is_no_penalty_and_0_dropout_none(run, metrics, home, tmp_path):
     """What --help says of 0, by what is logged."""
-    options = [*PPO, "--init", home / "sft", "--reward-model", home / "rm", "--kl-coef", 0, "--missing-eos", "none"]
+    options = [
+        *PPO,
+        "--init",
+        home / "sft",
+        "--reward-model",
+        home / "rm",
+        "--kl-coef",
+        0,
+        "--missing-eos",
+        "none",
+    ]
     assert run("train_ppo", *options, "--out", tmp_path / "ppo") == 0
     for line in metrics(tmp_path / "ppo"):
         assert line["objective/rlhf_reward"] == pytest.approx(line["objective/scores"], abs=1e-6)
     for name, microbatch in (("whole", 104), ("parts", 8)):  # with dropout, parts would draw other masks
-        assert run("train_sft", *SFT, "--dropout", 0, "--microbatch", microbatch, "--out", tmp_path / name) == 0
+        assert (
+            run("train_sft", *SFT, "--dropout", 0, "--microbatch", microbatch, "--out", tmp_path / name) == 0
+        )
     whole, parts = ([line["train/loss"] for line in metrics(tmp_path / name)] for name in ("whole", "parts"))
     assert whole == pytest.approx(parts, rel=1e-5)
 
@@ -353,7 +490,11 @@ class Command:
 
     def __init__(self, *words, python=()):
         self.process = subprocess.Popen(
-            [sys.executable, *python, *map(str, words)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [sys.executable, *python, *map(str, words)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         self.lines = {"stdout": [], "stderr": []}
         self.readers = [threading.Thread(target=self.read, args=(name,), daemon=True) for name in self.lines]
@@ -387,15 +528,26 @@ class Command:
 
 def test_H20_ctrl_c_is_one_line_at_any_moment(home, tmp_path):
     """While torch is imported, in set-up, in the loop once and twice, in tools; each is a process of its own."""
-    (tmp_path / "slow_rule.py").write_text("import time\ndef f(prompts, responses):\n    time.sleep(1)\n    return [0.0] * len(prompts)\n")
+    (tmp_path / "slow_rule.py").write_text(
+        "import time\ndef f(prompts, responses):\n    time.sleep(1)\n    return [0.0] * len(prompts)\n"
+    )
     ppo = ["train_ppo.py", *PPO, "--init", home / "sft", "--reward", "slow_rule:f", "--out"]
     table = ["-X", "importtime"]  # says on stderr what has been imported
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{tmp_path}"
     started = {
-        "import of a script": (Command("train_sft.py", *SFT, "--out", tmp_path / "a", python=table), [" torch._utils\n"]),
+        "import of a script": (
+            Command("train_sft.py", *SFT, "--out", tmp_path / "a", python=table),
+            [" torch._utils\n"],
+        ),
         "import of a tool": (Command("minirlhf.data", "inspect", "toy", python=[*table, "-m"]), [" numpy\n"]),
-        "import of kernels": (Command("kernels.testing", "kernels:gae", python=[*table, "-m"]), [" torch.version\n"]),
-        "set-up": (Command("train_sft.py", *SFT, "--vocab", 5000, "--out", tmp_path / "b"), ["400 rated rows"]),
+        "import of kernels": (
+            Command("kernels.testing", "kernels:gae", python=[*table, "-m"]),
+            [" torch.version\n"],
+        ),
+        "set-up": (
+            Command("train_sft.py", *SFT, "--vocab", 5000, "--out", tmp_path / "b"),
+            ["400 rated rows"],
+        ),
         "loop": (Command(*ppo, tmp_path / "c"), ["2 iterations of"]),
         "loop, twice": (Command(*ppo, tmp_path / "d"), ["2 iterations of", "stopping after this step"]),
     }
@@ -407,23 +559,44 @@ def test_H20_ctrl_c_is_one_line_at_any_moment(home, tmp_path):
         if moments[0].startswith("2 iterations"):
             assert lines.pop(0) == "stopping after this step (again to stop at once)", (name, lines)
         assert code == 130 and len(lines) == 1, (name, code, lines)
-        stopped = "stopped at step 1 of 2; the same command with --resume goes on from" if name == "loop" else "interrupted"
+        stopped = (
+            "stopped at step 1 of 2; the same command with --resume goes on from"
+            if name == "loop"
+            else "interrupted"
+        )
         assert lines[0].startswith(stopped), (name, lines)
 
 
 def test_H20_ctrl_c_is_left_alone_in_programs_that_import_us():
     code = "import signal, minirlhf; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-    ours = (["python", "train_sft.py"], ["python", "-X", "importtime", "/a/train_ppo.py", "-m"], ["python", "-u", "-m", "minirlhf.chat"])
-    theirs = (["python", "-c", "import minirlhf", "train_sft.py"], ["python", "mine.py", "-m", "minirlhf"], ["python"])
-    theirs += (["python", "-m", "pytest", "train_sft.py"], ["python", "-m", "torch.distributed.run", "train_sft.py"])
+    ours = (
+        ["python", "train_sft.py"],
+        ["python", "-X", "importtime", "/a/train_ppo.py", "-m"],
+        ["python", "-u", "-m", "minirlhf.chat"],
+    )
+    theirs = (
+        ["python", "-c", "import minirlhf", "train_sft.py"],
+        ["python", "mine.py", "-m", "minirlhf"],
+        ["python"],
+    )
+    theirs += (
+        ["python", "-m", "pytest", "train_sft.py"],
+        ["python", "-m", "torch.distributed.run", "train_sft.py"],
+    )
     assert all(map(ctrl_c._is_command, ours)) and not any(map(ctrl_c._is_command, theirs))
 
 
 def test_nobody_reads_the_output(tmp_path):
     """`python -m minirlhf.data inspect toy | head -1` is no crash."""
     words = [sys.executable, "-m", "minirlhf.data", "inspect", "toy", "-n", "400"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(120) == 141
 
@@ -440,6 +613,9 @@ def test_other_errors_are_crashes(capsys):
     for error in (RuntimeError("shapes"), FileNotFoundError(2, "gone"), KeyError("x")):
         with pytest.raises(type(error)), contextlib.suppress(SystemExit):
             cli.run_script(lambda error=error: (_ for _ in ()).throw(error))
-    for error in (OSError(28, "No space left on device", "out/x"), PermissionError(13, "Permission denied", "out/x")):
+    for error in (
+        OSError(28, "No space left on device", "out/x"),
+        PermissionError(13, "Permission denied", "out/x"),
+    ):
         code, lines = ends(lambda error=error: (_ for _ in ()).throw(error), capsys)
         assert code == 2 and lines[0].startswith(f"error: out/x: {error.strerror}")
