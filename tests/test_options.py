@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import math
 import os
 import re
 import signal
