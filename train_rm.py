@@ -20,6 +20,7 @@ import minirlhf  # noqa: F401  (first: Ctrl-C while torch is imported then is on
 
 # isort: split
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,6 +38,7 @@ from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
 from minirlhf.support.judgements import choose_loss, load_judgements, target_of
 from minirlhf.support.prepare import run_blocks, train_last
+from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -228,12 +230,15 @@ def main() -> None:
         policy = checkpoint.resolve(config.reference or own, remedy)
         reference = Reference.load(policy, [item.record for item in judged.val], context, config)
 
-    schedule = []  # (member, places in judged.train) of every step
     lengths = [len(item.ids) for item in judged.train]
-    for k in range(config.members):
-        for epoch in range(config.epochs):
-            order = data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=k)
-            schedule += [(k, picks) for picks in order]
+
+    def batches(turn: int) -> list[list[int]]:
+        """Places in judged.train of each step in an epoch of a member."""
+        member, epoch = divmod(turn, config.epochs)
+        return data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=member)
+
+    per_epoch = math.ceil(len(lengths) / config.batch)
+    schedule = Schedule([per_epoch] * (config.members * config.epochs), batches)
     per_member = len(schedule) // config.members
     rated = source.kind == "rated"
     mean_rating = float(np.mean([target_of(item) for item in judged.train])) if rated else None
@@ -248,7 +253,8 @@ def main() -> None:
 
     # The loop: one optimiser step per iteration; validation four times per member.
     for step in run.loop(len(schedule)):
-        k, picks = schedule[step]
+        turn, picks, _ = schedule[step]
+        k = turn // config.epochs
         step_of_member = step - k * per_member
         optimizer = optimizers[k]
         lr = config.lr * optim.warmup_linear(step_of_member, per_member, config.warmup)

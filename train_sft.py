@@ -33,6 +33,7 @@ from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
 from minirlhf.support.prepare import run_blocks, train_last
+from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
 
 Example = tuple[list[int], list[bool]]  # token ids, and which of them are learnt
@@ -139,15 +140,21 @@ def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: lis
     return model, tokenizer
 
 
-def batches_of(config: Config, examples: dict[str, list[Example]]) -> list[tuple[int, list[Example], bool]]:
-    """Every optimiser step of the run: (epoch, its texts, whether it is the epoch's last)."""
-    steps = []
-    for epoch in range(config.epochs):
-        pool = examples["final" if epoch >= config.epochs - config.final_epochs else "train"]
+def schedule_of(config: Config, examples: dict[str, list[Example]]) -> tuple[Schedule, int]:
+    """Every optimiser step of the run, (epoch, its texts, whether it is the epoch's last), and all tokens."""
+    first_final = config.epochs - config.final_epochs
+    pools = [examples["final" if epoch >= first_final else "train"] for epoch in range(config.epochs)]
+    tokens = {name: sum(len(ids) for ids, _ in pool) for name, pool in examples.items()}
+    n_final = min(config.epochs, config.final_epochs)
+
+    def batches(epoch: int) -> list[list[Example]]:
+        pool = pools[epoch]
         lengths = [len(ids) for ids, _ in pool]
-        batches = data.batches(len(pool), config.batch, config.seed, epoch, lengths)
-        steps += [(epoch, [pool[i] for i in picks], picks is batches[-1]) for picks in batches]
-    return steps
+        order = data.batches(len(pool), config.batch, config.seed, epoch, lengths)
+        return [[pool[i] for i in picks] for picks in order]
+
+    schedule = Schedule([math.ceil(len(pool) / config.batch) for pool in pools], batches)
+    return schedule, n_final * tokens["final"] + (config.epochs - n_final) * tokens["train"]
 
 
 def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> Tensor:
@@ -212,11 +219,10 @@ def main() -> None:
         context, rows = model.config.context, part.records
         examples[name] = data.encode_examples(tokenizer, rows, context, config.too_long, part.ledger)
         run.account(name, part.ledger)
-    schedule = batches_of(config, examples)
+    schedule, n_tokens = schedule_of(config, examples)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     counters = {"best": math.inf, "best_step": 0, "best_epoch": 0}
     state = run.resume(tokenizer, model, counters, optimizer=optimizer)  # [D21]
-    n_tokens = sum(len(ids) for _, batch, _ in schedule for ids, _ in batch)
     n_parameters = sum(p.numel() for p in model.parameters())
     run.print(f"{n_parameters:,} parameters; {len(schedule)} steps, {n_tokens:,} tokens; {run.where}")
 
