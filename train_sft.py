@@ -272,7 +272,8 @@ def main() -> None:
     if config.samples:
         start = torch.full((config.samples, 1), tokenizer.bos)
         sampling = Sampling(min(48, model.config.context - 1), 0.8, tokenizer.eot, tokenizer.pad)
-        texts = generate(model.eval(), start, torch.ones_like(start, dtype=torch.bool), sampling)
+        with run.autocast():
+            texts = generate(model.eval(), start, torch.ones_like(start, dtype=torch.bool), sampling)
         run.print("\n".join(f"  {text}" for text in texts.decode(tokenizer)[1]))
 
 

@@ -179,7 +179,7 @@ def where() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         path = frame.f_code.co_filename
-        if path != __file__ and path.startswith(str(ROOT)):
+        if path != __file__ and path.startswith(str(ROOT)) and "site-packages" not in path:
             return f"{Path(path).relative_to(ROOT)}:{frame.f_lineno}"
         frame = frame.f_back
     return "backward:0"

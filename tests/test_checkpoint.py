@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from minirlhf import UserError, checkpoint
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.support import files, steps
+from minirlhf.support.folder import refuse_stale
 from minirlhf.support.hardware import seed_everything
+from minirlhf.support.state import pack_optimizer, unpack_optimizer
 from minirlhf.tokenizer import Tokenizer
 
 OLD, NEW = Tokenizer({bytes([b]): b for b in range(256)}), Tokenizer.train(["abc abd"], 260)
@@ -391,15 +393,15 @@ def test_H6_a_checkpoint_made_from_other_weights_is_stale(tmp_path):
     sft = stage("sft", 1.0)
     first = checkpoint.fingerprint(sft)
     rm = stage("rm", 2.0, init=first, init_path=str(checkpoint.resolve(sft)))
-    checkpoint.refuse_stale(rm, "init", sft)
-    checkpoint.refuse_stale(stage("imported", 3.0), "init", sft)  # knows nothing of its origin
-    checkpoint.refuse_stale(rm, "init", stage("another", 5.0))  # another folder was asked for
+    refuse_stale(rm, "init", sft)
+    refuse_stale(stage("imported", 3.0), "init", sft)  # knows nothing of its origin
+    refuse_stale(rm, "init", stage("another", 5.0))  # another folder was asked for
     stage("sft", 4.0)
     assert checkpoint.fingerprint(sft) != first
     with pytest.raises(
         UserError, match=f"^{rm} was trained from {sft} as it was before .*: train it again"
     ) as error:
-        checkpoint.refuse_stale(rm, "init", sft)
+        refuse_stale(rm, "init", sft)
     assert first[:12] in str(error.value) and checkpoint.fingerprint(sft)[:12] in str(error.value)
 
 
@@ -464,14 +466,14 @@ def train(model, opt, steps):
 def test_D21_resume_continues_bit_for_bit(tmp_path, k):
     model, opt = build()
     train(model, opt, range(k))
-    tensors, state = checkpoint.pack_optimizer(opt, "opt.")
+    tensors, state = pack_optimizer(opt, "opt.")
     checkpoint.save(tmp_path, k, model.state_dict(), {}, OLD, {"tensors": tensors, "state": state})
     losses = train(model, opt, range(k, 6))
 
     again, opt_again = build()
     train(again, opt_again, range(50, 52))  # what it holds before is all replaced
     again.load_state_dict(checkpoint.load_state(tmp_path))
-    checkpoint.unpack_optimizer(opt_again, *checkpoint.load_trainer(tmp_path), "opt.")
+    unpack_optimizer(opt_again, *checkpoint.load_trainer(tmp_path), "opt.")
     assert train(again, opt_again, range(k, 6)) == losses
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -485,12 +487,12 @@ def test_D21_two_optimizers_do_not_mix():
     packed = {}
     states = {}
     for prefix, each in (("policy", opt), ("policy_value", opt_other)):
-        tensors, states[prefix] = checkpoint.pack_optimizer(each, prefix)
+        tensors, states[prefix] = pack_optimizer(each, prefix)
         assert not packed.keys() & tensors.keys()
         packed |= tensors
     for prefix, each in (("policy", opt), ("policy_value", opt_other)):
         fresh = build()[1]
-        checkpoint.unpack_optimizer(fresh, packed, json.loads(json.dumps(states[prefix])), prefix)
+        unpack_optimizer(fresh, packed, json.loads(json.dumps(states[prefix])), prefix)
         for own, loaded in zip(
             each.state_dict()["state"].values(), fresh.state_dict()["state"].values(), strict=True
         ):

@@ -13,6 +13,7 @@ import train_sft
 from minirlhf import UserError, optim
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.support import hardware
+from minirlhf.support.history import History, Sums
 from tests.ranks import in_ranks
 
 ALONE = hardware.Machine(torch.device("cpu"))
@@ -216,7 +217,7 @@ def test_exact_div(a, b):
 @settings(max_examples=20, deadline=None)
 def test_D17_sums_add_up(parts, cut):
     """3.7, not 2.5: a mean over parts of unequal size is the sum of their sums over the sum of their sizes."""
-    sums = optim.Sums()
+    sums = Sums()
     for part in parts:
         sums.add(
             {"a": torch.tensor(float(part), requires_grad=True), "b": torch.tensor(1, dtype=torch.bfloat16)}
@@ -227,7 +228,7 @@ def test_D17_sums_add_up(parts, cut):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_D17_sums_over_ranks(world):
     def add(rank, sum_):
-        sums, machine = optim.Sums(), Rank(sum_)
+        sums, machine = Sums(), Rank(sum_)
         for k in range(2):
             sums.add({"a": torch.tensor(1.0 + rank + k), "b": torch.tensor(10.0)})
         before = sums.sum(machine, "a"), sums.sum(machine, "a")  # asking changes nothing
@@ -244,7 +245,7 @@ def test_D22_an_updates_statistics_are_means_over_its_tokens(world, left_early):
     tokens, ratios, losses = [10.0, 30.0, 60.0], [1.0, 1.1, 1.4], [0.5, 0.3, 0.2]
 
     def update(rank, sum_):
-        history = optim.History()
+        history = History()
         for k in range(3):
             stats = history.new_step(torch.tensor(tokens[k]))
             for share in (0.25, 0.75):  # microbatches; a rank adds its share of the minibatch's mean

@@ -180,7 +180,7 @@ def test_F15_every_value_is_refused_in_one_line_or_means_what_it_says(name, caps
             value = getattr(config, field)
             value = value[0] if isinstance(value, tuple) else value
             assert value == (Path(expected) if isinstance(value, Path) else expected), (field, word, value)
-    assert refused > 200 and not any(tmp_path.iterdir())
+    assert refused > 100 and not any(tmp_path.iterdir())
 
 
 def parse(name: str, argv: list[str], capsys) -> tuple[int, list[str], object]:
@@ -338,7 +338,7 @@ CONTRADICTIONS = [
     ("train_ppo", "--reward minirlhf.rewards:length --reward-model {s}/rm", "need --reward rm"),
     ("train_ppo", "--reward minirlhf.rewards:length --disagreement-coef 1", "need --reward rm"),
     ("train_ppo", "--reward minirlhf.rewards:length --value-init reward", "need --reward rm"),
-    ("train_ppo", "--reward rm:1e10", "its weight must be at least -1e+09 and at most 1e+09"),
+    ("train_ppo", "--reward rm:1e10", "its weight must be at most 1e+09 in size"),
 ]
 
 

@@ -240,7 +240,7 @@ def test_ctrl_c_on_one_rank_stops_all_at_the_same_step(two_ranks):
 def test_H13_a_reward_function_that_fails_on_one_rank_stops_all(two_ranks):
     home, _, (first, second), _ = two_ranks
     assert first["failing"].startswith(
-        "another process failed (ppo, step 2; the last good checkpoint is that of step 1; "
+        "another process failed (ppo, step 2; the last checkpoint is that of step 1; "
     )
     assert second["failing"].startswith(
         "--reward flaky:late failed: ConnectionError: judge: reset (ppo, step 2; "

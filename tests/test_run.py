@@ -86,9 +86,9 @@ def test_claim(tmp_path):
         state = {"tensors": {}, "state": {"step": 7}} if trainer else None
         checkpoint.save(tmp_path, 7, {"w": torch.ones(1)}, about, TOKENIZER, state)
 
-    def claim(resume: bool = False, stage: str = "sft", **other) -> str:
+    def claim(resume: bool = False, stage: str = "sft", overwrite: bool = False, **other) -> str:
         saved = checkpoint.load_config(tmp_path) if (tmp_path / "latest").exists() else None
-        return claims.claim(tmp_path, saved, stage, settings(**other), resume)
+        return claims.claim(tmp_path, saved, stage, settings(**other), resume, overwrite)
 
     assert claim() == claim(resume=True) == "start"
     leave(complete=False)
@@ -99,6 +99,7 @@ def test_claim(tmp_path):
         claim()
     leave(complete=True)
     assert claim() == claim(resume=True) == "complete"
+    assert claim(overwrite=True) == "start"
     assert (
         claim(tensorboard=True, data_dir=tmp_path, out=Path("elsewhere")) == "complete"
     )  # they change no result
@@ -107,7 +108,7 @@ def test_claim(tmp_path):
         with pytest.raises(UserError, match=change):
             claim(resume=resume, lr=1.0, batch=9, seed=3)
         with pytest.raises(UserError, match="holds a checkpoint of stage sft: choose another --out$"):
-            claim(resume=resume, stage="ppo")
+            claim(resume=resume, stage="ppo", overwrite=not resume)
     leave(complete=False, trainer=False)
     with pytest.raises(
         UserError, match="holds step 7 without trainer.json, so it cannot be resumed: .*--init.*--overwrite$"
@@ -310,8 +311,8 @@ def test_a_signal_to_another_rank_stops_this_one(tmp_path, monkeypatch):
 def test_D21_a_steps_random_numbers_are_those_of_seed_stage_step_and_rank(tmp_path):
     def draws(stage: str, seed: int, first: int, rank: int = 0) -> list:
         run = Run(stage, Config(out=tmp_path / "none", seed=seed))
-        run.rank = rank
-        return [(torch.rand(1).item(), random.random(), random.random()) for _ in run.loop(3, first)]
+        run.rank, run.step = rank, first
+        return [(torch.rand(1).item(), random.random(), random.random()) for _ in run.loop(3)]
 
     whole = draws("sft", 1, 0)
     assert draws("sft", 1, 1) == whole[1:] and len({*whole}) == 3
@@ -343,7 +344,7 @@ def test_another_number_of_processes_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stage_run, "setup_machine", lambda: machine)
     capsys.readouterr()
     Run("sft", Config(out=tmp_path, precision="fp32", resume=True))
-    assert "begun with 1 processes, now 2: other random draws" in capsys.readouterr().out
+    assert "begun with 1 processes, now 2: other draws" in capsys.readouterr().out
 
 
 def test_what_became_of_the_rows_is_printed_and_recorded(tmp_path, capsys):
@@ -375,7 +376,7 @@ def test_H13_where_a_step_fails_finished_ones_are_saved(tmp_path):
         raise UserError(f"--reward mine:f failed: {x}")
 
     run, _ = begun(tmp_path)
-    message = "^--reward mine:f failed: 7 \\(sft, step 4; the last good checkpoint is that of step 3; --resume does this step again\\)$"
+    message = "^--reward mine:f failed: 7 \\(sft, step 4; the last checkpoint is that of step 3; --resume does this step again\\)$"
     with pytest.raises(UserError, match=message):
         for step in run.loop(5):
             if step == 3:

@@ -29,7 +29,7 @@ def load_rewards(specs: list[str]) -> list[tuple[str, Reward | None, float]]:
             raise UserError(f"--reward {one_line(spec, 60)}: want {form}")
         name, weight = match.groups(default="1")
         if abs(float(weight)) > 1e9:
-            raise UserError(f"--reward {one_line(spec, 60)}: its weight must be from -1e+09 to 1e+09")
+            raise UserError(f"--reward {one_line(spec, 60)}: its weight must be at most 1e+09 in size")
         rewards.append((name, None if name == "rm" else find(name), float(weight)))
     return rewards
 
