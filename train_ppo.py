@@ -281,7 +281,7 @@ def main() -> None:
         #    activations and gradients are in memory at a time.
         run.phase("update")
         history = History()
-        for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
+        for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs, run.device):
             tokens = run.sum_(response_mask[minibatch].sum().float())  # real ones, over all ranks [D17]
             stats = history.new_step(tokens)
 

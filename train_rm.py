@@ -38,6 +38,7 @@ from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
 from minirlhf.support.judgements import choose_loss, load_judgements, target_of
 from minirlhf.support.prepare import run_blocks, train_last
+from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
 
@@ -139,18 +140,6 @@ PRESETS = {
 }  # fmt: skip
 
 
-def load_backbone(config: Config, init: Path) -> tuple[Tokenizer, GPT]:
-    """The model whose weights every member starts from, and its tokenizer."""
-    tokenizer = Tokenizer.load(init)
-    checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
-    backbone = checkpoint.load_gpt(init)
-    if config.bidirectional and not backbone.config.causal:
-        raise UserError(
-            f"{init} holds an encoder, which reads in both directions already: drop --bidirectional"
-        )
-    return tokenizer, backbone
-
-
 def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | None) -> RewardEnsemble:
     """The ensemble: members start from one backbone and differ in their heads and in their data's order."""
     shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
@@ -175,7 +164,7 @@ def loss_of(
     scores: [b] of rated texts, or [2 b] of pairs, the first texts before the second ones.
     """
     loss = torch.zeros((), device=run.device)
-    target = torch.tensor([target_of(batch[i]) for i in rows], device=run.device)
+    target = send(torch.tensor([target_of(batch[i]) for i in rows]), run.device)
     share = len(rows) / len(batch)
     choices = isinstance(batch[0].record, data.Preference)
     if choices and rows:
@@ -196,13 +185,14 @@ def rating_pairs_loss(
     The value is divided by the number of ranks, since each has all pairs.
     """
     everyone = torch.zeros(len(batch), device=run.device)
-    places = torch.tensor(rows, dtype=torch.long, device=run.device)
+    places = send(torch.tensor(rows, dtype=torch.long), run.device)
     everyone[places] = scores.detach().float()
     everyone = run.sum_(everyone).index_put((places,), scores.float())
     ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
     rng = np.random.default_rng([config.seed, step])
     a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
-    share = torch.tensor(share, dtype=torch.float32, device=run.device)
+    a, b = (send(torch.from_numpy(x), run.device) for x in (a, b))
+    share = send(torch.tensor(share, dtype=torch.float32), run.device)
     loss = preference.pairwise_loss(everyone[a], everyone[b], share)
     return loss - (1 - 1 / run.world) * loss.detach()
 
@@ -220,7 +210,10 @@ def main() -> None:
     if not run.begin(source, init=init):
         return
     loss_kind, normalise = choose_loss(config, source)
-    tokenizer, backbone = load_backbone(config, init)
+    tokenizer, backbone = Tokenizer.load(init), checkpoint.load_gpt(init)
+    checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
+    if config.bidirectional and not backbone.config.causal:
+        raise UserError(f"{init} holds an encoder, which reads in both directions: drop --bidirectional")
     context = backbone.config.context
     judged = load_judgements(config, run, source, tokenizer, context)
     reference = None
@@ -277,7 +270,7 @@ def main() -> None:
             if rows:
                 tokens, mask = data.collate(sequences, tokenizer.pad)
                 with run.autocast():
-                    scores = model.members[k](tokens.to(run.device), mask.to(run.device))
+                    scores = model.members[k](send(tokens, run.device), mask)
             loss = loss_of(run, config, loss_kind, step, batch, rows, scores)
             if loss.requires_grad:
                 loss.backward()

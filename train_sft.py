@@ -33,6 +33,7 @@ from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
 from minirlhf.support.prepare import run_blocks, train_last
+from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
 
@@ -140,12 +141,10 @@ def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: lis
     return model, tokenizer
 
 
-def schedule_of(config: Config, examples: dict[str, list[Example]]) -> tuple[Schedule, int]:
-    """Every optimiser step of the run, (epoch, its texts, whether it is the epoch's last), and all tokens."""
+def schedule_of(config: Config, examples: dict[str, list[Example]]) -> Schedule:
+    """Every optimiser step of the run: (epoch, its texts, whether it is the epoch's last)."""
     first_final = config.epochs - config.final_epochs
     pools = [examples["final" if epoch >= first_final else "train"] for epoch in range(config.epochs)]
-    tokens = {name: sum(len(ids) for ids, _ in pool) for name, pool in examples.items()}
-    n_final = min(config.epochs, config.final_epochs)
 
     def batches(epoch: int) -> list[list[Example]]:
         pool = pools[epoch]
@@ -153,8 +152,7 @@ def schedule_of(config: Config, examples: dict[str, list[Example]]) -> tuple[Sch
         order = data.batches(len(pool), config.batch, config.seed, epoch, lengths)
         return [[pool[i] for i in picks] for picks in order]
 
-    schedule = Schedule([math.ceil(len(pool) / config.batch) for pool in pools], batches)
-    return schedule, n_final * tokens["final"] + (config.epochs - n_final) * tokens["train"]
+    return Schedule([math.ceil(len(pool) / config.batch) for pool in pools], batches)
 
 
 def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> Tensor:
@@ -162,8 +160,8 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
     device = model.wte.weight.device
     tokens, mask = data.collate([ids for ids, _ in examples], pad)  # [B, T]
     learnt, _ = data.collate([loss_mask for _, loss_mask in examples], 0)
-    where = learnt[:, 1:].flatten().nonzero().squeeze(1).to(device)  # [N], on the CPU
-    tokens = tokens.to(device)
+    where = send(learnt[:, 1:].flatten().nonzero().squeeze(1), device)  # [N]
+    tokens = send(tokens, device)
     hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[where]  # [N, C]
     targets = tokens[:, 1:].flatten()[where]
     if optim.fuse_head(fused_head, len(hidden), model.config.vocab_size):
@@ -219,12 +217,12 @@ def main() -> None:
         context, rows = model.config.context, part.records
         examples[name] = data.encode_examples(tokenizer, rows, context, config.too_long, part.ledger)
         run.account(name, part.ledger)
-    schedule, n_tokens = schedule_of(config, examples)
+    schedule = schedule_of(config, examples)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     counters = {"best": math.inf, "best_step": 0, "best_epoch": 0}
     state = run.resume(tokenizer, model, counters, optimizer=optimizer)  # [D21]
     n_parameters = sum(p.numel() for p in model.parameters())
-    run.print(f"{n_parameters:,} parameters; {len(schedule)} steps, {n_tokens:,} tokens; {run.where}")
+    run.print(f"{n_parameters:,} parameters; {len(schedule)} steps; {run.where}")
 
     # The loop: one optimiser step per iteration; validation at the end of each epoch.
     model.train()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minirlhf import UserError
 from minirlhf.support.hardware import Machine
+from minirlhf.support.ragged import send
 
 
 def adamw(
@@ -89,7 +90,7 @@ def fuse_head(wish: str, tokens: int, vocab: int) -> bool:
     return wish == "on" or wish == "auto" and 4 * tokens * vocab > 2**27
 
 
-def minibatches(n: int, size: int, epochs: int) -> Iterator[Tensor]:
-    """The indices below n in random order, `size` at a time, once per epoch."""
+def minibatches(n: int, size: int, epochs: int, device: torch.device) -> Iterator[Tensor]:
+    """The indices below n in random order, `size` at a time, once per epoch; on the device."""
     for _ in range(epochs):
-        yield from torch.randperm(n).split(size)
+        yield from send(torch.randperm(n), device).split(size)

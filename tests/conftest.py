@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: a script run in this process (so that torch is imported once), and a smoke run of them all."""
 
+import gc
 import importlib
 import json
 import os
@@ -41,6 +42,8 @@ def run():
                 cli.run_script(importlib.import_module(FRONTS.get(script, script)).main)
             except SystemExit as stop:
                 return stop.code or 0
+            finally:
+                gc.collect()  # a run that failed may live on in a cycle, and hold the lock on its folder
         return 0
 
     return call

@@ -12,6 +12,7 @@ from minirlhf import checkpoint, data
 from minirlhf.model import RewardModel
 from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run
+from minirlhf.support.ragged import send
 from minirlhf.tokenizer import Tokenizer
 
 CHUNK = 64  # texts per forward pass
@@ -35,10 +36,11 @@ def score_sequences(run: Run, members: list[RewardModel], sequences: list[list[i
         member.eval()
     for i in range(CHUNK * run.rank, len(order), CHUNK * run.world):
         rows = order[i : i + CHUNK]
-        tokens, mask = (x.to(run.device) for x in data.collate([sequences[j] for j in rows], pad))
+        tokens, mask = data.collate([sequences[j] for j in rows], pad)
+        tokens = send(tokens, run.device)
         with run.autocast():
             scores = torch.stack([member(tokens, mask) for member in members]).mean(0)
-        found[torch.tensor(rows, device=run.device)] = scores.float()
+        found[send(torch.tensor(rows), run.device)] = scores.float()
     for member in members:
         member.train()
     run.sum_(found)
