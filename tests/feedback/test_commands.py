@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minirlhf import UserError, checkpoint, data
+from minirlhf.feedback.__main__ import parse
 from minirlhf.feedback.add import add
 from minirlhf.feedback.export import export
 from minirlhf.feedback.rate import rate
@@ -297,6 +298,18 @@ def test_mistakes_are_one_line(tmp_path, argv, message):
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and message in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "port, accepted", [("-1", False), ("0", True), ("65535", True), ("65536", False), ("99999", False)]
+)
+def test_F17_a_port_is_a_port(port, accepted):
+    """99999 would listen on 34463, 99999 modulo 65536."""
+    if accepted:
+        assert parse(["serve", "--port", port]).port == int(port)
+    else:
+        with pytest.raises(UserError, match="--port: must be at least 0 and at most 65535, not"):
+            parse(["serve", "--port", port])
 
 
 def commands_of_the_page() -> list[list[str]]:
