@@ -39,6 +39,7 @@ from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, Epsilon, Real, Share, Temperature
 from minirlhf.support.history import History
 from minirlhf.support.prepare import disable_dropout, run_blocks, store_blocks, train_last
+from minirlhf.support.ragged import send
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -228,10 +229,8 @@ def main() -> None:
     microbatch = min(config.microbatch or local_minibatch, local_minibatch)
     fused = optim.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
     # The sampler's settings are those of all log-probabilities [D2] [D3].
-    forbidden = None if config.stop else tokenizer.eot
-    sampling = Sampling(
-        config.response_tokens, config.temperature, tokenizer.eot, tokenizer.pad, forbidden, fused
-    )
+    eos, pad, forbidden = tokenizer.eot, tokenizer.pad, None if config.stop else tokenizer.eot
+    sampling = Sampling(config.response_tokens, config.temperature, eos, pad, forbidden, fused)
     scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
     value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
@@ -250,7 +249,7 @@ def main() -> None:
         run.phase("rollout")
         order = data.cursor(len(prompts), config.batch, config.seed, iteration)
         mine = order[run.rank * local_batch : (run.rank + 1) * local_batch]
-        queries, query_mask = data.collate([prompts[i] for i in mine], tokenizer.pad, side="left")
+        queries, query_mask = data.collate([prompts[i] for i in mine], pad, side="left")
         with run.autocast():
             texts = generate(policy, queries, query_mask, sampling)
         response_mask = texts.response_mask  # [B, R]
@@ -264,7 +263,7 @@ def main() -> None:
             values = by_microbatch(response_values, critic, texts, microbatch)  # [B, R], before tokens [D8]
             scores, score_parts = run.together(scorer, texts)  # [B]
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
-        has_eos = texts.ended(tokenizer.eot)  # [D9]
+        has_eos = texts.ended(eos)  # [D9]
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
 
         # 3. Rewards: minus kl_coef * k1 at every token, plus the score at the last real token [D1] [D7].
@@ -281,16 +280,19 @@ def main() -> None:
         #    activations and gradients are in memory at a time.
         run.phase("update")
         history = History()
-        for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs, run.device):
-            tokens = run.sum_(response_mask[minibatch].sum().float())  # real ones, over all ranks [D17]
+        for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
+            tokens = run.sum_(
+                response_mask[send(minibatch, run.device)].sum().float()
+            )  # real ones, over all ranks [D17]
             stats = history.new_step(tokens)
 
             for rows in minibatch.split(microbatch):
-                old, mask = logprobs[rows], response_mask[rows]
+                here = send(rows, run.device)
+                old, mask = logprobs[here], response_mask[here]
                 with run.autocast():
                     new, entropy = response_logprobs(policy, texts[rows], sampling)
                 loss, found = ppo.policy_loss(
-                    new, old, advantages[rows], mask, config.clip_range, tokens
+                    new, old, advantages[here], mask, config.clip_range, tokens
                 )  # [D12]
                 mean_entropy = entropy.sum() / tokens  # padding holds 0 [D22]
                 (loss - config.ent_coef * mean_entropy).backward()
@@ -301,10 +303,11 @@ def main() -> None:
             run.take_step(policy_optimizer, config.max_grad_norm, "policy")
 
             for rows in minibatch.split(microbatch):
-                old, mask = values[rows], response_mask[rows]
+                here = send(rows, run.device)
+                old, mask = values[here], response_mask[here]
                 with run.autocast():
                     new = response_values(critic, texts[rows])
-                loss, clipped = ppo.value_loss(new, old, returns[rows], mask, config.clip_range_value, tokens)
+                loss, clipped = ppo.value_loss(new, old, returns[here], mask, config.clip_range_value, tokens)
                 loss.backward()
                 stats.add({"loss/value_avg": loss, "val/clipfrac_avg": clipped})
             run.take_step(value_optimizer, config.max_grad_norm, "value model")

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from minirlhf import UserError
 from minirlhf.support.hardware import Machine
-from minirlhf.support.ragged import send
 
 
 def adamw(
@@ -42,21 +41,17 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def take_step(
-    machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name: str = "model"
-) -> float:
+def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name: str) -> float:
     """Sum gradients over the ranks, clip their norm to `max_norm` (0: do not), step -> the norm before.
 
-    A norm that is not finite raises UserError before anything moves.  It is the norm of the sum, so all ranks
-    agree."""
+    A norm that is not finite raises UserError before anything moves, on all ranks alike.
+    """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     machine.sum_gradients(trained)
     norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf).item()
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
-        raise UserError(
-            f"the {name}'s gradient norm is {norm}: lower its learning rate, or train in --precision fp32"
-        )
+        raise UserError(f"the {name}'s gradient norm is {norm}: lower its learning rate, or use fp32")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -90,7 +85,7 @@ def fuse_head(wish: str, tokens: int, vocab: int) -> bool:
     return wish == "on" or wish == "auto" and 4 * tokens * vocab > 2**27
 
 
-def minibatches(n: int, size: int, epochs: int, device: torch.device) -> Iterator[Tensor]:
-    """The indices below n in random order, `size` at a time, once per epoch; on the device."""
+def minibatches(n: int, size: int, epochs: int) -> Iterator[Tensor]:
+    """The indices below n in random order, `size` at a time, once per epoch."""
     for _ in range(epochs):
-        yield from send(torch.randperm(n), device).split(size)
+        yield from torch.randperm(n).split(size)

@@ -16,7 +16,6 @@ from minirlhf.support import hardware
 from minirlhf.support.history import History, Sums
 from tests.ranks import in_ranks
 
-CPU = torch.device("cpu")
 ALONE = hardware.Machine(torch.device("cpu"))
 
 
@@ -180,7 +179,7 @@ def test_F20_ranks_refuse_a_step_together():
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
 @settings(max_examples=25, deadline=None)
 def test_minibatches_are_every_row_once_an_epoch(n, size, epochs):
-    found = list(optim.minibatches(n, size, epochs, CPU))
+    found = list(optim.minibatches(n, size, epochs))
     per_epoch = -(-n // size)
     assert len(found) == epochs * per_epoch and max(map(len, found)) <= size
     for k in range(epochs):
@@ -190,10 +189,10 @@ def test_minibatches_are_every_row_once_an_epoch(n, size, epochs):
 
 def test_minibatches_are_in_random_order_and_another_one_each_epoch():
     torch.manual_seed(0)
-    first, second = list(optim.minibatches(50, 50, 2, CPU))
+    first, second = list(optim.minibatches(50, 50, 2))
     assert first.tolist() != second.tolist() and list(range(50)) not in (first.tolist(), second.tolist())
     torch.manual_seed(0)
-    assert torch.equal(next(optim.minibatches(50, 50, 1, CPU)), first)
+    assert torch.equal(next(optim.minibatches(50, 50, 1)), first)
 
 
 def test_the_head_is_fused_where_logits_are_large():

@@ -67,7 +67,7 @@ def same_tokens(world: int):
         responses = torch.where(mask, torch.where(ended, sampling.eos, responses), sampling.pad)
         return Texts(queries, query_mask, responses, mask)
 
-    def minibatches(n, size, epochs, device):
+    def minibatches(n, size, epochs):
         for epoch in range(epochs):
             order = torch.randperm(n * world // 2, generator=torch.Generator().manual_seed(epoch))
             for rows in order.split(size * world // 2):

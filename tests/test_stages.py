@@ -670,7 +670,7 @@ REFUSED = [
     (
         "train_sft",
         "--data {m}/long.jsonl --vocab 300",
-        r"nothing to learn in 40 rows: .*dropped \(prompt longer than the context\): use --too-long cut, or",
+        r"nothing to learn in 40 rows: .*dropped \(prompt longer than the context\), .*: use --too-long cut, or",
     ),
     ("train_sft", "--init {m}/none", r"none: no checkpoint here.*--init"),
     ("train_sft", "--init {m}/sft", r"tokenizer does not match"),
