@@ -201,9 +201,12 @@ def read(made: Any) -> dict[str, Any]:
 
 @contextmanager
 def byte_trace() -> Iterator[tuple[dict[str, Counter[str]], dict[str, list]]]:
-    """Yields the bytes that interpreted kernels ask for, by "kernel.argument" and kind (load, store, atomic), and the addresses of these bytes, by kind. A masked lane costs nothing. An access outside every
-    argument's
-    memory raises IndexError, before the interpreter could crash on it."""
+    """Yields the number of bytes that interpreted kernels ask for, and the addresses of these bytes.
+
+    The numbers go by "kernel.argument" and by kind (load, store, atomic), the addresses by kind. A masked
+    lane costs nothing. An access outside every argument's memory raises IndexError, before the interpreter
+    could crash on it.
+    """
     import numpy as np
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 

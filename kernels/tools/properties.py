@@ -80,7 +80,7 @@ def finite(name: str, x: Tensor) -> None:
 
 
 def close(name: str, got: Tensor, want: Tensor, allowed: Tensor | float | None = None) -> None:
-    """Require `got` within `allowed` of `want`, with the same NaN and infinities; the message has the worst."""
+    """Require `got` within `allowed` of `want`, with the same NaN and infinities; show the worst."""
     got, want = got.detach().cpu().double(), want.detach().cpu().double()
     require(got.shape == want.shape, f"{name}: expected shape {tuple(want.shape)}, got {tuple(got.shape)}")
     if got.numel() == 0:
@@ -108,10 +108,12 @@ def slack(
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> dict:
-    """What rounding excuses in a gradient: 1.5 eps of its dtype times its magnitude (the row's largest), and 1e-7 of
-    the upstream gradients times their factors in the formula. Through the linear op's products both go by
-    absolute
-    values, and an fp32 sum of n products adds sqrt(n) half-eps."""
+    """What rounding excuses in a gradient.
+
+    That is 1.5 eps of its dtype times its magnitude (the row's largest), and 1e-7 of the upstream gradients
+    times their factors in the formula. Through the linear op's products both go by absolute values, and an
+    fp32 sum of n products adds sqrt(n) half-eps.
+    """
     largest = want["kl" if "kl" in want else "entropy"].nan_to_num(0.0, 0.0)
     factor = (1e-7 + 1e-7 * sum(u.abs() for u in up.values()) * (1 + largest) / temperature)[
         ..., None
@@ -343,7 +345,7 @@ WHERE = st.sampled_from(["leading", "trailing", "scattered"])
     in_both=st.booleans(),
 )
 def impossible_columns_equal_deleted_ones(f, seed, kept, gone, where, in_both):
-    """-inf logits, also in a leading block (flash-attention #1930); in the policy, or in the reference as well."""
+    """-inf logits, also in a leading block (flash-attention #1930); in the policy, or the reference too."""
     inputs, tokens, up, g = case(f, seed, 3, kept)
     every, anywhere = torch.arange(kept + gone), torch.randperm(kept + gone, generator=g)
     column = {"leading": every[gone:], "trailing": every[:kept], "scattered": anywhere[:kept]}[where]
@@ -618,7 +620,7 @@ def targets_carry_no_gradient(f):
 
 
 def example(f, seed: int, size: int, dtype: torch.dtype = torch.float32, lead: Any = 6, **more: Any):
-    """-> arguments, options, upstream gradients of any op. `lead`: the tokens' shape, or how many episodes."""
+    """-> arguments, options, upstream gradients. `lead` is the shape of the tokens, or how many episodes."""
     if f.op == "gae":
         inputs, given = episodes(seed, lead if isinstance(lead, int) else 6, size, dtype)
         return inputs, f.takes(**given), None
@@ -656,7 +658,7 @@ def inputs_may_have_any_layout(f, seed, size, layout):
 
 
 def gap_of_2_31(f, x: Tensor) -> Tensor:
-    """x [2, n] with its rows more than 2^31 elements apart, on a CPU in a file with a hole, which takes no memory.
+    """x [2, n] with its rows more than 2^31 elements apart: on a CPU, in a file with a hole.
 
     The first row is in the middle. So an offset that wraps around at 32 bits reads zeros of the same storage,
     which is a wrong number and not a crash.
