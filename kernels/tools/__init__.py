@@ -1,2 +1,1 @@
-"""Tools around the kernels: the property suite, the audit of machine code, meters, and repairs of the
-interpreter."""
+"""Tools around the kernels: the property suite, the audit and its meters, repairs of Triton's interpreter."""

@@ -1,13 +1,14 @@
-"""Repairs of Triton's interpreter (TRITON_INTERPRET=1), without which a test on CPU says little about a GPU.
+"""Repairs of Triton's interpreter (TRITON_INTERPRET=1), without which a CPU test says little about a GPU.
 
-1. tl.dot multiplies the bit patterns of bf16 operands as integers (triton #11584): they are converted first.
-2. A conversion from fp32 to bf16 cuts the low bits off; GPUs round to the nearest, ties to even.
-3. tl.associative_scan goes from element to element, 120 us each, and in this order also a combine function
-that is not
-   associative looks right. The replacement combines in a tree (Hillis & Steele 1986), as GPUs do.
+1. tl.dot multiplies the bit patterns of bf16 operands as integers (triton #11584). Here they are converted
+first. 2. A conversion from fp32 to bf16 truncates. GPUs round to the nearest, ties to even. 3.
+tl.associative_scan goes from element to element, at 120 us each, and in this order a combine function that is
+not
+   associative looks right. Here it combines in a tree (Hillis & Steele 1986), as GPUs do, in log2(n) calls.
 
-`repair()` is called by tests/kernels/conftest.py and by kernels.testing; nothing else needs it, and on a GPU
-nothing does."""
+`repair()` is called by tests/kernels/conftest.py, kernels.testing and benchmarks/gpu.py. A GPU needs none of
+it.
+"""
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def _to_bf16(x: np.ndarray) -> np.ndarray:
 
 
 def repair() -> None:
-    """Patch triton.runtime.interpreter; a second call changes nothing."""
+    """Patch triton.runtime.interpreter. A second call changes nothing."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, ScanOps, TensorHandle
 
@@ -48,7 +49,9 @@ def repair() -> None:
         tensors = lambda arrays: [self.to_tensor(a, x.dtype) for a, x in zip(arrays, inputs, strict=True)]
         length, index = now[0].shape[self.axis], np.indices(now[0].shape)[self.axis]
         step = 1
-        while step < length:  # element i has absorbed i - step + 1 .. i and now absorbs as many before them
+        while (
+            step < length
+        ):  # element i holds the scan of i - step + 1 .. i, and takes in as many before them
             before = [np.roll(a, step, self.axis) for a in now]
             out = self.combine_fn.fn(*tensors(before), *tensors(now))
             out = out if isinstance(out, tuple | list | tl.tuple) else (out,)

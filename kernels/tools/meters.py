@@ -1,11 +1,12 @@
 """Three meters for Triton kernels on a machine without a GPU; kernels/tools/audit.py applies them.
 
 `capture` watches calls whose tensors are on the `meta` device, which gives them a shape but no memory.
-Triton's own launcher specialises and compiles each kernel and starts none: what is compiled is what would
-run, at sizes that no test could hold. `Buffers` weighs the tensors made meanwhile. `read` finds in the
-machine code the registers, the stack, the spills, and for each innermost loop what one thread does in one
-trip: the width of its accesses, barriers and shuffles, instructions per byte of global memory. `byte_trace`
-counts the bytes that kernels ask for when Triton's interpreter runs them (TRITON_INTERPRET=1)."""
+Triton's own launcher then specialises and compiles each kernel, and starts none: so the code is what would
+run, at sizes that no test could hold. `Buffers` counts the bytes of the tensors made meanwhile. `read` finds
+in the machine code the registers, the stack, the spills, and for each innermost loop what one thread does in
+one trip: the width of its accesses, barriers and shuffles, instructions per byte of global memory.
+`byte_trace` counts the bytes that kernels ask for when Triton's interpreter runs them (TRITON_INTERPRET=1).
+"""
 
 import re
 import subprocess
@@ -62,7 +63,7 @@ class Buffers(TorchDispatchMode):
 
 @contextmanager
 def capture(target: str) -> Iterator[tuple[list[tuple[str, Any]], Buffers]]:
-    """Collects (name, compiled kernel or exception) of every launch within it, and the buffers made."""
+    """Yields a list of (name, compiled kernel or exception), one per launch, and the buffers made."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -75,7 +76,7 @@ def capture(target: str) -> Iterator[tuple[list[tuple[str, Any]], Buffers]]:
     def compile_only(kernel: Any, *args: Any, **kwargs: Any) -> None:
         try:
             made.append((kernel.__name__, launch(kernel, *args, **kwargs | {"warmup": True})))
-        except Exception as error:  # not to compile is a finding too
+        except Exception as error:  # that it does not compile is a finding too
             made.append((kernel.__name__, error))
 
     driver.set_active(SimpleNamespace(  # Triton caches what it compiled by device
@@ -101,7 +102,7 @@ WIDTHS += [(r"[US]16|short|b16", 16), (r"[US]8|byte|b8", 8), (r"", 32)]
 
 
 def parse(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """SASS or AMD assembly -> instructions (opcode, operands), and the index at which each label stands."""
+    """SASS or AMD assembly -> instructions (opcode, operands), and the index of each label."""
     code, labels = [], {}
     for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):
@@ -112,7 +113,7 @@ def parse(listing: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
 
 
 def count(code: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """How many instructions of each kind; for loads and stores how many of each width in bits."""
+    """The number of instructions of each kind; of loads and stores, the number of each width in bits."""
     ops = {kind: [op for op, _ in code if re.match(pattern, op)] for kind, pattern in KINDS.items()}
     width = lambda op: next(bits for pattern, bits in WIDTHS if re.search(pattern, op))
     return {
@@ -122,11 +123,11 @@ def count(code: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 
 def inner_loops(code: Sequence[tuple[str, str]], labels: dict[str, int]) -> list[dict[str, Any]]:
-    """One trip of each loop that touches global memory and holds no other that does (one that only waits may
-    be in it).
+    """One trip of each innermost loop that touches global memory. (Loops that only wait may be inside of it.)
 
-    A loop has a head, which no path from the kernel's start goes round, and consists of what leads back to
-    it."""
+    A loop has a head, through which every path from the kernel's start goes, and consists of what leads back
+    to it.
+    """
     before: dict[int, list[int]] = defaultdict(list)  # the instructions that control may come from
     for i, (op, operands) in enumerate(code):
         jump = re.match(r"BRA|CALL|EXIT|s_c?branch|s_endpgm", op)
@@ -169,12 +170,12 @@ NUMBERS = ("registers", "stack", "spills", "shared")
 
 
 def read(made: Any) -> dict[str, Any]:
-    """What stands in a compiled kernel; {"error": ...} where the compiler failed."""
+    """The numbers of a compiled kernel, or {"error": ...} where the compiler failed."""
     if isinstance(made, Exception):
         return {
             "error": re.sub(r"(/[\w.+-]+)+/", "", f"{type(made).__name__}: {made}"[:400])
         }  # less this machine's paths
-    if "cubin" in made.asm:  # the very code that would run, not a second run of the assembler
+    if "cubin" in made.asm:  # the code that would run, not a second run of the assembler
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(made.asm["cubin"])
             file.flush()
@@ -200,9 +201,12 @@ def read(made: Any) -> dict[str, Any]:
 
 @contextmanager
 def byte_trace() -> Iterator[tuple[dict[str, Counter[str]], dict[str, list]]]:
-    """Counts the bytes that interpreted kernels ask for within it, by "kernel.argument" and by kind (load,
-    store, atomic); and collects the address of each of these bytes, by kind. A masked lane costs nothing. An
-    access that lies in no argument's memory raises IndexError, before the interpreter could crash on it."""
+    """Yields the number of bytes that interpreted kernels ask for, and the addresses of these bytes.
+
+    The numbers go by "kernel.argument" and by kind (load, store, atomic), the addresses by kind. A masked
+    lane costs nothing. An access outside every argument's memory raises IndexError, before the interpreter
+    could crash on it.
+    """
     import numpy as np
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
@@ -238,7 +242,8 @@ def byte_trace() -> Iterator[tuple[dict[str, Counter[str]], dict[str, list]]]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(GridExecutor, "__call__", launch))
-        # what happens, and which arguments of the interpreter's method are the pointers and the mask
+        # the interpreter's method, the kind of access, and which of its arguments are the pointers and the
+        # mask
         for name, *how in (
             ("masked_load", "load", 0, 1),
             ("masked_store", "store", 0, 2),

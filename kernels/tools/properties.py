@@ -1,9 +1,10 @@
-"""What must hold of the four ops, whoever wrote them, and which public bug broke it.  `kernels.testing` asks.
+"""What must hold of the four ops, whoever wrote them, and which public bug broke it. `kernels.testing` asks.
 
 A property takes the function under test (f, a kernels.testing.Subject: results and gradients by name) and a
-few small values that hypothesis draws and shrinks; the data follow from the drawn seed.  f.oracle is the op's
-reference, in float64.  A result may be off by 2e-6 max(1, |value|), a gradient by 1.5 eps of its dtype times
-its magnitude: see `slack`."""
+few small values that hypothesis draws and shrinks. The data follow from the drawn seed. f.oracle is the op's
+reference in float64. A result may differ from it by 2e-6 max(1, |value|), a gradient by 1.5 eps of its dtype
+times its magnitude: see `slack`.
+"""
 
 from __future__ import annotations
 
@@ -28,15 +29,15 @@ ALL = (*VOCABULARY, *GAE)
 
 
 class NotAsked(Exception):
-    """This function, or this machine, cannot be asked this."""
+    """The function or the machine cannot be asked this property."""
 
 
 @dataclass(frozen=True)
 class Property:
     check: Callable[..., None]
-    needs: tuple[str, ...]  # options, results and abilities without which a function is not asked
+    needs: tuple[str, ...]  # options, results and abilities; a function without them is not asked
     draws: dict[str, Any]
-    most: int  # examples are few where each is large
+    most: int  # examples at most: few where each is large
 
 
 PROPERTIES: dict[str, dict[str, Property]] = {op: {} for op in ALL}
@@ -51,7 +52,7 @@ def prop(ops: tuple[str, ...], *needs: str, most: int = 10**6, **draws: Any) -> 
     return register
 
 
-# What is drawn. The first of a list is the simplest: failing examples shrink towards it.
+# What is drawn. The first of a list is the simplest; failing examples shrink towards it.
 SEED = {"seed": st.integers(0, 2**20)}
 DATA = SEED | {
     "vocab": st.sampled_from([7, 1, 2, 64, 1031])
@@ -79,7 +80,7 @@ def finite(name: str, x: Tensor) -> None:
 
 
 def close(name: str, got: Tensor, want: Tensor, allowed: Tensor | float | None = None) -> None:
-    """Within `allowed`, NaN where NaN is wanted, infinities alike; says where it is most wrong."""
+    """Require `got` within `allowed` of `want`, with the same NaN and infinities; show the worst."""
     got, want = got.detach().cpu().double(), want.detach().cpu().double()
     require(got.shape == want.shape, f"{name}: expected shape {tuple(want.shape)}, got {tuple(got.shape)}")
     if got.numel() == 0:
@@ -107,9 +108,12 @@ def slack(
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> dict:
-    """What rounding excuses in a gradient: 1.5 eps of its dtype times its magnitude (the row's largest), and
-    1e-7 of the upstream gradients times their factors in the formula. Through the linear op's products these
-    go by absolute values, where an fp32 sum of n products adds sqrt(n) half-eps."""
+    """What rounding excuses in a gradient.
+
+    That is 1.5 eps of its dtype times its magnitude (the row's largest), and 1e-7 of the upstream gradients
+    times their factors in the formula. Through the linear op's products both go by absolute values, and an
+    fp32 sum of n products adds sqrt(n) half-eps.
+    """
     largest = want["kl" if "kl" in want else "entropy"].nan_to_num(0.0, 0.0)
     factor = (1e-7 + 1e-7 * sum(u.abs() for u in up.values()) * (1 + largest) / temperature)[
         ..., None
@@ -142,12 +146,14 @@ def agree(
     wide: list | None = None,
     **options: Any,
 ) -> None:
-    """Results, and gradients for the upstream gradients `up`, are the oracle's for `arguments`; f may get
-    others (`wide`)."""
+    """Require the oracle's results, and its gradients for the upstream gradients `up`.
+
+    f may get other tensors of the same numbers (`wide`) than the oracle (`arguments`).
+    """
     options = f.takes(**options)
     want = f.oracle(*arguments, upstream=up, **options)
     allowed = slack(f, arguments[:-1], arguments[-1], want, up, **options) if up else {}
-    if f.op == "gae":  # a sum of many terms is as exact as the largest of its row
+    if f.op == "gae":  # a sum of many terms is as exact as the largest one of its row
         allowed = {
             name: 2e-6 * x.abs().amax(-1, keepdim=True).clamp(min=1) for name, x in want.items() if x.numel()
         }
@@ -160,11 +166,11 @@ def agree(
 
 
 def case(f, seed: int, lead: Any, vocab: int, scale: float = 3.0, dtype: torch.dtype = torch.float32):
-    """(inputs, tokens, upstream gradients, generator); inputs: logits; or logits, ref_logits; or hidden,
-    weight.
+    """-> inputs (logits; logits, ref_logits; or hidden, weight), tokens, upstream gradients, generator.
 
-    hidden and weight lie on a grid on which fp32 products and sums are exact, so that the logits are, and the
-    linear op owes the same accuracy as the others."""
+    hidden and weight are multiples of 1/8, so their fp32 products and sums are exact. So are the logits, and
+    the linear op must be as accurate as the others.
+    """
     g, lead = torch.Generator().manual_seed(seed), (lead,) if isinstance(lead, int) else lead
     tokens = torch.randint(vocab, lead, generator=g)
     if f.op == "linear_token_logprobs":
@@ -183,7 +189,7 @@ def case(f, seed: int, lead: Any, vocab: int, scale: float = 3.0, dtype: torch.d
 
 
 def by_row(f, inputs: list[Tensor], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Change what has a row for each token: all inputs but the weight."""
+    """Change the inputs that have a row per token: all but the weight."""
     return [x if name == "weight" else change(x) for name, x in zip(f.inputs, inputs, strict=True)]
 
 
@@ -207,7 +213,7 @@ def agrees_with_float64(f, seed, rows, vocab, scale, temperature, masked):
     used=st.integers(1, 15),
 )
 def gradients_agree_with_float64(f, seed, vocab, scale, temperature, masked, used):
-    """With a random upstream gradient for each token of each result that is used."""
+    """Every token of each result that is used has a random upstream gradient."""
     inputs, tokens, up, g = case(f, seed, 4, vocab, scale)
     names = [name for i, name in enumerate(f.results) if used >> i & 1] or f.results[:1]
     up = {name: up[name] for name in names}
@@ -216,7 +222,7 @@ def gradients_agree_with_float64(f, seed, vocab, scale, temperature, masked, use
 
 @prop(VOCABULARY, **SEED, vocab=st.sampled_from([7, 1, 2, 33]), scale=SCALE)
 def probabilities_are_at_most_1_and_sum_to_1(f, seed, vocab, scale):
-    """verl #2656, #2899, PR 7439: phantom columns of exp(0), a running maximum that began at 0."""
+    """verl #2656, #2899, PR 7439: phantom columns of exp(0), a running maximum that started at 0."""
     inputs, *_ = case(f, seed, 1, vocab, scale)
     for name, value in f(*by_row(f, inputs, lambda x: x.expand(vocab, -1)), torch.arange(vocab)).items():
         if "logprobs" in name:
@@ -230,7 +236,7 @@ def probabilities_are_at_most_1_and_sum_to_1(f, seed, vocab, scale):
 
 
 def shifted(f, inputs: list[Tensor], shift: float) -> list[Tensor]:
-    """All logits plus `shift`, exactly; where there is a weight, by a constant feature of hidden."""
+    """The inputs, with `shift` added to all logits exactly (through a constant feature of hidden)."""
     if "weight" not in f.inputs:
         return [(x * 64).round() / 64 + shift for x in inputs]
     return [torch.cat([x, x.new_full((len(x), 1), c)], 1) for x, c in zip(inputs, (1.0, shift), strict=True)]
@@ -266,7 +272,7 @@ def permuting_the_vocabulary_changes_nothing(f, seed, vocab, scale):
 
 @prop(VOCABULARY, "gradient", **DATA, scale=SCALE)
 def gradient_rows_sum_to_0(f, seed, vocab, scale):
-    """As shifting all logits changes nothing."""
+    """Because shifting all logits changes nothing."""
     inputs, tokens, up, _ = case(f, seed, 3, vocab, scale)
     out = f(*shifted(f, inputs, 1.0), tokens, upstream=up)
     for name in (f"d {n}" for n in f.inputs if n != "weight"):
@@ -276,7 +282,7 @@ def gradient_rows_sum_to_0(f, seed, vocab, scale):
 
 @prop(VOCABULARY, "temperature", **DATA, temperature=st.sampled_from([2.0, 0.5, 0.25, 4.0]))
 def temperature_equals_prescaled_logits(f, seed, vocab, temperature):
-    """Powers of two, so that dividing rounds nothing."""
+    """The temperatures are powers of two, so dividing by them rounds nothing."""
     inputs, tokens, up, _ = case(f, seed, 3, vocab)
     scaled = f(*by_row(f, inputs, lambda x: x / temperature), tokens, upstream=up)
     for name, value in f(*inputs, tokens, upstream=up, temperature=temperature).items():
@@ -299,7 +305,7 @@ def each_row_has_its_own_upstream_gradient(f, seed, vocab, result):
     VOCABULARY, **DATA, offset=st.integers(0, 9), gap=st.integers(0, 9), dtype=DTYPE | st.just(torch.float32)
 )
 def rows_may_start_at_any_address(f, seed, vocab, offset, gap, dtype):
-    """At any element of a 16-byte vector, at any stride, with NaN between the rows for who reads too far."""
+    """At any element of 16 bytes and with any stride. NaN between the rows shows who reads too far."""
     inputs, tokens, up, _ = case(f, seed, 3, vocab, 3.0, dtype if "16 bits" in f.can else torch.float32)
 
     def place(x: Tensor) -> Tensor:
@@ -339,8 +345,7 @@ WHERE = st.sampled_from(["leading", "trailing", "scattered"])
     in_both=st.booleans(),
 )
 def impossible_columns_equal_deleted_ones(f, seed, kept, gone, where, in_both):
-    """-inf logits, a leading block of them too (flash-attention #1930); in the policy alone, or in the
-    reference as well."""
+    """-inf logits, also in a leading block (flash-attention #1930); in the policy, or the reference too."""
     inputs, tokens, up, g = case(f, seed, 3, kept)
     every, anywhere = torch.arange(kept + gone), torch.randperm(kept + gone, generator=g)
     column = {"leading": every[gone:], "trailing": every[:kept], "scattered": anywhere[:kept]}[where]
@@ -369,7 +374,7 @@ def an_impossible_token_has_logprob_minus_infinity(f, seed, vocab):
 
 @prop(("token_kl",), "kl", "gradient", **SEED, vocab=st.integers(2, 9))
 def an_infinite_kl_passes_no_gradient(f, seed, vocab):
-    """The policy allows what the reference rules out: +inf, and the other results keep their gradients."""
+    """It is +inf where the policy allows what the reference rules out. The other results keep gradients."""
     inputs, tokens, up, _ = case(f, seed, 2, vocab)
     inputs[1][0, (tokens[0] + 1) % vocab] = -INF
     out, without = (
@@ -424,7 +429,7 @@ def a_token_outside_the_vocabulary_gives_no_number(f, seed, vocab, past):
 
 @prop(VOCABULARY, "mask", **DATA)
 def masked_rows_give_0_and_are_never_looked_at(f, seed, vocab):
-    """Whatever stands there: NaN, infinities, tokens that do not exist, NaN as the upstream gradient."""
+    """They may hold NaN, infinities, tokens that do not exist, and NaN as the upstream gradient."""
     inputs, tokens, up, _ = case(f, seed, 6, vocab)
     mask = torch.tensor([True, False, True, True, False, False])
     want = f.oracle(*inputs, tokens, upstream=up, mask=mask)
@@ -443,7 +448,7 @@ def masked_rows_give_0_and_are_never_looked_at(f, seed, vocab):
 
 @prop(VOCABULARY, most=4, vocab=st.sampled_from([50257, 65537, 151936, 262144]))
 def large_vocabularies_work(f, vocab):
-    """unsloth #91: 65536 columns were the most."""
+    """unsloth #91: more than 65536 columns failed."""
     if f.interpreted and f.op == "linear_token_logprobs" and vocab != 65537:
         return  # the interpreter would take a minute
     inputs, tokens, up, _ = case(f, 2, 2, vocab, 50.0)
@@ -472,7 +477,7 @@ def kl_is_not_negative(f, seed, vocab, scale, nearness):
 
 @prop(VOCABULARY, "gradient", "float64", most=10, **SEED, vocab=st.integers(2, 5), temperature=TEMPERATURE)
 def gradients_agree_with_differences(f, seed, vocab, temperature):
-    """torch.autograd.gradcheck, which knows no oracle."""
+    """By torch.autograd.gradcheck, which needs no oracle."""
     inputs, tokens, *_ = case(f, seed, 2, vocab, 3.0, torch.float64)
     options = f.takes(temperature=temperature, mask=torch.tensor([True, seed % 2 == 0]))
     leaves = [x.to(f.device).requires_grad_() for x in inputs]
@@ -533,7 +538,7 @@ def linear_in_rewards_and_values(f, seed, steps, gamma, lam):
 
 @prop(GAE, "mask", **EPISODES, more=st.sampled_from([1, 4, 600]))
 def what_follows_the_last_real_step_is_irrelevant(f, seed, steps, more):
-    """Its amount and its content: NaN, infinities, dones."""
+    """However many steps follow, and whatever they hold: NaN, infinities, dones."""
     inputs, given = episodes(seed, 4, steps)
     pad = lambda x, fill: torch.cat([x, x.new_full((4, more), fill)], 1)
     mask = pad(given["mask"], False)
@@ -560,15 +565,15 @@ def rows_are_independent(f, seed, steps, row):
 
 @prop(GAE, "dones", **SEED, first=st.integers(1, 9), second=st.integers(1, 9), gamma=FRACTION)
 def a_done_splits_a_row_into_two_calls(f, seed, first, second, gamma):
-    """Neither a value nor an advantage crosses it (tianshou #869); what would follow a done last step may be
-    NaN."""
+    """No value and no advantage crosses it (tianshou #869). What would follow a done last step may be NaN."""
     inputs, _ = episodes(seed, 3, first + second)
     dones = torch.zeros(3, first + second, dtype=torch.bool).index_fill(
         1, torch.tensor([first - 1, first + second - 1]), True
     )
     whole = f(*inputs, dones=dones, **f.takes(gamma=gamma, last_values=torch.full((3,), NAN)))
     halves = [
-        f(*(x[:, cut] for x in inputs), **f.takes(gamma=gamma)) for cut in (slice(first), slice(first, None))
+        f(*(x[:, part] for x in inputs), **f.takes(gamma=gamma))
+        for part in (slice(first), slice(first, None))
     ]
     for name, value in whole.items():
         close(name, value, torch.cat([half[name] for half in halves], 1), 1e-5)
@@ -585,8 +590,7 @@ def a_done_splits_a_row_into_two_calls(f, seed, first, second, gamma):
     lam=FRACTION,
 )
 def long_rows_work(f, seed, steps, gamma, lam):
-    """No carry is lost between blocks, no product gamma^t underflows (trl #6626). Against the recursion, in
-    float64."""
+    """No carry is lost between blocks, no product gamma^t underflows (trl #6626): as a float64 recursion."""
     (rewards, values), _ = episodes(seed, 2, steps)
     v = torch.cat([values.double(), torch.zeros(2, 1)], 1)
     delta = (rewards + gamma * v[:, 1:] - v[:, :-1]).unbind(1)
@@ -616,8 +620,7 @@ def targets_carry_no_gradient(f):
 
 
 def example(f, seed: int, size: int, dtype: torch.dtype = torch.float32, lead: Any = 6, **more: Any):
-    """(arguments, options, upstream gradients) of any op; `lead` is the shape of the tokens, or the number of
-    episodes."""
+    """-> arguments, options, upstream gradients. `lead` is the shape of the tokens, or how many episodes."""
     if f.op == "gae":
         inputs, given = episodes(seed, lead if isinstance(lead, int) else 6, size, dtype)
         return inputs, f.takes(**given), None
@@ -627,7 +630,7 @@ def example(f, seed: int, size: int, dtype: torch.dtype = torch.float32, lead: A
 
 @prop(ALL, **SEED, size=st.sampled_from([7, 1, 33, 1031]), dtype=DTYPE)
 def half_precision_inputs_give_fp32_results(f, seed, size, dtype):
-    """Nothing is rounded to 16 bits but the gradient, once, at its end."""
+    """Only the gradient is rounded to 16 bits, once, at its end."""
     arguments, options, up = example(f, seed, size if f.op != "gae" else min(size, 33), dtype)
     for name, value in f(*arguments, **options).items():
         require(value.dtype == torch.float32, f"{name}: expected torch.float32, got {value.dtype}")
@@ -635,9 +638,9 @@ def half_precision_inputs_give_fp32_results(f, seed, size, dtype):
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cut": lambda x: torch.cat([torch.full_like(x[:, :1], NAN), x, torch.full_like(x[:, :1], NAN)], 1)[
-        :, 1:-1
-    ],
+    "part of a row": lambda x: torch.cat(
+        [torch.full_like(x[:, :1], NAN), x, torch.full_like(x[:, :1], NAN)], 1
+    )[:, 1:-1],
     "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "transposed": lambda x: x.mT.contiguous().mT,
     "permuted": lambda x: x.permute(*reversed(range(x.ndim))).contiguous().permute(*reversed(range(x.ndim))),
@@ -647,7 +650,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @prop(ALL, **SEED, size=st.sampled_from([7, 33]), layout=st.sampled_from(list(LAYOUTS)))
 def inputs_may_have_any_layout(f, seed, size, layout):
-    """`cut` is what logits[:, prompt:-1] is; the weight, and all that GAE is given, are changed too."""
+    """One is that of logits[:, prompt:-1]. The weight and all of GAE's tensors are changed too."""
     arguments, options, up = example(f, seed, size, lead=(2, 3))
     change = lambda x: LAYOUTS[layout](x.to(f.device)) if x.ndim > 1 else x
     arguments = [change(x) if f.op == "gae" or x.is_floating_point() else x for x in arguments]
@@ -655,11 +658,11 @@ def inputs_may_have_any_layout(f, seed, size, layout):
 
 
 def gap_of_2_31(f, x: Tensor) -> Tensor:
-    """x [2, n] with its rows more than 2^31 elements apart, in memory that nobody pays for: a file with a
-    hole.
+    """x [2, n] with its rows more than 2^31 elements apart: on a CPU, in a file with a hole.
 
-    The first row lies in the middle, so that an offset that wraps around at 32 bits meets zeros in the same
-    storage: a wrong number instead of a crash."""
+    The first row is in the middle. So an offset that wraps around at 32 bits reads zeros of the same storage,
+    which is a wrong number and not a crash.
+    """
     n = x.shape[1]
     size = (2**32 + 2 * n) * x.element_size()
     if f.device.type == "cuda":
@@ -684,7 +687,7 @@ def offsets_may_exceed_2_31(f, seed):
 
 @prop(ALL, "mask", **SEED, size=st.sampled_from([7, 1, 64]))
 def nothing_but_masked_rows_gives_0(f, seed, size):
-    """And divides by no count of them (trl PR 5345)."""
+    """Nothing is divided by the number of real rows (trl PR 5345)."""
     arguments, _, up = example(f, seed, size)
     mask = torch.zeros(arguments[-1].shape, dtype=torch.bool)
     poisoned = [*by_row(f, arguments[: len(f.inputs)], lambda x: x * NAN), *arguments[len(f.inputs) :]]
@@ -694,7 +697,7 @@ def nothing_but_masked_rows_gives_0(f, seed, size):
 
 @prop(ALL, **SEED, size=st.sampled_from([7, 64, 1031]))
 def repeats_bit_for_bit(f, seed, size):
-    """Also when the memory that it is given holds something else than the last time."""
+    """Also when newly allocated memory holds other numbers than the last time."""
     arguments, options, up = example(f, seed, size, temperature=0.7)
     first = {name: value.clone() for name, value in f(*arguments, upstream=up, **options).items()}
     litter = [torch.full_like(value, NAN) for value in first.values() for _ in range(4)]
@@ -715,7 +718,7 @@ def inputs_are_left_alone(f, seed, size):
 
 @prop(ALL, "block sizes", **SEED, size=st.sampled_from([7, 300, 1031]), halvings=st.integers(1, 16))
 def block_sizes_do_not_matter(f, seed, size, halvings):
-    """The constants of the function's module, made smaller."""
+    """The constants of the function's module are made smaller."""
     arguments, options, up = example(f, seed, size, temperature=0.7)
     plain = f(*arguments, upstream=up, **options)
     with f.smaller_blocks(halvings):

@@ -1,19 +1,23 @@
-"""Try to break a kernel: every property of `kernels.tools.properties`, asked of any function with an op's
-signature.
+"""Try to break a kernel: ask every property in properties.py of any function with an op's signature.
 
-    python -m kernels.testing package.module:function [--op OP] [--device cpu|cuda] [--max-examples N]
+    python -m kernels.testing package.module:function [--op OP] [--device cpu|cuda] [--seed S]
 
-One line a property: pass; FAIL with the smallest failing example that hypothesis finds; or - and why it was
-not asked. Exit code 0, 1 if a property failed, 2 for a mistake of the user. The function takes the op's
-tensors by position and its options (temperature, mask, ...) by name; it may lack options, and the later
-results: what it lacks it is not asked. Under TRITON_INTERPRET=1 Triton code runs with no GPU. As a library:
-check(Subject(function, op), property)."""
+It prints one line per property: pass; FAIL, with the smallest failing example that hypothesis finds; or -,
+and why the property was not asked. The function takes the op's tensors by position and its options
+(temperature, mask, ...) by name. It may lack options, and the later results; properties that need them are
+not asked. Under TRITON_INTERPRET=1 Triton code runs without a GPU. Exit code: 0; 1 if a property failed; 2
+for a wrong command. As a library:
+
+    from kernels.testing import Subject, check
+    print(check(Subject(function, "token_logprobs"), "agrees_with_float64"))
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -30,29 +34,27 @@ from kernels.advantages import gae_reference
 from kernels.kl import token_kl_reference
 from kernels.linear_logprobs import linear_token_logprobs_reference
 from kernels.logprobs import token_logprobs_reference
-from kernels.tools import command
-from kernels.tools.command import Mistake, find
 
 try:
     import hypothesis
 except ImportError as missing:
+    needs = "kernels.testing draws its examples with hypothesis: pip install hypothesis"
     if __name__ != "__main__":
-        raise ImportError(
-            "kernels.testing draws its examples with hypothesis: pip install hypothesis"
-        ) from missing
-    print("kernels.testing: draws its examples with hypothesis; pip install hypothesis", file=sys.stderr)
+        raise ImportError(needs) from missing
+    print(needs, file=sys.stderr)
     sys.exit(2)
 
+from .commands import Mistake, Parser, describe, find, number
 from .properties import PROPERTIES, NotAsked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-EXAMPLES = 5 if INTERPRETED else 40  # the interpreter needs some 3 ms for each block of each row
+EXAMPLES = 5 if INTERPRETED else 40  # the interpreter takes about 3 ms for each block of each row
 
 
 @dataclass(frozen=True)
 class Op:
     reference: Callable[..., Any]
-    inputs: tuple[str, ...]  # floating point; `tokens` follows them, but for gae
+    inputs: tuple[str, ...]  # floating point; `tokens` follows them, except for gae
     results: tuple[str, ...]
     options: tuple[str, ...]
 
@@ -78,9 +80,12 @@ GUESSES = {
 
 
 class Subject:
-    """A function as the properties see it. Called with tensors from anywhere it answers with its results by
-    name, and with the gradients of its inputs ("d logits") where upstream gradients are given. `can`: its
-    options, results and abilities."""
+    """A function as the properties see it.
+
+    Called with tensors of any device, it returns the function's results by name, and the gradients of its
+    inputs ("d logits") if upstream gradients are given. `can` holds the names of its options, results and
+    abilities.
+    """
 
     def __init__(
         self, function: Callable[..., Any], op: str, device: str = "cpu", exact: bool = False
@@ -92,11 +97,10 @@ class Subject:
         self.oracle = self if exact else Subject(OPS[op].reference, op, exact=True)
 
     def _options(self) -> set[str]:
-        """The op's options that the signature names, or would swallow. What it names beyond the tensors must
-        be optional."""
+        """The op's options that the signature has. Raises Mistake for other parameters without a default."""
         try:
             parameters = list(inspect.signature(self.function).parameters.values())
-        except (TypeError, ValueError):  # not written in Python: nothing is known
+        except (TypeError, ValueError):  # not written in Python, so its parameters are not known
             return {*OPS[self.op].options}
         if any(p.kind == p.VAR_KEYWORD for p in parameters):
             return {*OPS[self.op].options}
@@ -107,13 +111,11 @@ class Subject:
             if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
         ]
         if missing:
-            raise Mistake(
-                f"{self.op} gives no {', '.join(missing)}: wrap the function in one that needs none"
-            )
+            raise Mistake(f"{self.op} gives no {', '.join(missing)}: wrap the function in one without it")
         return {p.name for p in others} & {*OPS[self.op].options}
 
     def _try(self) -> None:
-        """Two rows of three: which results come back, do they carry gradients, of what dtype are they?"""
+        """Call the function with two rows of three numbers; add its results and abilities to `can`."""
         x = torch.tensor([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]], device=self.device)
         rest = [] if self.op == "gae" else [torch.tensor([0, 1], device=self.device)]
         shape = tuple((rest or [x])[0].shape)
@@ -130,16 +132,13 @@ class Subject:
                 if INTERPRETED or self.device.type == "cuda"
                 else " (Triton needs --device cuda or TRITON_INTERPRET=1)"
             )
-            raise Mistake(
-                f"as {self.op} of two rows of three numbers it fails: {describe(error)}{hint}"
-            ) from error
+            call_of = f"called as {self.op} with two rows of three numbers, it fails"
+            raise Mistake(f"{call_of}: {describe(error)}{hint}") from error
         found = [tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__ for y in out]
         if found != [shape] * len(out) or len(out) > len(self.results):
             want = f"{', '.join(self.results)}, each {shape}"
-            raise Mistake(
-                f"as {self.op} of two rows of three numbers it should return {want}, "
-                f"not {found}: another --op?"
-            )
+            call_of = f"called as {self.op} with two rows of three numbers"
+            raise Mistake(f"{call_of}, it should return {want}, not {found}: another --op?")
         self.results = self.results[: len(out)]
         self.can |= {*self.results}
         if any(y.requires_grad for y in out):
@@ -155,8 +154,7 @@ class Subject:
                     self.can.add(ability)
 
     def _blocks(self) -> list[tuple[dict[str, Any], str]]:
-        """Block sizes: the integers so named in the function's module, or in those of its package that it
-        imports from."""
+        """Block sizes: integers so named in the function's module, and in what it imports of its package."""
         module = getattr(self.function, "__module__", None) or ""
         names = {module} | {
             getattr(x, "__module__", None) or "" for x in vars(sys.modules.get(module, argparse)).values()
@@ -186,7 +184,7 @@ class Subject:
                 space[key] = size
 
     def takes(self, **options: Any) -> dict[str, Any]:
-        """Those of the options that the function has."""
+        """The given options that the function has."""
         return {name: value for name, value in options.items() if name in self.can and value is not None}
 
     def _here(self, x: Any) -> Any:
@@ -228,17 +226,10 @@ class Outcome:
         return f"{self.status:4}  {self.name}{': ' if self.detail else ''}{self.detail}"
 
 
-def describe(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    text = text if len(text) < 300 else text[:300] + " ..."
-    return text if type(error) is AssertionError else f"{type(error).__name__}: {text}"
-
-
 def check(
     subject: Subject, name: str, max_examples: int = EXAMPLES, seed: int = 0, shrink: bool = True
 ) -> Outcome:
-    """Ask one property. The detail of a failure is its message and the smallest example found (the first
-    without `shrink`)."""
+    """Ask one property. A failure's detail is its message and the smallest example found."""
     asked, op = PROPERTIES[subject.op][name], OPS[subject.op]
     for need in asked.needs:
         if need not in subject.can:
@@ -251,7 +242,7 @@ def check(
         try:
             asked.check(subject, **drawn)
         except Exception as error:
-            last = drawn, error  # hypothesis ends by running the smallest one again
+            last = drawn, error  # hypothesis runs the smallest example last
             raise
 
     if asked.draws:
@@ -276,12 +267,11 @@ def check(
     return Outcome(name, "pass")
 
 
-def load(target: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names."""
-    found = find(target, "function")
-    if not callable(found):
-        raise Mistake(f"{target} is of type {type(found).__name__}: name a function")
-    return found
+def find_function(target: str) -> Callable[..., Any]:
+    function = find(target)
+    if not callable(function):
+        raise Mistake(f"{target} is of type {type(function).__name__}: name a function")
+    return function
 
 
 def guess(target: str) -> str:
@@ -291,54 +281,50 @@ def guess(target: str) -> str:
     raise Mistake(f"the name does not say which op {target} is: add --op {'|'.join(OPS)}")
 
 
-def main(argv: list[str] | None = None) -> int:
-    return command.run("kernels.testing", lambda: ask(parse(argv)))
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def ask(argv: list[str] | None) -> int:
+    """Print one line per property, and return the exit code. Raises Mistake."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = command.Parser("python -m kernels.testing", description=__doc__, formatter_class=formatter)
-    parser.add_argument("target", metavar="package.module:function")
-    parser.add_argument("--op", help=f"{', '.join(OPS)} (default: guessed from the function's name)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument(
-        "--max-examples",
-        type=command.whole_number(1, 10**9),
-        default=EXAMPLES,
-        metavar="N",
-        help="examples per property, at least 1 (default: %(default)s)",
+    parser = Parser("python -m kernels.testing", description=__doc__, formatter_class=formatter)
+    add, least = parser.add_argument, number(1)
+    add("target", metavar="package.module:function", help="function to test")
+    add("--op", help=f"operation that it implements: {', '.join(OPS)} (default: guessed from its name)")
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cpu",
+        help="device of its tensors (default: %(default)s)",
     )
-    seeds = command.whole_number(0, 2**32 - 1)
-    parser.add_argument("--seed", type=seeds, default=0, help="random seed, 0 or larger (default: 0)")
-    return parser.parse_args(argv)
-
-
-def ask(args: argparse.Namespace) -> int:
-    """Ask all properties of the op, and print what came out -> 1 where one failed."""
+    add("--max-examples", type=least, default=EXAMPLES, metavar="N",
+        help="most examples per property, at least 1 (default: %(default)s)")  # fmt: skip
+    add("--seed", type=number(0), default=0, help="seed of the examples, 0 or larger (default: %(default)s)")
+    args = parser.parse_args(argv)
     if INTERPRETED and importlib.util.find_spec("triton"):
         importlib.import_module("kernels.tools.interpreter").repair()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise Mistake("torch sees no GPU: leave --device out, and set TRITON_INTERPRET=1 for Triton code")
-    function, op = load(args.target), args.op or guess(args.target)
+    function, op = find_function(args.target), args.op or guess(args.target)
     if op not in OPS:
         raise Mistake(f"there is no op {op}: choose from {', '.join(OPS)}")
     subject = Subject(function, op, args.device)
     where = f"{args.device}{' (interpreter)' if INTERPRETED else ''}"
-    print(
-        f"{args.target} as {op} on {where}: "
-        f"at most {args.max_examples} examples per property, seed {args.seed}",
-        flush=True,
-    )
+    limits = f"at most {args.max_examples} examples per property, seed {args.seed}"
+    print(f"{args.target} as {op} on {where}: {limits}", flush=True)
     start, count = time.perf_counter(), {"pass": 0, "FAIL": 0, "-": 0}
     for name in PROPERTIES[op]:
         outcome = check(subject, name, args.max_examples, args.seed)
         count[outcome.status] += 1
         print(outcome, flush=True)
-    print(
-        f"{count['pass']} passed, {count['FAIL']} failed, {count['-']} not asked "
-        f"({time.perf_counter() - start:.1f} s)"
-    )
+    seconds = time.perf_counter() - start
+    print(f"{count['pass']} passed, {count['FAIL']} failed, {count['-']} not asked ({seconds:.1f} s)")
     return 1 if count["FAIL"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return ask(argv)
+    except Mistake as mistake:
+        print(f"kernels.testing: {mistake}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Every property of kernels/properties.py, of our four functions: on this path, under Triton's interpreter, and on a GPU."""
+"""Every property of kernels/tools/properties.py, asked of our four functions: on this path, under Triton's interpreter, and
+on a GPU (where KERNEL_EXAMPLES limits the examples per property)."""
 
+import os
 from functools import cache
 
 import pytest
 
 import kernels
 from kernels.tools.properties import PROPERTIES
-from kernels.tools.testing import OPS, Subject, check
+from kernels.tools.testing import EXAMPLES, OPS, Subject, check
 
 ASKED = [(op, name) for op in OPS for name in PROPERTIES[op]]
 each_property = pytest.mark.parametrize(("op", "name"), ASKED, ids=[f"{op}-{name}" for op, name in ASKED])
@@ -26,7 +28,7 @@ def test_property(op, name):
 @pytest.mark.gpu
 @each_property
 def test_property_on_a_gpu(op, name):
-    outcome = check(subject(op, "cuda"), name)
+    outcome = check(subject(op, "cuda"), name, int(os.environ.get("KERNEL_EXAMPLES", EXAMPLES)))
     assert outcome.status == "pass", outcome
 
 
