@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 LONGEST = 34  # tokens of a response in the checks: two questions "who still runs?" on a GPU
 
 
-def start(*argv, timeout=300) -> subprocess.CompletedProcess:
+def start(*argv, timeout=1200) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *map(str, argv)],
         cwd=HERE.parent,

@@ -52,6 +52,78 @@ def mask_of(rows):
     return torch.tensor(rows, dtype=torch.bool)
 
 
+def plain_transformer(model: GPT, tokens: list[int]) -> torch.Tensor:
+    """Hidden states [T, C] of one text in float64, a token and a head at a time, from the papers' formulas."""
+    c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
+    D, share = c.head_dim, c.n_head // c.kv_heads
+
+    def norm(x, name):
+        gain, bias = w[f"{name}.weight"], w.get(f"{name}.bias", 0.0)
+        centred = x - x.mean() if c.norm == "layer" else x
+        return centred / (centred.square().mean() + c.norm_eps).sqrt() * gain + bias
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
+
+    def turned(x, position):
+        if c.positions == "learned":
+            return x
+        cos, sin = (angle.double() for angle in rotary(c, torch.tensor(position)))
+        return torch.cat([x[: D // 2] * cos - x[D // 2 :] * sin, x[D // 2 :] * cos + x[: D // 2] * sin])
+
+    def gelu(x):
+        if c.mlp == "gelu":
+            return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+    def mlp(x, name):
+        if c.mlp == "swiglu":
+            gate = linear(x, f"{name}.gate")
+            return linear(gate * gate.sigmoid() * linear(x, f"{name}.fc"), f"{name}.mlp_out")
+        return linear(gelu(linear(x, f"{name}.fc")), f"{name}.mlp_out")
+
+    xs = [w["wte.weight"][token] for token in tokens]
+    if c.positions == "learned":
+        xs = [x + w["wpe.weight"][t] for t, x in enumerate(xs)]
+    xs = xs if c.pre_norm else [norm(x, "ln_f") for x in xs]
+    for layer in range(c.n_layer):
+        name = f"blocks.{layer}"
+        causal = c.causal and layer < c.n_layer - c.n_bidirectional
+        heads = [linear(norm(x, f"{name}.ln_1") if c.pre_norm else x, f"{name}.qkv").split(D) for x in xs]
+        seen = []
+        for t in range(len(xs)):
+            keys = range(t + 1 if causal else len(xs))
+            parts = []
+            for h in range(c.n_head):
+                g = c.n_head + h // share
+                q = turned(heads[t][h], t)
+                scores = torch.stack([q @ turned(heads[s][g], s) for s in keys]) / math.sqrt(D)
+                values = torch.stack([heads[s][g + c.kv_heads] for s in keys])
+                parts.append(scores.softmax(0) @ values)
+            seen.append(linear(torch.cat(parts), f"{name}.attn_out"))
+        xs = [x + y for x, y in zip(xs, seen, strict=True)]
+        if c.pre_norm:
+            xs = [x + mlp(norm(x, f"{name}.ln_2"), name) for x in xs]
+        else:
+            xs = [norm(x, f"{name}.ln_1") for x in xs]
+            xs = [norm(x + mlp(x, name), f"{name}.ln_2") for x in xs]
+    return torch.stack([norm(x, "ln_f") if c.pre_norm else x for x in xs])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_model_is_the_transformer_of_its_paper(shape):
+    torch.manual_seed(0)
+    model = GPT(SHAPES[shape]).eval()
+    tokens = torch.randint(50, (7,))
+    with torch.no_grad():
+        for p in model.parameters():  # at first all biases are 0, and a block adds next to nothing
+            p.add_(0.3 * torch.randn_like(p))
+        hidden, expected = model(tokens[None])[0], plain_transformer(model, tokens.tolist())
+        logits = expected @ model.head_weight.double().T
+        for found, exact in ((hidden, expected), (model.logits(hidden), logits)):
+            torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=1e-4)
+
+
 def test_D6_positions_count_real_tokens():
     masks = mask_of([[0, 0, 1, 1, 1, 0], [1, 0, 0, 1, 1, 1]])
     assert position_ids(masks[:1, :5]).tolist() == [[0, 0, 0, 1, 2]]
