@@ -41,7 +41,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["scale"]
 
 
-def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name: str) -> float:
+def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: float, name="model") -> float:
     """Sum gradients over the ranks, clip their norm to `max_norm` (0: do not), step -> the norm before.
 
     A norm that is not finite raises UserError before anything moves, on all ranks alike.
