@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# Before this folder, which Python puts there for a script, and in which `kernels` would be benchmarks/kernels.py.
+# Ahead of this folder, which Python puts first, and whose kernels.py would be imported as `kernels`.
 sys.path.insert(0, str(ROOT))
 
 WHEELS = ROOT / ".wheels"
@@ -54,7 +54,7 @@ def install(folder: Path) -> int:
 
 
 def errors(found: dict, want: dict, scale: dict) -> dict[str, float]:
-    """The largest error of each result, relative to the largest value of its row or to 1, whichever is larger."""
+    """The largest error of each result, divided by its scale."""
     return {
         name: float(((value.double() - want[name]).abs() / scale[name]).max())
         for name, value in found.items()
@@ -113,7 +113,7 @@ def oracles(args: argparse.Namespace) -> int:
                         row["plain"] = errors(
                             call(about.reference, tensors, tokens, about.inputs), exact, scale
                         )
-                    # Results are fp32. A gradient is rounded to its dtype once; the linear op's products round too.
+                    # Results are fp32. A gradient is rounded to its dtype once; the linear op rounds terms.
                     eps = {name: 1e-5 for name in exact} | {
                         f"d {name}": max(1e-5, (8 if op.startswith("linear") else 2) * torch.finfo(dtype).eps)
                         for name in about.inputs
@@ -144,14 +144,31 @@ def where() -> dict[str, str]:
 # PPO iterations
 
 SMOLLM2 = {  # SmolLM2-135M's shape (HuggingFaceTB), with a shorter context
-    "shape": {"vocab_size": 49152, "context": 2048, "n_layer": 30, "n_head": 9, "n_embd": 576, "n_kv_head": 3,
-              "n_inner": 1536, "norm": "rms", "positions": "rotary", "rope_theta": 1e5, "mlp": "swiglu", "bias": False},
-    "batch": 64, "minibatch": 32, "prompt": 32, "response": 64, "iterations": 6, "warm_up": 2, "precision": "bf16",
-}  # fmt: skip
-TINY = SMOLLM2 | {
-    "shape": SMOLLM2["shape"] | {"vocab_size": 512, "n_layer": 2, "n_head": 3, "n_embd": 24, "n_kv_head": 1, "n_inner": 48},
-    "batch": 4, "minibatch": 2, "prompt": 5, "response": 4, "iterations": 2, "warm_up": 1, "precision": "fp32",
-}  # fmt: skip
+    "shape": {
+        "vocab_size": 49152,
+        "context": 2048,
+        "n_layer": 30,
+        "n_head": 9,
+        "n_kv_head": 3,
+        "n_embd": 576,
+        "n_inner": 1536,
+        "norm": "rms",
+        "positions": "rotary",
+        "rope_theta": 1e5,
+        "mlp": "swiglu",
+        "bias": False,
+    },
+    "batch": 64,
+    "minibatch": 32,
+    "prompt": 32,
+    "response": 64,
+    "iterations": 6,
+    "warm_up": 2,
+    "precision": "bf16",
+}
+SMALL_SHAPE = {"vocab_size": 512, "n_layer": 2, "n_head": 3, "n_kv_head": 1, "n_embd": 24, "n_inner": 48}
+SMALL = {"batch": 4, "minibatch": 2, "prompt": 5, "response": 4, "iterations": 2, "warm_up": 1}
+SMALL |= {"precision": "fp32", "shape": SMOLLM2["shape"] | SMALL_SHAPE}
 
 
 def prepare(work: dict, folder: Path) -> None:
@@ -189,12 +206,10 @@ def prepare(work: dict, folder: Path) -> None:
 
 def options(work: dict, folder: Path, compiled: bool) -> list[str]:
     """The command line of train_ppo.py."""
-    named = {
-        "init": folder / "sft", "reward-model": folder / "rm", "data": folder / "texts.jsonl", "out": folder / "ppo",
-        "prompt-tokens": work["prompt"] - 1, "response-tokens": work["response"], "batch": work["batch"],
-        "minibatch": work["minibatch"], "iterations": work["iterations"], "precision": work["precision"], "lr": 1e-5,
-        "value-lr": 1e-5, "save-every": 10**6, "missing-eos": "none",
-    }  # fmt: skip
+    named = {"init": folder / "sft", "reward-model": folder / "rm", "data": folder / "texts.jsonl"}
+    named |= {"out": folder / "ppo", "prompt-tokens": work["prompt"] - 1, "response-tokens": work["response"]}
+    named |= {name: work[name] for name in ("batch", "minibatch", "iterations", "precision")}
+    named |= {"lr": 1e-5, "value-lr": 1e-5, "save-every": 10**6, "missing-eos": "none"}
     return [str(x) for name, value in named.items() for x in (f"--{name}", value)] + ["--compile"] * compiled
 
 
@@ -248,13 +263,13 @@ def child(command: str, job: dict) -> Any:
 
 
 def ppo(args: argparse.Namespace) -> int:
-    """Iterations of train_ppo.py on random weights -> seconds of each phase, peak memory, the estimate of it."""
-    work = TINY if args.small else SMOLLM2
-    found = {"device": where(), "compile": args.compile, "work": work}
+    """Run train_ppo.py on random weights; write seconds per phase, peak memory, and the estimate of it."""
+    work = SMALL if args.small else SMOLLM2
+    found, start = {"device": where(), "compile": args.compile, "work": work}, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(work, folder)
-        print(f"checkpoints: {time.perf_counter():.0f} s", flush=True)
+        print(f"checkpoints: {time.perf_counter() - start:.0f} s", flush=True)
         argv = options(work, folder, args.compile)
         try:
             found["peak_bytes"] = child("run-ppo", {"options": argv})
