@@ -168,7 +168,7 @@ def test_F20_ranks_refuse_a_step_together():
         optimizer = two_parameters([1.0, math.nan if rank else 1.0])
         with pytest.raises(
             UserError,
-            match="^the critic's gradient norm is nan: lower its learning rate, or train in --precision",
+            match="^the critic's gradient norm is nan: lower its learning rate, or use fp32",
         ):
             optim.take_step(Rank(sum_), optimizer, 1.0, "critic")
         return moved(optimizer)

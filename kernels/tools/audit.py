@@ -223,8 +223,13 @@ def parse() -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m kernels.audit", description=__doc__, formatter_class=formatter)
     add, targets = parser.add_argument, "cuda:80,cuda:90,cuda:100,hip:gfx942"
-    add("cases", nargs="*", default=["kernels.tools.audit:our_cases"], metavar="package.module:CASES",
-        help="list of kernels.audit.Case, or function that returns one (default: our kernels)")  # fmt: skip
+    add(
+        "cases",
+        nargs="*",
+        default=["kernels.tools.audit:our_cases"],
+        metavar="package.module:CASES",
+        help="list of kernels.audit.Case, or function that returns one (default: our kernels)",
+    )
     add(
         "--targets",
         default=targets,

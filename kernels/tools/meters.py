@@ -79,9 +79,13 @@ def capture(target: str) -> Iterator[tuple[list[tuple[str, Any]], Buffers]]:
         except Exception as error:  # that it does not compile is a finding too
             made.append((kernel.__name__, error))
 
-    driver.set_active(SimpleNamespace(  # Triton caches what it compiled by device
-        get_current_target=lambda: gpu, get_current_device=lambda: target, get_current_stream=lambda device: 0
-    ))  # fmt: skip
+    driver.set_active(
+        SimpleNamespace(  # Triton caches what it compiled by device
+            get_current_target=lambda: gpu,
+            get_current_device=lambda: target,
+            get_current_stream=lambda device: 0,
+        )
+    )
     with ExitStack() as stack:
         stack.enter_context(patch.object(JITFunction, "run", compile_only))
         for name, module in list(sys.modules.items()):

@@ -294,8 +294,13 @@ def ask(argv: list[str] | None) -> int:
         default="cpu",
         help="device of its tensors (default: %(default)s)",
     )
-    add("--max-examples", type=least, default=EXAMPLES, metavar="N",
-        help="most examples per property, at least 1 (default: %(default)s)")  # fmt: skip
+    add(
+        "--max-examples",
+        type=least,
+        default=EXAMPLES,
+        metavar="N",
+        help="most examples per property, at least 1 (default: %(default)s)",
+    )
     add("--seed", type=number(0), default=0, help="seed of the examples, 0 or larger (default: %(default)s)")
     args = parser.parse_args(argv)
     if INTERPRETED and importlib.util.find_spec("triton"):
