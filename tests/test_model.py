@@ -534,14 +534,16 @@ def test_a_cache_goes_on_with_some_rows_one_layer_at_a_time():
 
 
 def test_activations_that_are_computed_again_give_the_same_gradients():
-    found, tokens = [], torch.randint(50, (3, 7))
+    found, calls, tokens = [], [], torch.randint(50, (3, 7))
     for again in (False, True):
         torch.manual_seed(0)
         model = GPT(dataclasses.replace(SMALL, dropout=0.3))
         run_blocks([model], recompute=again, compiled=False)
+        model.blocks[0].fc.register_forward_hook(lambda layer, given, out: calls.append(len(calls)))
         model(tokens).square().sum().backward()
         found.append([p.grad for p in model.parameters()])
     assert all(map(torch.equal, *found))
+    assert len(calls) == 1 + 2
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share_it_was_told():
