@@ -18,9 +18,8 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf  # noqa: F401  (first: Ctrl-C while torch is imported then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
 
-# isort: split
 import dataclasses
 from pathlib import Path
 from typing import Literal
@@ -201,8 +200,8 @@ def load_prompts(
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    cli.refuse_unread("--kl-horizon", "without --kl-target", config.kl_target is None)
-    cli.refuse_unread("--missing-eos-penalty", "with --missing-eos none", config.missing_eos == "none")
+    cli.refuse_unread(["--kl-horizon"], "without --kl-target", config.kl_target is None)
+    cli.refuse_unread(["--missing-eos-penalty"], "with --missing-eos none", config.missing_eos == "none")
     run = Run("ppo", config)
 
     # Setup: the policy and its frozen reference; a reward model, a judge, and a value model; prompts.

@@ -16,11 +16,9 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf  # noqa: F401  (first: Ctrl-C while torch is imported then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
 
-# isort: split
 import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -199,8 +197,8 @@ def rating_pairs_loss(
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    for option in ("--normalise-samples", "--prompt-tokens", "--response-tokens", "--temperature"):
-        cli.refuse_unread(option, "with --normalise none", config.normalise == "none")
+    of_samples = ("--normalise-samples", "--prompt-tokens", "--response-tokens", "--temperature")
+    cli.refuse_unread(of_samples, "with --normalise none", config.normalise == "none")
     run = Run("rm", config)
 
     # Setup: data, a trained model as backbone of each member, optimisers.
@@ -225,13 +223,11 @@ def main() -> None:
 
     lengths = [len(item.ids) for item in judged.train]
 
-    def batches(turn: int) -> list[list[int]]:
-        """Places in judged.train of each step in an epoch of a member."""
+    def batches(turn: int) -> list[list[int]]:  # places in judged.train
         member, epoch = divmod(turn, config.epochs)
         return data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=member)
 
-    per_epoch = math.ceil(len(lengths) / config.batch)
-    schedule = Schedule([per_epoch] * (config.members * config.epochs), batches)
+    schedule = Schedule([len(lengths)] * (config.members * config.epochs), config.batch, batches)
     per_member = len(schedule) // config.members
     rated = source.kind == "rated"
     mean_rating = float(np.mean([target_of(item) for item in judged.train])) if rated else None

@@ -14,9 +14,8 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf  # noqa: F401  (first: Ctrl-C while torch is imported then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
 
-# isort: split
 import dataclasses
 import math
 from pathlib import Path
@@ -141,18 +140,20 @@ def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: lis
     return model, tokenizer
 
 
-def schedule_of(config: Config, examples: dict[str, list[Example]]) -> Schedule:
-    """Every optimiser step of the run: (epoch, its texts, whether it is the epoch's last)."""
+def schedule_of(config: Config, examples: dict[str, list[Example]]) -> tuple[Schedule, int]:
+    """Every optimiser step of the run, (epoch, its texts, whether it is the epoch's last), and all tokens."""
     first_final = config.epochs - config.final_epochs
-    pools = [examples["final" if epoch >= first_final else "train"] for epoch in range(config.epochs)]
+    names = ["final" if epoch >= first_final else "train" for epoch in range(config.epochs)]
+    tokens = {name: sum(len(ids) for ids, _ in pool) for name, pool in examples.items()}
 
     def batches(epoch: int) -> list[list[Example]]:
-        pool = pools[epoch]
+        pool = examples[names[epoch]]
         lengths = [len(ids) for ids, _ in pool]
         order = data.batches(len(pool), config.batch, config.seed, epoch, lengths)
         return [[pool[i] for i in picks] for picks in order]
 
-    return Schedule([math.ceil(len(pool) / config.batch) for pool in pools], batches)
+    schedule = Schedule([len(examples[name]) for name in names], config.batch, batches)
+    return schedule, sum(tokens[name] for name in names)
 
 
 def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> Tensor:
@@ -197,9 +198,8 @@ def bits_per_byte(
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    for option in OF_A_NEW_MODEL:
-        cli.refuse_unread(option, "with --init, which brings its own", config.init is not None)
-    cli.refuse_unread("--vocab", "with --tokenizer, which brings its own", config.tokenizer != "train")
+    cli.refuse_unread(OF_A_NEW_MODEL, "with --init, which brings its own", config.init is not None)
+    cli.refuse_unread(["--vocab"], "with --tokenizer, which brings its own", config.tokenizer != "train")
     run = Run("sft", config)
 
     # Setup: data, tokenizer, model, optimiser.

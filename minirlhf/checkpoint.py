@@ -138,6 +138,8 @@ def shape_of(path: str | Path) -> GPTConfig:
 
 def load_gpt(path: str | Path, **changes: Any) -> GPT:
     """The language model of a checkpoint, on the CPU, with changes to its GPTConfig (dropout, say)."""
+    if "head" in load_config(path):
+        raise UserError(f"{path}: a reward model: name a language model, or an imported encoder")
     return _fill(GPT(dataclasses.replace(shape_of(path), **changes)), path)
 
 
@@ -158,7 +160,7 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
 def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
     """The reward model of a checkpoint, on the CPU, and its tokenizer."""
     config = load_config(path)
-    if "head" not in config:
+    if not isinstance(config.get("head"), dict):
         raise UserError(
             f"{path}: a {config.get('stage')} checkpoint, not a reward model: name one made by train_rm.py"
         )

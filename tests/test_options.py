@@ -11,6 +11,7 @@ import importlib
 import math
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -470,8 +471,6 @@ def test_0_kl_coef_is_no_penalty_and_0_dropout_none(run, metrics, home, tmp_path
 
 def test_no_memory_is_one_line(run, capsys, tmp_path):
     """120 GB for one matrix: refused by the machine, not by a range."""
-    import resource
-
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (40 << 30, before[1]))
     try:

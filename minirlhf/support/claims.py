@@ -58,7 +58,9 @@ def claim(
                 f"ln -sfn {found[-1]} {out}/latest and --resume goes on; --overwrite starts again"
             )
         return "start"
-    before = saved.get("training", {})
+    before = saved.get("training")
+    if not isinstance(before, dict):
+        raise UserError(f"{out}: its config.json is damaged (no settings): --overwrite starts again")
     other = sorted(k for k in settings.keys() - NOT_SETTINGS if before.get(k, settings[k]) != settings[k])
     if other:
         change = ", ".join(f"{k} ({before[k]}, now {settings[k]})" for k in other)

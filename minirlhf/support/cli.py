@@ -27,7 +27,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -238,10 +238,11 @@ def given(argv: list[str] | None = None) -> set[str]:
     return {word.removeprefix("no-").replace("-", "_") for word in words}
 
 
-def refuse_unread(option: str, why: str, unread: bool = True) -> None:
-    """UserError where the option stands on the command line though nothing reads it: "with --init", say."""
-    if unread and option.removeprefix("--").replace("-", "_") in given():
-        raise UserError(f"{option} has no effect {why}: drop one of them")
+def refuse_unread(options: Sequence[str], why: str, unread: bool = True) -> None:
+    """UserError where one of the options is on the command line though nothing reads it: "with --init"."""
+    for option in options if unread else []:
+        if option.removeprefix("--").replace("-", "_") in given():
+            raise UserError(f"{option} has no effect {why}: drop one of them")
 
 
 def join_repeated(argv: list[str], option: str) -> list[str]:

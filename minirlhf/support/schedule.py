@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,9 @@ class Schedule:
     They are made one pass at a time: a list of all steps of many passes would take minutes and gigabytes.
     """
 
-    def __init__(self, steps: Sequence[int], batches: Callable[[int], list]):
-        """steps: how many batches each pass has; batches(i): those of pass i."""
-        self.ends, self.batches = np.cumsum(steps), batches
+    def __init__(self, sizes: Sequence[int], batch: int, batches: Callable[[int], list]):
+        """sizes: how many items each pass has; batches(i): those of pass i, `batch` items or fewer in each."""
+        self.ends, self.batches = np.cumsum([math.ceil(size / batch) for size in sizes]), batches
         self.current: tuple[int, list] = (-1, [])
 
     def __len__(self) -> int:
