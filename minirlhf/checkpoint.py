@@ -130,10 +130,9 @@ def shape_of(path: str | Path) -> GPTConfig:
     shape = load_config(path).get("model")
     try:
         return GPTConfig(**shape)
-    except TypeError as error:
-        raise UserError(
-            f"{path}/config.json: model: {str(error).replace('GPTConfig.__init__() ', '')}: {DAMAGED}"
-        ) from None
+    except (TypeError, UserError) as error:
+        reason = str(error).replace("GPTConfig.__init__() ", "").removeprefix("model: ")
+        raise UserError(f"{path}/config.json: model: {reason}: {DAMAGED}") from None
 
 
 def load_gpt(path: str | Path, **changes: Any) -> GPT:
