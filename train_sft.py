@@ -217,12 +217,12 @@ def main() -> None:
         context, rows = model.config.context, part.records
         examples[name] = data.encode_examples(tokenizer, rows, context, config.too_long, part.ledger)
         run.account(name, part.ledger)
-    schedule = schedule_of(config, examples)
+    schedule, n_tokens = schedule_of(config, examples)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
     counters = {"best": math.inf, "best_step": 0, "best_epoch": 0}
     state = run.resume(tokenizer, model, counters, optimizer=optimizer)  # [D21]
     n_parameters = sum(p.numel() for p in model.parameters())
-    run.print(f"{n_parameters:,} parameters; {len(schedule)} steps; {run.where}")
+    run.print(f"{n_parameters:,} parameters; {len(schedule)} steps, {n_tokens:,} tokens; {run.where}")
 
     # The loop: one optimiser step per iteration; validation at the end of each epoch.
     model.train()

@@ -26,7 +26,7 @@ A test is named by its fault.  This is where each is pinned; the first file name
     H21  test_data
     M2   here
     R1   test_masked, as F7        R2  test_rollout          R3  here            R4  test_model
-    R5   here                      R6  test_training         R7  here, as F1     R8  test_convert, as H8
+    R5   here                      R6  test_ranks            R7  here, as F1     R8  test_convert, as H8
     R9   no test: the demo's peak of memory is measured by hand (docs/speed.md)
     F1   here; test_checkpoint
     F2   here
