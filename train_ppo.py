@@ -323,8 +323,8 @@ def main() -> None:
             kl, target = metrics["objective/kl"], config.kl_target
             state["kl_coef"] = ppo.adapt_kl_coef(kl_coef, kl, target, config.batch, config.kl_horizon)
         run.log(iteration + 1, metrics, "score {objective/scores:.2f} kl {objective/kl:.1f}")
-        due = (iteration + 1) % config.save_every == 0
-        run.record_texts(iteration + 1, texts, per_text, kl_coef, show=due, every=config.save_samples)
+        due, last = (iteration + 1) % config.save_every == 0, iteration + 1 == config.iterations
+        run.record_texts(iteration + 1, texts, per_text, kl_coef, show=due or last, every=config.save_samples)
         run.checkpoint(iteration + 1, due)
 
     run.save(config.iterations, complete=True, results={"seconds": run.elapsed})
