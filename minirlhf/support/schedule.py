@@ -16,7 +16,7 @@ class Schedule:
     """
 
     def __init__(self, sizes: Sequence[int], batch: int, batches: Callable[[int], list]):
-        """sizes: how many items each pass has; batches(i): those of pass i, `batch` items or fewer in each."""
+        """sizes: how many items each pass has; batches(i): those of pass i, at most `batch` items in each."""
         self.ends, self.batches = np.cumsum([math.ceil(size / batch) for size in sizes]), batches
         self.current: tuple[int, list] = (-1, [])
 
