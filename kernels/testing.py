@@ -1,8 +1,8 @@
 """The command `python -m kernels.testing` and its library; the code is in kernels/tools/testing.py."""
 
 if __name__ == "__main__":
-    __import__("kernels.tools.command", fromlist=["run_module"]).run_module("kernels.tools.testing")
-else:
-    from kernels.tools.testing import Outcome, Subject, check
+    from kernels.tools.command import run_module
 
-    __all__ = ["Outcome", "Subject", "check"]
+    run_module("kernels.tools.testing")
+else:
+    from kernels.tools.testing import Outcome, Subject, check  # noqa: F401

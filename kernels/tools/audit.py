@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from .commands import Mistake, Parser, describe, find
+from .command import Mistake, Parser, find, run
 from .meters import NUMBERS, byte_trace, capture, read
 
 
@@ -175,7 +175,12 @@ def missed(report: dict[str, Any]) -> list[str]:
 def audit(cases: Sequence[Case], spec: list[str], targets: Sequence[str]) -> dict[str, Any]:
     """All measurements of the cases. `spec` names them to the child process."""
     child = [sys.executable, "-m", "kernels.audit", *spec, "--trace"]
-    calls = json.loads(subprocess.check_output(child, text=True))
+    done = subprocess.run(child, stdout=subprocess.PIPE, text=True)
+    if done.returncode:  # what went wrong is on standard error
+        raise Mistake(
+            "the calls above failed in Triton's interpreter: see Case.inputs in kernels/tools/audit.py"
+        )
+    calls = json.loads(done.stdout)
     kernels: dict[tuple[str, ...], dict[str, Any]] = {}
     for target, case in ((target, case) for target in targets for case in cases):
         for call, (made, buffers), _, results in phases(case, "meta", partial(capture, target)):
@@ -253,14 +258,14 @@ def parse() -> argparse.Namespace:
 
 def cases_of(spec: str) -> list[Case]:
     """The cases that package.module:NAME names."""
-    found = find(spec)
+    found = find(spec, "CASES")
     found = found() if callable(found) else found
     if not isinstance(found, list | tuple) or not all(hasattr(case, "inputs") for case in found):
         raise Mistake(f"{spec} is no list of kernels.audit.Case")
     return list(found)
 
 
-def run() -> int:
+def report_on() -> int:
     """Print the report, and return the exit code. Raises Mistake."""
     args = parse()
     if importlib.util.find_spec("triton") is None:
@@ -281,14 +286,7 @@ def run() -> int:
 
 
 def main() -> int:
-    try:
-        return run()
-    except Mistake as mistake:
-        print(f"kernels.audit: {mistake}", file=sys.stderr)
-        return 2
-    except subprocess.CalledProcessError as error:  # its traceback is above
-        print(f"kernels.audit: the calls failed in Triton's interpreter: {describe(error)}", file=sys.stderr)
-        return 1
+    return run("kernels.audit", report_on)
 
 
 if __name__ == "__main__":

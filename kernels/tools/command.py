@@ -1,4 +1,4 @@
-"""What the commands of this folder share: a mistake of the user's, and Ctrl-C, end in one line."""
+"""What the two commands share: the user's mistake and Ctrl-C end them in one line."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 
 class Mistake(Exception):
-    """A mistake of the user's: one line, with the remedy."""
+    """The user's mistake: one line that names the remedy."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser whose mistakes are a Mistake; an empty argument is one."""
+    """An argparse parser that raises Mistake, also for an empty argument."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A type for add_argument: a whole number from low to high."""
+    """The `type` of an option that takes a whole number from low to high."""
 
     def parse(text: str) -> int:
         try:
@@ -46,25 +46,32 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
+def describe(error: BaseException) -> str:
+    """The exception in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    text = text if len(text) < 300 else text[:300] + " ..."
+    return text if type(error) is AssertionError else f"{type(error).__name__}: {text}"
+
+
 def find(target: str, what: str = "name") -> Any:
-    """What `package.module:name` names.  Raises Mistake where it names nothing."""
+    """What package.module:name names. Raises Mistake if it names nothing."""
     module, _, path = target.partition(":")
     if not module or not path:
         raise Mistake(f"{target!r} is not of the form package.module:{what}")
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise Mistake(f"cannot import {module} ({reason}): run this where it lies, or install it") from error
+        where = "run this command in the folder of its package, or install the package"
+        raise Mistake(f"cannot import {module} ({describe(error)}): {where}") from error
     for name in path.split("."):
         if not hasattr(found, name):
-            raise Mistake(f"{module} has no {path}: is it spelled so?")
+            raise Mistake(f"{module} has no {path}: check the spelling")
         found = getattr(found, name)
     return found
 
 
 def run(name: str, main: Callable[[], int]) -> int:
-    """main() -> its exit code; 2 for a mistake of the user's, in one line on stderr."""
+    """main()'s exit code; 2, and one line on standard error, after a Mistake."""
     try:
         return main()
     except Mistake as mistake:
@@ -74,7 +81,7 @@ def run(name: str, main: Callable[[], int]) -> int:
 
 
 def run_module(name: str) -> None:
-    """Run a module of this folder as the command that its front is."""
+    """Run a module of this folder as the command of its front."""
     end_on_ctrl_c()
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
@@ -82,7 +89,7 @@ def run_module(name: str) -> None:
 def end_on_ctrl_c() -> None:
     """From here on Ctrl-C ends the process at once, with one line and exit code 130.
 
-    An exception would be lost where it is raised while a module is imported, or in a function under test.
+    A KeyboardInterrupt would be swallowed by a module that is being imported, or by a function under test.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)

@@ -44,7 +44,7 @@ except ImportError as missing:
     print(needs, file=sys.stderr)
     sys.exit(2)
 
-from .commands import Mistake, Parser, describe, find, number
+from .command import Mistake, Parser, describe, find, run, whole_number
 from .properties import PROPERTIES, NotAsked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -268,7 +268,7 @@ def check(
 
 
 def find_function(target: str) -> Callable[..., Any]:
-    function = find(target)
+    function = find(target, "function")
     if not callable(function):
         raise Mistake(f"{target} is of type {type(function).__name__}: name a function")
     return function
@@ -285,7 +285,7 @@ def ask(argv: list[str] | None) -> int:
     """Print one line per property, and return the exit code. Raises Mistake."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser("python -m kernels.testing", description=__doc__, formatter_class=formatter)
-    add, least = parser.add_argument, number(1)
+    add, most = parser.add_argument, 2**31 - 1
     add("target", metavar="package.module:function", help="function to test")
     add("--op", help=f"operation that it implements: {', '.join(OPS)} (default: guessed from its name)")
     add(
@@ -296,12 +296,17 @@ def ask(argv: list[str] | None) -> int:
     )
     add(
         "--max-examples",
-        type=least,
+        type=whole_number(1, most),
         default=EXAMPLES,
         metavar="N",
         help="most examples per property, at least 1 (default: %(default)s)",
     )
-    add("--seed", type=number(0), default=0, help="seed of the examples, 0 or larger (default: %(default)s)")
+    add(
+        "--seed",
+        type=whole_number(0, most),
+        default=0,
+        help="seed of the examples, 0 or larger (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if INTERPRETED and importlib.util.find_spec("triton"):
         importlib.import_module("kernels.tools.interpreter").repair()
@@ -325,11 +330,7 @@ def ask(argv: list[str] | None) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        return ask(argv)
-    except Mistake as mistake:
-        print(f"kernels.testing: {mistake}", file=sys.stderr)
-        return 2
+    return run("kernels.testing", lambda: ask(argv))
 
 
 if __name__ == "__main__":

@@ -329,13 +329,13 @@ def test_what_was_not_measured_is_a_miss():
 
 
 MISTAKES = {
-    "no colon": (["test_audit"], "not of the form package.module:name"),
+    "no colon": (["test_audit"], "not of the form package.module:CASES"),
     "no module": (["nowhere:CASES"], "cannot import nowhere"),
     "no such name": (["test_audit:NONE"], "test_audit has no NONE"),
     "no cases": (["test_audit:MISTAKES"], "test_audit:MISTAKES is no list of kernels.audit.Case"),
     "a target": (["--targets", "cuda:90,sm_80"], "'sm_80' is not of the form cuda:90"),
     "a folder": (["--json", "/nowhere/x.json"], "/nowhere/x.json: there is no such folder"),
-    "an option": (["--goal"], "unrecognized arguments: --goal (see"),
+    "an option": (["--goal"], "unrecognized arguments: --goal (--help lists"),
 }
 
 

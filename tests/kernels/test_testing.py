@@ -74,7 +74,7 @@ def test_of_ours():
 
 MISTAKES = {
     "no module": (["nowhere:gae"], "cannot import nowhere"),
-    "no colon": (["kernels.gae"], "not of the form package.module:name"),
+    "no colon": (["kernels.gae"], "not of the form package.module:function"),
     "no function": (["kernels:gea"], "kernels has no gea"),
     "not callable": (["kernels:__all__", "--op", "gae"], "name a function"),
     "unknown op": (["kernels:gae", "--op", "ppo"], "there is no op ppo: choose from token_logprobs, "),
@@ -85,10 +85,14 @@ MISTAKES = {
     ),
     "crashes": (["test_testing:fails_on_cpu", "--op", "token_logprobs"], "cpu tensor?)"),
     "a scalar": (["test_testing:scalar_loss_kl"], "each (2,), not [()]"),
-    "no examples": (["kernels:gae", "--max-examples", "0"], "must be an integer from 1 to"),
-    "examples in words": (["kernels:gae", "--max-examples", "many"], "must be an integer from 1 to"),
-    "a negative seed": (["kernels:gae", "--seed", "-1"], "must be an integer from 0 to"),
-    "no such option": (["kernels:gae", "--examples", "3"], "unrecognized arguments: --examples 3 (see"),
+    "no examples": (["kernels:gae", "--max-examples", "0"], "must be at least 1, not 0"),
+    "examples in words": (["kernels:gae", "--max-examples", "many"], "must be a whole number, not 'many'"),
+    "a negative seed": (["kernels:gae", "--seed", "-1"], "must be at least 0, not -1"),
+    "no such option": (
+        ["kernels:gae", "--examples", "3"],
+        "unrecognized arguments: --examples 3 (--help lists",
+    ),
+    "an empty option": (["kernels:gae", "--op", ""], "--op: its value is empty"),
     "no target": ([], "the following arguments are required: package.module:function"),
 }
 
