@@ -151,6 +151,16 @@ def encode_prompts(
     return found
 
 
+def practice_prompts(config, run, source: Dataset, tok, context: int) -> list[list[int]]:
+    """Prompts in ids from the split to practise on; each leaves room for a response in `context`."""
+    split = config.split if config.split != "auto" else "val" if config.data in BUILT_IN else "all"
+    part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
+    room, length = context - config.response_tokens, config.prompt_tokens
+    prompts = encode_prompts(tok, part.records, length, room, config.too_long, part.ledger)
+    run.account(f"prompts, {split} split", part.ledger)
+    return prompts
+
+
 def translate(ids: list[int], source, target) -> list[int]:
     """The same text in another tokenizer's ids, opened as its texts are, and closed if it was closed."""
     if source.hash == target.hash:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minirlhf import UserError, checkpoint, data
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
-from minirlhf.model import RewardEnsemble
+from minirlhf.model import GPT, RewardEnsemble, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
 from minirlhf.support import functions
 from minirlhf.support.functions import Reward, load_rewards
@@ -29,6 +29,7 @@ __all__ = [
     "blocked_words",
     "length",
     "load_rewards",
+    "make_critic",
     "repetition",
     "sameness",
 ]
@@ -78,6 +79,21 @@ class RewardReader:
             return *model(tokens, mask), cut
 
         return by_microbatch(read, self.model, texts, microbatch)
+
+
+def make_critic(policy: GPT, tokenizer: Tokenizer, reward: RewardReader | None, start: str) -> ValueModel:
+    """A value model that starts as the reward model, or as the policy with a zero head [D13]; by `start`.
+
+    'auto' is 'reward' where the reward model can score a prefix of the policy's own tokens, else 'sft'.
+    """
+    same_tokens = reward is not None and reward.tokenizer.hash == tokenizer.hash
+    if start == "reward" and not same_tokens:
+        raise UserError(
+            "the reward model has another tokenizer than the policy: use --value-init sft or auto"
+        )
+    prefixes = same_tokens and reward.model.members[0].backbone.config.reads_prefixes
+    from_reward = start == "reward" or start == "auto" and prefixes
+    return critic_from(reward.model.members[0]) if from_reward else zero_critic(policy)
 
 
 class Scorer:
