@@ -41,7 +41,9 @@ CASES = {
     "ppo, whitened rewards": ("train_ppo", [*SMALL, "--whiten-rewards", "--kl-target", "0.05", "--kl-horizon", "50",
                                             "--iterations", "3", "--max-approxkl", "0.001"]),
 } | {name: ("train_ppo", [*SMALL, "--iterations", "2", "--algorithm", name]) for name in ALGORITHMS if name != "ppo"}  # fmt: skip
-CASES["gspo"][1].extend(["--clip-range", "0.2"])  # at its own, this learning rate leaves no gradient in the second pass
+CASES["gspo"][1].extend(
+    ["--clip-range", "0.2"]
+)  # at its own, this learning rate leaves no gradient in the second pass
 
 
 def choices(path: Path) -> Path:
@@ -230,7 +232,10 @@ def test_the_cases_are_what_they_are_called(two_ranks, metrics):
 
 def test_sizes_that_ranks_do_not_divide_are_refused(two_ranks):
     home, _, said, _ = two_ranks
-    assert all("--batch over 2 processes, in groups of 1: 15 does not divide by 2" in messages["odd"] for messages in said)
+    assert all(
+        "--batch over 2 processes, in groups of 1: 15 does not divide by 2" in messages["odd"]
+        for messages in said
+    )
     assert not (home / "odd").exists()
 
 
