@@ -63,12 +63,12 @@ def sequence_logprobs(logprobs, mask):
     return where(mask, logprobs).sum(1)
 
 
-def dpo_loss(chosen_logratios, rejected_logratios, beta):
-    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios)).mean()
+def dpo_loss(chosen, rejected, beta):
+    return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
-def ipo_loss(chosen_logratios, rejected_logratios, beta):
-    return (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square().mean()
+def ipo_loss(chosen, rejected, beta):
+    return (chosen - rejected - 1 / (2 * beta)).square().mean()
 
 
 HEALTHY: list[tuple[str, Callable, dict[str, Any]]] = [
@@ -558,38 +558,38 @@ def not_the_pad(responses, eos, pad):
 
 @bug("P26", "dpo_loss", "at policy = reference")
 @bug("P26", "dpo_loss", "-log sigmoid(beta margin)")
-def without_beta(chosen_logratios, rejected_logratios, beta):
-    return -F.logsigmoid(chosen_logratios - rejected_logratios).mean()
+def without_beta(chosen, rejected, beta):
+    return -F.logsigmoid(chosen - rejected).mean()
 
 
 @bug("D15", "dpo_loss", "margins of any size")
-def log_of_sigmoid(chosen_logratios, rejected_logratios, beta):
-    return -(beta * (chosen_logratios - rejected_logratios)).sigmoid().log().mean()
+def log_of_sigmoid(chosen, rejected, beta):
+    return -(beta * (chosen - rejected)).sigmoid().log().mean()
 
 
 @bug("P26", "dpo_loss", "only the difference")
-def chosen_twice(chosen_logratios, rejected_logratios, beta):
-    return -F.logsigmoid(beta * (2 * chosen_logratios - rejected_logratios)).mean()
+def chosen_twice(chosen, rejected, beta):
+    return -F.logsigmoid(beta * (2 * chosen - rejected)).mean()
 
 
 @bug("D17", "dpo_loss", "the loss is the mean over pairs")
-def summed_pairs(chosen_logratios, rejected_logratios, beta):
-    return -F.logsigmoid(beta * (chosen_logratios - rejected_logratios)).sum()
+def summed_pairs(chosen, rejected, beta):
+    return -F.logsigmoid(beta * (chosen - rejected)).sum()
 
 
 @bug("P26", "ipo_loss", "(margin - 1 / (2 beta)) squared")
-def target_of_1_over_beta(chosen_logratios, rejected_logratios, beta):
-    return (chosen_logratios - rejected_logratios - 1 / beta).square().mean()
+def target_of_1_over_beta(chosen, rejected, beta):
+    return (chosen - rejected - 1 / beta).square().mean()
 
 
 @bug("P26", "ipo_loss", "only the difference")
-def ipo_chosen_alone(chosen_logratios, rejected_logratios, beta):
-    return (chosen_logratios - 1 / (2 * beta)).square().mean()
+def ipo_chosen_alone(chosen, rejected, beta):
+    return (chosen - 1 / (2 * beta)).square().mean()
 
 
 @bug("D17", "ipo_loss", "the loss is the mean over pairs")
-def ipo_summed(chosen_logratios, rejected_logratios, beta):
-    return (chosen_logratios - rejected_logratios - 1 / (2 * beta)).square().sum()
+def ipo_summed(chosen, rejected, beta):
+    return (chosen - rejected - 1 / (2 * beta)).square().sum()
 
 
 @bug("P26", "sequence_logprobs", "a response's log-probability is the sum")

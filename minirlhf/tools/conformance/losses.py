@@ -421,8 +421,8 @@ VALUE_LOSS = (
 def pairs(f: Subject, margin: list[float], beta: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
     """(loss, gradient in the chosen log-ratios) of pairs with these margins."""
     chosen = double(margin) + offset
-    given = {"rejected_logratios": torch.full_like(chosen, offset), "beta": beta}
-    return f.gradient("chosen_logratios", chosen_logratios=chosen, **given)
+    given = {"rejected": torch.full_like(chosen, offset), "beta": beta}
+    return f.gradient("chosen", chosen=chosen, **given)
 
 
 def dpo_at_the_reference(f: Subject) -> None:
