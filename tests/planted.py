@@ -441,7 +441,7 @@ def no_baseline(rewards, group):
     return (rewards.view(-1, group) / (rewards.view(-1, group).std(1, keepdim=True) + 1e-4)).view(-1)
 
 
-@bug("P5", "advantages", "equal rewards give exactly 0")
+@bug("P5", "advantages", "equal rewards give 0")
 def small_eps(rewards, group):
     return (centred(rewards, group) / (rewards.view(-1, group).std(1, keepdim=True) + 1e-8)).view(-1)
 

@@ -38,7 +38,9 @@ def real(*lengths, R):
 
 
 def near(got, want, tolerance=EXACT):
-    torch.testing.assert_close(got.detach().double(), torch.as_tensor(want, dtype=torch.float64), atol=tolerance, rtol=0)
+    torch.testing.assert_close(
+        got.detach().double(), torch.as_tensor(want, dtype=torch.float64), atol=tolerance, rtol=0
+    )
 
 
 def slope(advantage, ratio, clip=0.2, objective="clip", dtype=torch.float64):

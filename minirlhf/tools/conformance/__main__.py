@@ -20,7 +20,7 @@ import ast
 import importlib
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from minirlhf import UserError
@@ -112,6 +112,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def ask(subject: Subject, kind: str, accepted: Sequence[str] = ()) -> dict[str, int]:
+    """Ask every property of a kind, print what is found, and return how many hold, fail and so on."""
+    print(f"{subject.name} as {kind}, seed {subject.seed}", flush=True)
+    count = dict.fromkeys(("holds", "FAILS", "differs", "-"), 0)
+    for asked in PROPERTIES[kind]:
+        outcome = check(subject, asked, accepted=asked.number in accepted)
+        count[outcome.status] += 1
+        print(outcome, flush=True)
+    told = f"{count['holds']} hold, {count['FAILS']} fail, {count['-']} not asked"
+    print(told + (f", {count['differs']} accepted" if count["differs"] else ""))
+    return count
+
+
 def main() -> None:
     args = parse()
     if args.list:
@@ -121,14 +134,7 @@ def main() -> None:
     fixed = {name: value(text) for name, text in pairs(args.set, "--set").items()}
     subject = Subject(find(args.target), KINDS[args.kind], pairs(args.rename, "--rename"), fixed, args.mask,
         tuple(args.output), seed, args.target)  # fmt: skip
-    print(f"{args.target} as {args.kind}, seed {seed}", flush=True)
-    count = dict.fromkeys(("holds", "FAILS", "differs", "-"), 0)
-    for asked in PROPERTIES[args.kind]:
-        outcome = check(subject, asked, accepted=asked.number in args.accept)
-        count[outcome.status] += 1
-        print(outcome, flush=True)
-    told = f"{count['holds']} hold, {count['FAILS']} fail, {count['-']} not asked"
-    print(told + (f", {count['differs']} accepted" if count["differs"] else ""))
+    count = ask(subject, args.kind, args.accept)
     sys.exit(1 if count["FAILS"] else 0)
 
 

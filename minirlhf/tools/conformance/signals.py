@@ -239,17 +239,19 @@ def three_of_eight(f: Subject) -> str:
     raise Broken("one group of 8, rewards 1, 1, 1, 0, 0, 0, 0, 0", shown(got), right)
 
 
-def equal_rewards_give_exactly_0(f: Subject) -> None:
-    two = 2.0
+def equal_rewards_give_0(f: Subject) -> str | None:
     cases = {
         "16 rewards of float32 1000.1": [1000.1] * 16,
         "8 rewards of float32 .1": [0.1] * 8,
-        "rewards 2, 2, 2 and the float32 after 2": [two, two, two, two + 2**-22],
+        "rewards 2, 2, 2 and the float32 after 2": [2.0, 2.0, 2.0, 2.0 + 2**-22],
     }
+    left = 0.0
     for example, rewards in cases.items():
-        got = grouped(f, torch.tensor(rewards), len(rewards))
-        if (got != 0).any():
-            raise Broken(f"one group: {example}", f"largest {shown(float(got.abs().max()))}", "exactly 0")
+        got = grouped(f, torch.tensor(rewards), len(rewards)).abs().max().item()
+        if not got <= 1e-6 * max(rewards):
+            raise Broken(f"one group: {example}: the largest advantage", shown(got), "0")
+        left = max(left, got)
+    return f"rounding noise of at most {left:.0e} is left, not amplified" if left else None
 
 
 def a_group_of_one_has_no_advantage(f: Subject) -> None:
@@ -263,14 +265,16 @@ def groups_are_independent(f: Subject) -> None:
 
 
 def a_nan_stays_in_its_group(f: Subject) -> str | None:
-    one = grouped(f, double(1.0, 0.0, 0.0, 0.0), 4)
     try:
-        both = grouped(f, double(1.0, 0.0, 0.0, 0.0, NAN, 1.0, 0.0, 1.0), 4)
+        got = grouped(f, double(1.0, 0.0, 0.0, 0.0, NAN, 1.0, 0.0, 1.0), 4)[:4]
     except NotAsked:
         raise
     except Exception:
         return "NaN is refused"
-    same("groups (1, 0, 0, 0) and (nan, 1, 0, 1): the first four rows", both[:4], one.detach())
+    if not got.isfinite().all():
+        raise Broken(
+            "groups (1, 0, 0, 0) and (nan, 1, 0, 1): the first four rows", shown(got), "finite numbers"
+        )
     return None
 
 
@@ -287,11 +291,11 @@ def a_shift_of_rewards_changes_nothing(f: Subject) -> None:
 ADVANTAGES = (
     Property("P4", "a known baseline and scale: 3 of 8 responses right", three_of_eight,
         "advantages have another size than papers and other libraries say, and so has the learning rate"),
-    Property("P5", "equal rewards give exactly 0", equal_rewards_give_exactly_0,
+    Property("P5", "equal rewards give 0, not amplified rounding noise", equal_rewards_give_0,
         "rounding noise becomes advantages of full size in every group where all are right or all are wrong",
         "small eps 1e-8 in several; verl #6348"),
     Property("P6", "a group of one has advantage 0", a_group_of_one_has_no_advantage,
-        "the standard deviation of one number is NaN, and so are all weights after the step",
+        "its standard deviation is NaN, and so are all weights after the step; or it is trained on its raw reward",
         "TRL #5773 #5775"),
     Property("P6", "a NaN is refused, or stays in its group", a_nan_stays_in_its_group,
         "one reward function that fails once poisons the whole batch", "TRL #5773 #5775"),
@@ -339,7 +343,7 @@ def one_number_has_no_spread(f: Subject) -> None:
 
 def equal_numbers_give_0(f: Subject) -> None:
     got = f(x=torch.full((1, 3), 4.0, dtype=torch.float64), mask=real(3, R=3), shift_mean=True)
-    same("x 4, 4, 4", got, [[0.0] * 3])
+    same("x 4, 4, 4", got, [[0.0] * 3], 1e-3)
 
 
 WHITEN = (
@@ -350,7 +354,7 @@ WHITEN = (
         "whitened rewards lose the sign that says good or bad", "one public library, whose tests pin the inversion"),
     Property("D22", "only real tokens count", whitened_padding,
         "the amount of padding scales the advantages"),
-    Property("D10", "one real token gives no NaN", one_number_has_no_spread, "all weights are NaN after the step"),
+    Property("D10", "one real token gives no NaN", one_number_has_no_spread, "a batch with one real token stops the run, or makes all weights NaN"),
     Property("D10", "equal numbers give 0", equal_numbers_give_0, "all weights are NaN after the step"),
 )  # fmt: skip
 
