@@ -65,6 +65,7 @@ class Judged:
     ids: list[int]
     ids_b: list[int] | None = None
     cuts: Sequence[str] = ()  # what the context cut off
+    n_prompt: int = 0  # how many of ids, and of ids_b, are `<bos> prompt`
 
 
 def encode_example(tok, prompt: str, completion: str, context: int, eos=True) -> tuple[list, list]:
@@ -102,7 +103,7 @@ def encode_examples(
 def encode_pair(tok, record: Record, context: int, too_long: TooLong = "drop") -> Judged | None:
     """A rated text or a pair in the ids that SFT would see; None where the prompt leaves no room for them."""
     fitted = fit(tok, record.prompt, record.texts, context, too_long, record.where)
-    return fitted and Judged(record, *fitted.sequences, cuts=fitted.cuts)
+    return fitted and Judged(record, *fitted.sequences, cuts=fitted.cuts, n_prompt=fitted.n_prompt)
 
 
 def encode_judged(
@@ -149,6 +150,16 @@ def encode_prompts(
             counts["cut: the beginning of the prompt"] += len(prompt) < len(whole)
     ledgers.enter(counts, ledger, "no prompt")
     return found
+
+
+def practice_prompts(config, run, source: Dataset, tok, context: int) -> list[list[int]]:
+    """Prompts in ids from the split that PPO practises on (--split), with room for a response in `context`."""
+    split = config.split if config.split != "auto" else "val" if config.data in BUILT_IN else "all"
+    part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
+    room, length = context - config.response_tokens, config.prompt_tokens
+    prompts = encode_prompts(tok, part.records, length, room, config.too_long, part.ledger)
+    run.account(f"prompts, {split} split", part.ledger)
+    return prompts
 
 
 def translate(ids: list[int], source, target) -> list[int]:

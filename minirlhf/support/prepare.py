@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,3 +66,14 @@ def _store(modules: list[nn.Module], dtype: torch.dtype) -> None:
         for p in module.parameters():
             if p.dim() == 2:
                 p.data = p.data.to(dtype)
+
+
+def prepare(config: Any, run: Any, trained: list[nn.Module], frozen: list[nn.Module]) -> None:
+    """Move all models to the device, without dropout [D5]; freeze what is not trained."""
+    for model in (*trained, *frozen):
+        disable_dropout(model.to(run.device))
+        if config.train_layers is not None:
+            train_last(model, config.train_layers if model in trained else 0, run.frozen_dtype)
+    for model in frozen:
+        store_blocks(model.requires_grad_(False), run.frozen_dtype)
+    run_blocks(trained, config.gradient_checkpointing, config.compile)
