@@ -1,8 +1,9 @@
-"""Stage 3: tune the language model with PPO against the reward model.
+"""Stage 3: tune the language model with PPO, or a relative of it, against the reward model.
 
     python train_ppo.py                                   # after train_sft.py and train_rm.py
     python train_ppo.py --preset smoke                    # seconds, to see that it runs
     python train_ppo.py --reward rm --reward minirlhf.rewards:repetition:-0.5
+    python train_ppo.py --algorithm rloo --kl-coef 0.2    # or grpo, dr-grpo, dapo, cispo, gspo
     torchrun --nproc-per-node 8 train_ppo.py --out runs/big/ppo --init runs/big/sft --reward-model runs/big/rm
 
 PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the
@@ -13,6 +14,7 @@ token. Deliberate departures:
 - the sampler draws from the whole distribution; there is no top-k or top-p to switch on [D2];
 - every step's randomness is a function of (seed, iteration, rank), so a resumed run is the same run [D21].
 
+PPO's relatives (--algorithm) are rows of the table in minirlhf/algorithms.py; `algorithm` below is a row.
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
 """
 
@@ -25,25 +27,23 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, optim, ppo
+from minirlhf.algorithms import Cells
 from minirlhf.masked import whiten
-from minirlhf.model import GPT, ValueModel, critic_from, zero_critic
-from minirlhf.rewards import RewardReader, Scorer, load_rewards
+from minirlhf.rewards import RewardReader, Scorer, load_rewards, make_critic
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, Epsilon, Real, Share, Temperature
 from minirlhf.support.history import History
-from minirlhf.support.prepare import disable_dropout, run_blocks, store_blocks, train_last
+from minirlhf.support.prepare import prepare
 from minirlhf.support.ragged import send
-from minirlhf.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(RunConfig):
+class Config(Cells, RunConfig):
     preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/ppo")
@@ -115,8 +115,6 @@ class Config(RunConfig):
     """Adam's epsilon, larger than PyTorch's 1e-8 [D16]."""
     max_grad_norm: AtLeast0 = 1.0
     """Gradients of policy and value model are each scaled down to this norm.  0: no clipping."""
-    clip_range: Above0 = 0.2
-    """The probability ratio is clipped to 1 plus or minus this (Schulman et al. 2017)."""
     clip_range_value: Above0 | None = 0.2
     """Values are clipped to the rollout's plus or minus this [D12].  None: no clipping."""
     ent_coef: AtLeast0 = 0.0
@@ -125,8 +123,6 @@ class Config(RunConfig):
     """Discount factor.  1 by default: episodes are short."""
     lam: Share = 0.95
     """Lambda of generalised advantage estimation (Schulman et al. 2016)."""
-    whiten_advantages: bool = True
-    """Whiten advantages over the rollout of all ranks [D10]."""
     max_approxkl: Above0 | None = None
     """Leave the remaining minibatches of a rollout when one's approxkl passes this.  Default: never."""
     fused_head: Literal["auto", "on", "off"] = "auto"
@@ -136,10 +132,11 @@ class Config(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for big, small in (("batch", "minibatch"), ("minibatch", "microbatch")):
-            whole, part = getattr(self, big), getattr(self, small)
-            if part and whole % part:
-                raise UserError(f"--{big} {whole} does not divide by --{small} {part}")
+        group = self.choose().group
+        sizes = ("batch", "minibatch", self.minibatch), ("batch", "group", group)
+        for big, small, part in (*sizes, ("minibatch", "microbatch", self.microbatch)):
+            if part and getattr(self, big) % part:
+                raise UserError(f"--{big} {getattr(self, big)} does not divide by --{small} {part}")
         if not self.stop and self.fused_head == "on":
             raise UserError(
                 "--fused-head on never holds the logits that --no-stop takes a token out of: drop one"
@@ -162,49 +159,17 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_critic(config: Config, policy: GPT, reward: RewardReader | None, tokenizer: Tokenizer) -> ValueModel:
-    """A value model that starts as the reward model, or as the policy with a zero head [D13]."""
-    same_tokens = reward is not None and reward.tokenizer.hash == tokenizer.hash
-    if config.value_init == "reward" and not same_tokens:
-        raise UserError(
-            "the reward model has another tokenizer than the policy: use --value-init sft or auto"
-        )
-    prefixes = same_tokens and reward.model.members[0].backbone.config.reads_prefixes
-    from_reward = config.value_init == "reward" or config.value_init == "auto" and prefixes
-    return critic_from(reward.model.members[0]) if from_reward else zero_critic(policy)
-
-
-def prepare(config: Config, run: Run, trained: list[nn.Module], frozen: list[nn.Module]) -> None:
-    """Move all models to the device, without dropout [D5]; freeze what is not trained."""
-    for model in (*trained, *frozen):
-        disable_dropout(model.to(run.device))
-        if config.train_layers is not None:
-            train_last(model, config.train_layers if model in trained else 0, run.frozen_dtype)
-    for model in frozen:
-        store_blocks(model.requires_grad_(False), run.frozen_dtype)
-    run_blocks(trained, config.gradient_checkpointing, config.compile)
-
-
-def load_prompts(
-    config: Config, run: Run, source: data.Dataset, tokenizer: Tokenizer, contexts: list[int]
-) -> list[list[int]]:
-    """Prompts as token ids, from the split that PPO practises on; each leaves room for a response."""
-    split = config.split if config.split != "auto" else "val" if config.data in data.BUILT_IN else "all"
-    part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
-    room = min(contexts) - config.response_tokens
-    length = config.prompt_tokens
-    prompts = data.encode_prompts(tokenizer, part.records, length, room, config.too_long, part.ledger)
-    run.account(f"prompts, {split} split", part.ledger)
-    return prompts
-
-
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
     cli.refuse_unread(["--kl-horizon"], "without --kl-target", config.kl_target is None)
     cli.refuse_unread(["--missing-eos-penalty"], "with --missing-eos none", config.missing_eos == "none")
+    algorithm = config.choose()
+    of_critic = ("--value-init", "--value-lr", "--clip-range-value", "--gamma", "--lam", "--whiten-rewards")
+    cli.refuse_unread(of_critic, "without a critic", algorithm.baseline != "critic")
+    cli.refuse_unread(["--kl-coef", "--kl-target"], "with --kl none", algorithm.kl == "none")
     run = Run("ppo", config)
 
-    # Setup: the policy and its frozen reference; a reward model, a judge, and a value model; prompts.
+    # Setup: the policy and its frozen reference; a reward model, a judge, perhaps a value model; prompts.
     rewards = load_rewards(list(config.reward))
     stages, uses_rm = config.out.parent, any(name == "rm" for name, _, _ in rewards)
     sft = checkpoint.resolve(config.init or stages / "sft", "run train_sft.py first, or name one with --init")
@@ -216,15 +181,18 @@ def main() -> None:
     if not run.begin(source, init=sft, reward_model=reward_dir, monitor=config.monitor):
         return
     policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)
-    critic = make_critic(config, policy, reward, tokenizer)
+    with_critic = algorithm.baseline == "critic"
+    critic = make_critic(policy, tokenizer, reward, config.value_init) if with_critic else None
     readers = [reader for reader in (reward, judge) if reader]
-    prepare(config, run, [policy, critic], [ref, *(reader.model for reader in readers)])
+    prepare(config, run, [policy, critic] if critic else [policy], [ref, *(r.model for r in readers)])
     contexts = [policy.config.context, *(r.context for r in readers if r.tokenizer.hash == tokenizer.hash)]
-    prompts = load_prompts(config, run, source, tokenizer, contexts)
+    prompts = data.practice_prompts(config, run, source, tokenizer, min(contexts))
 
     # What is fixed for all iterations: this rank's share, the sampler's settings, the reward, the optimisers.
-    local_batch = optim.exact_div(config.batch, run.world, f"--batch over {run.world} processes")
-    local_minibatch = optim.exact_div(config.minibatch, run.world, f"--minibatch over {run.world} processes")
+    G, world = algorithm.group, f"over {run.world} processes"
+    groups = optim.exact_div(config.batch, G * run.world, f"--batch {world}, in groups of {G}")
+    local_batch = groups * G
+    local_minibatch = optim.exact_div(config.minibatch, run.world, f"--minibatch {world}")
     microbatch = min(config.microbatch or local_minibatch, local_minibatch)
     fused = optim.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
     # The sampler's settings are those of all log-probabilities [D2] [D3].
@@ -232,23 +200,29 @@ def main() -> None:
     sampling = Sampling(config.response_tokens, config.temperature, eos, pad, forbidden, fused)
     scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
-    value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
-    changing = {"value": critic, "policy_optimizer": policy_optimizer, "value_optimizer": value_optimizer}
-    state = run.resume(tokenizer, policy, {"kl_coef": config.kl_coef}, **changing)  # [D21]
+    changing = {"policy_optimizer": policy_optimizer}
+    if critic:
+        value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
+        changing |= {"value": critic, "value_optimizer": value_optimizer}
+    run.about["algorithm"] = dataclasses.asdict(algorithm)
+    kl_coef = 0.0 if algorithm.kl == "none" else config.kl_coef
+    state = run.resume(tokenizer, policy, {"kl_coef": kl_coef}, **changing)  # [D21]
     sum_ = run.machine.sum_  # statistics are of all ranks
+    clip = (algorithm.clip_range, algorithm.clip_range_high)
     run.print(f"{config.iterations} iterations of {config.batch} responses; {run.where}")
 
     for iteration in run.loop(config.iterations):
         kl_coef = state["kl_coef"]
         lr_factor = ppo.linear_decay(iteration, config.iterations)  # [D16]
         optim.set_lr(policy_optimizer, config.lr * lr_factor)
-        optim.set_lr(value_optimizer, config.value_lr * lr_factor)
+        if critic:
+            optim.set_lr(value_optimizer, config.value_lr * lr_factor)
 
-        # 1. Rollout: the policy continues this rank's share of a batch of prompts.
+        # 1. Rollout: the policy continues this rank's share of a batch of prompts, each of them G times.
         run.phase("rollout")
-        order = data.cursor(len(prompts), config.batch, config.seed, iteration)
-        mine = order[run.rank * local_batch : (run.rank + 1) * local_batch]
-        queries, query_mask = data.collate([prompts[i] for i in mine], pad, side="left")
+        order = data.cursor(len(prompts), groups * run.world, config.seed, iteration)
+        mine = order[run.rank * groups : (run.rank + 1) * groups]
+        queries, query_mask = data.collate([prompts[i] for i in mine for _ in range(G)], pad, side="left")
         with run.autocast():
             texts = generate(policy, queries, query_mask, sampling)
         response_mask = texts.response_mask  # [B, R]
@@ -259,51 +233,68 @@ def main() -> None:
         with run.autocast(), torch.no_grad():
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
             ref_logprobs, _ = by_microbatch(response_logprobs, ref, texts, microbatch, sampling)  # [B, R]
-            values = by_microbatch(response_values, critic, texts, microbatch)  # [B, R], before tokens [D8]
+            values = by_microbatch(response_values, critic, texts, microbatch) if critic else None  # [D8]
             scores, score_parts = run.together(scorer, texts)  # [B]
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
         has_eos = texts.ended(eos)  # [D9]
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
 
         # 3. Rewards: minus kl_coef * k1 at every token, plus the score at the last real token [D1] [D7].
-        token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, kl_coef)
+        coef = kl_coef if algorithm.kl == "reward" else 0.0
+        token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, coef)
         if config.whiten_rewards:
             token_rewards = whiten(token_rewards, response_mask, shift_mean=False, sum_=sum_)  # [D10]
 
-        # 4. Advantages; returns are taken before whitening [D8].
-        advantages, returns = gae(token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam)
-        if config.whiten_advantages:
+        # 4. Advantages: of every token, by the critic, with returns taken before whitening [D8]; or of the
+        #    whole response, beside its group [D27].
+        if critic:
+            advantages, returns = gae(
+                token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam
+            )
+        else:
+            totals = token_rewards.sum(1)  # [B]
+            advantages = ppo.group_advantages(totals, G, algorithm.baseline, algorithm.scale)
+            advantages = advantages[:, None].expand_as(token_rewards)  # [B, R]
+            equal = ppo.equal_rewards(totals, G)  # [B]: such groups teach nothing
+            score_parts["frac_reward_zero_std"] = equal.float()
+        if algorithm.scale == "rollout":
             advantages = whiten(advantages, response_mask, sum_=sum_)  # [D10]
+        learnt = response_mask & ~equal[:, None] if algorithm.equal_groups == "drop" else response_mask
+        weights, share = ppo.averaging(learnt, algorithm.average, config.response_tokens)  # [D28]
 
         # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's
         #    activations and gradients are in memory at a time.
         run.phase("update")
         history = History()
         for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
-            tokens = run.sum_(
-                response_mask[send(minibatch, run.device)].sum().float()
-            )  # real ones, over all ranks [D17]
+            here = send(minibatch, run.device)
+            # Real tokens, and the loss's divisor, over all ranks [D17].
+            tokens, total = run.sum_(torch.stack([learnt[here].sum(), share[here].sum()])).clamp(min=1)
             stats = history.new_step(tokens)
 
             for rows in minibatch.split(microbatch):
                 here = send(rows, run.device)
-                old, mask = logprobs[here], response_mask[here]
+                old, mask, weight = logprobs[here], learnt[here], weights[here] * (tokens / total)
                 with run.autocast():
                     new, entropy = response_logprobs(policy, texts[rows], sampling)
                 loss, found = ppo.policy_loss(
-                    new, old, advantages[here], mask, config.clip_range, tokens
-                )  # [D12]
-                mean_entropy = entropy.sum() / tokens  # padding holds 0 [D22]
-                (loss - config.ent_coef * mean_entropy).backward()
+                    new, old, advantages[here], mask, clip, tokens, weight, algorithm.objective
+                )  # [D12] [D29]
+                kl = ppo.kl_loss(new, old, ref_logprobs[here], mask, algorithm.kl, tokens, weight)  # [D30]
+                mean_entropy = (entropy * mask).sum() / tokens  # padding holds 0 [D22]
+                (loss + kl_coef * kl - config.ent_coef * mean_entropy).backward()
                 stats.add({"loss/policy_avg": loss, "policy/entropy_avg": mean_entropy} | found)
             if config.max_approxkl and stats.sum(run, "policy/approxkl_avg") > config.max_approxkl:
                 policy_optimizer.zero_grad(set_to_none=True)
+                history.leave_step()
                 break
             run.take_step(policy_optimizer, config.max_grad_norm, "policy")
 
+            if not critic:
+                continue
             for rows in minibatch.split(microbatch):
                 here = send(rows, run.device)
-                old, mask = values[here], response_mask[here]
+                old, mask = values[here], learnt[here]
                 with run.autocast():
                     new = response_values(critic, texts[rows])
                 loss, clipped = ppo.value_loss(new, old, returns[here], mask, config.clip_range_value, tokens)
@@ -315,10 +306,14 @@ def main() -> None:
         per_text = (
             ppo.rollout_metrics(scores, logprobs, ref_logprobs, response_mask, has_eos, kl_coef) | score_parts
         )
-        explained = ppo.explained_variance(values, returns, response_mask, sum_)
         metrics = history.means(run.machine) | run.means(per_text, config.batch)
-        metrics |= {"val/explained_variance": explained.item(), "objective/kl_coef": kl_coef}
-        metrics |= {"lr": config.lr * lr_factor, "episode": (iteration + 1) * config.batch}
+        metrics |= {"objective/kl_coef": kl_coef, "lr": config.lr * lr_factor}
+        metrics |= {"episode": (iteration + 1) * config.batch}
+        if critic:
+            explained = ppo.explained_variance(values, returns, response_mask, sum_)
+            metrics["val/explained_variance"] = explained.item()
+        elif metrics["frac_reward_zero_std"] == 1:
+            run.print(f"iteration {iteration + 1}: equal rewards in every group: nothing to learn from")
         if config.kl_target is not None:
             kl, target = metrics["objective/kl"], config.kl_target
             state["kl_coef"] = ppo.adapt_kl_coef(kl_coef, kl, target, config.batch, config.kl_horizon)

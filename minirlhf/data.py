@@ -153,7 +153,7 @@ def encode_prompts(
 
 
 def practice_prompts(config, run, source: Dataset, tok, context: int) -> list[list[int]]:
-    """Prompts in ids from the split that PPO practises on (--split), with room for a response in `context`."""
+    """Prompts in ids from the split to practise on; each leaves room for a response in `context`."""
     split = config.split if config.split != "auto" else "val" if config.data in BUILT_IN else "all"
     part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
     room, length = context - config.response_tokens, config.prompt_tokens

@@ -1,4 +1,4 @@
-"""PPO's equations for language models, as pure functions: they know no model, tokenizer or config.
+"""Equations of PPO and its relatives, as pure functions: they know no model, tokenizer or config.
 
 Dimensions: B sequences, R response tokens. `response_mask` [B, R] is bool, True = a real token of the
 response; what stands where it is False may be NaN and reaches no value and no gradient [D22]. `logprobs`,
@@ -63,37 +63,125 @@ def apply_missing_eos(scores: Tensor, has_eos: Tensor, penalty: float, mode: str
     return torch.where(has_eos, scores, -penalty if mode == "replace" else scores - penalty)
 
 
+def group_advantages(rewards: Tensor, group: int, baseline: str, scale: str) -> Tensor:
+    """Advantages [B] of whole responses, from their rewards [B] and those of the rest of the group [D27].
+
+    Rows k * group .. (k + 1) * group - 1 answer one prompt and were drawn together. `baseline` 'mean': the
+    group's mean (GRPO); 'leave-one-out': the mean of the others (RLOO). The latter alone gives the true
+    gradient; the former is short by (group - 1) / group. `scale` 'std' divides by the group's unbiased
+    standard deviation + 1e-4, as TRL does. Equal rewards give exactly 0, as does a group of one.
+    """
+    R = rewards.double().view(-1, group)
+    advantages, others = R - R.mean(1, keepdim=True), max(group - 1, 1)
+    std = (advantages.square().sum(1, keepdim=True) / others).sqrt()
+    if baseline == "leave-one-out":
+        advantages = advantages * group / others
+    if scale == "std":
+        advantages = advantages / (std + 1e-4)
+    return torch.where(equal_rewards(rewards, group), 0.0, advantages.view(-1)).to(rewards.dtype)
+
+
+def equal_rewards(rewards: Tensor, group: int) -> Tensor:
+    """Which of the responses [B] are in a group whose rewards [B] are equal to rounding: bool [B] [D27].
+
+    Such a group teaches nothing. Without this, a standard deviation of rounding errors would be divided by
+    itself, and noise would become advantages of full size.
+    """
+    R = rewards.view(-1, group)
+    equal = R.amax(1) - R.amin(1) <= 1e-6 * R.abs().amax(1)
+    return equal.repeat_interleave(group)
+
+
+def averaging(response_mask: Tensor, how: str, longest: int) -> tuple[Tensor, Tensor]:
+    """weight [B, 1] of a response's tokens, and share [B] of the response in the divisor [D28]:
+
+    loss = sum over tokens of weight * token's loss / sum over responses of share. Both sums are over the
+    whole minibatch, all micro-batches and ranks. 'tokens': all tokens count alike. 'responses': the mean
+    within each response, then over responses, so that tokens of short ones weigh more (GRPO's length bias).
+    'constant': every response is divided by the length limit `longest` (Dr. GRPO), never by its padding.
+    """
+    lengths = response_mask.sum(1).float()
+    there = (lengths > 0).float()  # a response that is left out of the loss leaves the divisor, too
+    if how == "tokens":
+        return there[:, None], lengths
+    return (there / (lengths.clamp(min=1) if how == "responses" else longest))[:, None], there
+
+
 def policy_loss(
     new_logprobs: Tensor,
     logprobs: Tensor,
     advantages: Tensor,
     response_mask: Tensor,
-    clip_range: float,
+    clip_range: float | tuple[float, float],
     denominator: Tensor | float | None = None,
+    weights: Tensor | None = None,
+    objective: str = "clip",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """mean of max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range)), ratio = exp(new - old) [D12].
+    """mean of max(-A ratio, -A clip(ratio, 1 - low, 1 + high)), ratio = exp(new - old) [D12].
 
     All inputs [B, R] -> scalar loss, detached scalar statistics. Until the first optimiser step ratio is 1
-    [D4]. `denominator` is the number of real tokens in the WHOLE minibatch, over all micro-batches and ranks:
-    then losses and statistics of the parts simply add up to the minibatch's [D17]. Default: the real tokens
-    given here. Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens
-    whose clipped loss is the larger; `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
+    [D4]. `clip_range`: low and high, or one number for both. `denominator` is the number of real tokens in
+    the WHOLE minibatch, over all micro-batches and ranks: then losses and statistics of the parts simply add
+    up to the minibatch's [D17]. Default: the real tokens given here. `weights` [B, 1] or [B, R] say how much
+    a token counts in the loss (see averaging; None: 1). `objective` [D29]:
+    - 'clip': as above, with each token's own ratio;
+    - 'sequence': as above, with the geometric mean of the response's ratios at all of its tokens (GSPO);
+    - 'cispo': -A min(ratio, 1 + high) log p, the ratio a constant, so that no token loses its gradient.
+    Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens whose ratio
+    was clipped to effect; `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
     """
     total = _total(response_mask, denominator)
+    low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     # Off the mask 0 goes in BEFORE exp: exp(NaN) would poison the gradient even of what is dropped later.
     log_ratio = torch.where(response_mask, new_logprobs - logprobs, 0.0)
     advantages = torch.where(response_mask, advantages, 0.0)
-    ratio = log_ratio.exp()
+    if objective == "sequence":
+        mean = log_ratio.sum(1, keepdim=True) / response_mask.sum(1, keepdim=True).clamp(min=1)
+        ratio = torch.where(response_mask, mean, 0.0).exp()
+    else:
+        ratio = log_ratio.exp()
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.maximum(plain, clipped).sum() / total
+    clipped = -advantages * ratio.clamp(1 - low, 1 + high)
+    losses, was_clipped = torch.maximum(plain, clipped), clipped > plain  # off the mask both are 0
+    if objective == "cispo":
+        was_clipped = ratio > 1 + high
+        losses = (
+            -advantages * ratio.clamp(max=1 + high).detach() * torch.where(response_mask, new_logprobs, 0.0)
+        )
+    loss = (losses if weights is None else losses * weights).sum() / total
     with torch.no_grad():
         stats = {
             "val/ratio": torch.where(response_mask, ratio, 0.0).sum() / total,
-            "policy/clipfrac_avg": (clipped > plain).sum() / total,  # off the mask both are 0
+            "policy/clipfrac_avg": was_clipped.sum() / total,
             "policy/approxkl_avg": log_ratio.square().sum() / 2 / total,
         }
     return loss, stats
+
+
+def kl_loss(
+    new_logprobs: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    response_mask: Tensor,
+    kind: str,
+    denominator: Tensor | float | None = None,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """A KL penalty as a term of the loss instead of the reward: all [B, R] -> scalar [D30].
+
+    `kind` 'k2' has the gradient of KL(policy || ref), and so has 'k3-ratio', k3 times the ratio to the
+    rollout's policy. 'k3' alone is GRPO's, and descends KL(ref || policy). (k1 has no gradient on average.)
+    `denominator` and `weights` as in policy_loss. In k3 a log-ratio above 20 counts as 20, without a
+    gradient: its exponential would soon be infinite. 'reward' and 'none': 0, the KL is no term of the loss.
+    """
+    if kind in ("reward", "none"):
+        return new_logprobs.new_zeros(())
+    new, old, ref = (torch.where(response_mask, x, 0.0) for x in (new_logprobs, logprobs, ref_logprobs))
+    _, k2, _ = kl_estimates(new, ref)
+    _, _, k3 = kl_estimates(new, torch.minimum(ref, new + 20))
+    losses = {"k2": k2, "k3": k3, "k3-ratio": k3 * (new - old).exp()}[kind]
+    total = _total(response_mask, denominator)
+    return (losses if weights is None else losses * weights).sum() / total
 
 
 def value_loss(

@@ -20,7 +20,7 @@ from torch import Tensor
 from minirlhf import UserError, checkpoint, data, implicit
 from minirlhf.implicit import ImplicitReward
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
-from minirlhf.model import RewardEnsemble, RewardModel
+from minirlhf.model import GPT, RewardEnsemble, RewardModel, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
 from minirlhf.support import functions
 from minirlhf.support.functions import Reward, load_rewards
@@ -32,6 +32,7 @@ __all__ = [
     "blocked_words",
     "length",
     "load_rewards",
+    "make_critic",
     "repetition",
     "sameness",
 ]
@@ -116,6 +117,23 @@ class RewardReader:
         begun = texts.prompts.shape[1]
         values = torch.stack([member.values(texts.tokens, texts.mask) for member in self.members]).mean(0)
         return values[:, begun:] - values[:, begun - 1 : -1]  # [B, T]: the score of the text so far
+
+
+def make_critic(policy: GPT, tokenizer: Tokenizer, reward: RewardReader | None, start: str) -> ValueModel:
+    """A value model that starts as the reward model, or as the policy with a zero head [D13]; by `start`.
+
+    'auto' is 'reward' where the reward model can score a prefix of the policy's own tokens, else 'sft'.
+    """
+    same_tokens = reward is not None and reward.tokenizer.hash == tokenizer.hash
+    if start == "reward" and not same_tokens:
+        raise UserError(
+            "the reward model has another tokenizer than the policy: use --value-init sft or auto"
+        )
+    if start == "reward" and not reward.members:
+        raise UserError("a DPO policy has no head to start a value model from: use --value-init sft or auto")
+    prefixes = same_tokens and reward.members and reward.reads_prefixes(tokenizer)
+    from_reward = start == "reward" or start == "auto" and prefixes
+    return critic_from(reward.members[0]) if from_reward else zero_critic(policy)
 
 
 class Scorer:

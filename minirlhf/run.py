@@ -123,8 +123,9 @@ class Run(Folder):
         except UserError as error:
             raise UserError(f"{error} ({self._progress()})") from None
 
-    def require_finite(self, **quantities: Tensor) -> None:
+    def require_finite(self, **quantities: Tensor | None) -> None:
         """End the run in one line, on all ranks, where one of these tensors holds nan or inf on any rank."""
+        quantities = {name: x for name, x in quantities.items() if x is not None}
         bad = torch.stack([(~torch.isfinite(x.detach())).any().float() for x in quantities.values()])
         names = [name for name, count in zip(quantities, self.sum_(bad).tolist(), strict=True) if count]
         if names:

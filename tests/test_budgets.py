@@ -60,7 +60,7 @@ def numbers() -> dict[str, tuple[float, float]]:
     loop = main_loop(ROOT / "train_ppo.py")
     text = {file: file.read_text() for file in PRODUCT}
     return {
-        "lines of the reading path": (sum(map(lines, PATH)), 2800),
+        "lines of the reading path": (sum(map(lines, PATH)), 3300),
         "lines of its longest file": (max(map(lines, PATH)), 400),
         "lines of train_ppo.py": (lines(ROOT / "train_ppo.py"), 350),
         "lines of its loop": (loop.end_lineno - loop.lineno + 1, 110),

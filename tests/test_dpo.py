@@ -391,9 +391,7 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio_of_the_response_alone(t
     sampling = Sampling(8, 1.0, tokenizer.eot, tokenizer.pad)
     with torch.no_grad():
         scores, disagreement, cut = reader.scores(texts, tokenizer)
-        ratios = (
-            response_logprobs(policy, texts, sampling)[0] - response_logprobs(ref, texts, sampling)[0]
-        )
+        ratios = response_logprobs(policy, texts, sampling)[0] - response_logprobs(ref, texts, sampling)[0]
         torch.testing.assert_close(scores, beta * ratios.sum(1), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(reader.by_token(texts).sum(1), scores)
     assert disagreement.tolist() == cut.tolist() == [0, 0] and not reader.members

@@ -413,7 +413,7 @@ EDGES = [
     ),
     (
         "train_ppo",
-        "--reward rm:0 --reward rm:-1 --reward minirlhf.rewards:length:1e3 --no-whiten-advantages --max-approxkl None",
+        "--reward rm:0 --reward rm:-1 --reward minirlhf.rewards:length:1e3 --scale none --max-approxkl None",
     ),
     (
         "train_ppo",

@@ -415,7 +415,8 @@ def test_other_ways_to_run_ppo(smoke, run, metrics, tmp_path):
         "sft",
         "--clip-range-value",
         "None",
-        "--no-whiten-advantages",
+        "--scale",
+        "none",
         "--max-approxkl",
         1e-9,
     ]

@@ -146,6 +146,7 @@ def _check_words(options: dict[str, Any], argv: list[str]) -> None:
             groups.append((word.replace("_", "-"), []))
         elif groups:
             groups[-1][1].append(word)
+    chosen: dict[str, str] = {}
     for option, words in groups:
         kind = options.get(option.replace("--no-", "--", 1)) if option not in options else options[option]
         if kind is bool and words:
@@ -154,6 +155,9 @@ def _check_words(options: dict[str, Any], argv: list[str]) -> None:
             _check_count(option, kind, words)
         for word in words if kind is not None else []:
             _check_word(option, kind, word)
+            choice = typing.get_origin(_inside(kind)) is typing.Literal and option != "--preset"
+            if choice and chosen.setdefault(option, word) != word:
+                raise UserError(f"{option} is both {chosen[option]} and {word}: drop one of them")
 
 
 def _check_count(option: str, kind: Any, words: list[str]) -> None:

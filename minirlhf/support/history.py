@@ -39,11 +39,16 @@ class History:
 
     def __init__(self) -> None:
         self.steps: list[tuple[Sums, Tensor]] = []
+        self.left = 0
 
     def new_step(self, tokens: Tensor) -> Sums:
         """Where the statistics of the next step go; tokens: how many its minibatch has, over all ranks."""
         self.steps.append((Sums(), tokens))
         return self.steps[-1][0]
+
+    def leave_step(self) -> None:
+        """The newest step is not taken; its statistics still count."""
+        self.left += 1
 
     def means(self, machine: Machine) -> dict[str, float]:
         """Means over all tokens of all steps and ranks [D22]; val/ratio_var, the variance of the steps' mean
@@ -64,5 +69,5 @@ class History:
             known = ~np.isnan(column)
             found[name] = float(np.average(column[known], weights=rows[known, -1]))
         found["val/ratio_var"] = float(rows[:, names.index("val/ratio")].var())
-        found["optimizer_steps"] = int((~np.isnan(rows[:, -2])).sum())
+        found["optimizer_steps"] = len(self.steps) - self.left
         return found

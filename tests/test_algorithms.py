@@ -1,0 +1,293 @@
+"""PPO's relatives: the table, its cells, what is refused, and a run of each."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+import train_ppo
+from minirlhf import UserError, checkpoint, ppo
+from minirlhf.algorithms import ALGORITHMS, Algorithm, Cells
+from tests.gradients import agree, gradients
+
+SMALL = ["--preset", "smoke", "--precision", "fp32", "--iterations", "2"]
+RELATIVES = [name for name in ALGORITHMS if name != "ppo"]
+
+
+def refusal(capsys) -> str:
+    return capsys.readouterr().err.strip()
+
+
+# ----------------------------------------------------------------------------- the table
+
+
+def test_every_cell_of_the_table_can_be_overridden():
+    others = {
+        "group": 4,
+        "baseline": "leave-one-out",
+        "scale": "none",
+        "objective": "cispo",
+        "clip_range": 0.1,
+        "clip_range_high": 0.3,
+        "average": "constant",
+        "kl": "k2",
+        "equal_groups": "drop",
+    }
+    assert others.keys() == {field.name for field in dataclasses.fields(Algorithm)}
+    for name, value in others.items():
+        row = Cells(algorithm="grpo", **{name: value}).choose()
+        changed = {k for k, v in dataclasses.asdict(row).items() if v != getattr(ALGORITHMS["grpo"], k)}
+        assert changed == ({name, "clip_range_high"} if name == "clip_range" else {name})
+
+
+def test_a_clip_range_alone_is_of_both_sides():
+    row = Cells(algorithm="dapo", clip_range=0.1).choose()
+    assert (row.clip_range, row.clip_range_high) == (0.1, 0.1)
+    row = Cells(algorithm="dapo").choose()
+    assert (row.clip_range, row.clip_range_high) == (0.2, 0.28)
+
+
+def test_nothing_branches_on_a_name():
+    """Whoever adds a row adds no code."""
+    code = (train_ppo.Path(train_ppo.__file__)).read_text()
+    for name in ALGORITHMS:
+        assert f'== "{name}"' not in code and f'"{name}"]' not in code
+
+
+# ----------------------------------------------------------------------------- equations
+
+
+@pytest.mark.parametrize("p", [0.5, 0.1, 0.02])
+def test_D27_expectations_of_the_baselines(p):
+    """A policy with one parameter whose answers are right with probability p: the true gradient is p (1 - p).
+
+    All 2^8 groups of eight answers are enumerated, so that the expectations are exact.
+    """
+    groups = torch.tensor(list(itertools.product([0.0, 1.0], repeat=8)), dtype=torch.float64)  # [256, 8]
+    chance = (p**groups * (1 - p) ** (1 - groups)).prod(1)
+    score = groups - p  # d log p(answer) / d theta, of a logit theta
+
+    def gradient(baseline: str, scale: str) -> float:
+        advantages = ppo.group_advantages(groups.view(-1), 8, baseline, scale).view(-1, 8)
+        return float((chance * (advantages * score).mean(1)).sum())
+
+    true = p * (1 - p)
+    assert gradient("leave-one-out", "none") == pytest.approx(true, abs=1e-12)
+    assert gradient("mean", "none") == pytest.approx(true * 7 / 8, abs=1e-12)
+    assert gradient("mean", "std") == pytest.approx({0.5: 0.43387, 0.1: 0.19591, 0.02: 0.04716}[p], abs=5e-6)
+    equal = ppo.equal_rewards(groups.view(-1), 8).view(-1, 8)[:, 0]
+    assert float(chance[equal].sum()) == pytest.approx({0.5: 0.0078125, 0.1: 0.430, 0.02: 0.851}[p], abs=1e-3)
+
+
+def test_D27_groups_are_rows_that_follow_each_other():
+    """Two groups of one prompt stay two, and no group sees another's rewards."""
+    rewards = torch.tensor([1.0, 0.0, 5.0, 7.0])
+    assert ppo.group_advantages(rewards, 2, "mean", "none").tolist() == [0.5, -0.5, -1, 1]
+    assert ppo.group_advantages(rewards, 2, "leave-one-out", "none").tolist() == [1, -1, -2, 2]
+
+
+def test_D27_equal_rewards_give_exactly_0():
+    for scale, baseline in itertools.product(["std", "none"], ["mean", "leave-one-out"]):
+        for rewards in ([1000.1] * 16, [2.0, 2.0, 2.0, 2.0 + 2**-22], [0.0] * 4, [3.0]):
+            found = ppo.group_advantages(torch.tensor(rewards), len(rewards), baseline, scale)
+            assert found.tolist() == [0.0] * len(rewards)
+
+
+MASK = torch.arange(128) < torch.tensor([[10], [100]])
+
+
+@pytest.mark.parametrize(
+    ("how", "short", "long"),
+    [("tokens", 1 / 110, 1 / 110), ("responses", 0.05, 0.005), ("constant", 1 / 256, 1 / 256)],
+)
+def test_D28_what_a_token_weighs(how, short, long):
+    """Two responses of 10 and 100 tokens, with a length limit of 128: see docs/algorithms.md."""
+    for mask in (MASK, MASK[:, :100], torch.cat([MASK, MASK & False], 1)):  # padding changes nothing
+        weights, share = ppo.averaging(mask, how, 128)
+        token = (weights / share.sum()).view(-1)
+        assert token.tolist() == pytest.approx([short, long], rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["tokens", "responses", "constant"])
+def test_D28_what_is_left_out_leaves_the_divisor(how):
+    left_out = torch.cat([MASK, MASK[:1] & False])
+    weights, share = ppo.averaging(left_out, how, 128)
+    expected, expected_share = ppo.averaging(MASK, how, 128)
+    assert torch.equal(weights[:2], expected) and weights[2] == 0
+    assert torch.equal(share[:2], expected_share) and share[2] == 0
+
+
+def gradient(objective: str, advantage: float, ratio: float, clip=(0.2, 0.2)) -> float:
+    """d loss / d log-probability of one token."""
+    new = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()
+    here = torch.ones(1, 1, dtype=torch.bool)
+    loss, _ = ppo.policy_loss(
+        new,
+        torch.zeros_like(new).detach(),
+        torch.full_like(new, advantage).detach(),
+        here,
+        clip,
+        objective=objective,
+    )
+    return torch.autograd.grad(loss, new)[0].item()
+
+
+def test_D29_gradients_at_the_clips():
+    assert gradient("clip", 1, 1.25) == 0
+    assert gradient("clip", 1, 1.25, (0.2, 0.28)) == pytest.approx(-1.25)
+    assert gradient("clip", -1, 1.5) == pytest.approx(1.5)  # the side without a bound
+    assert gradient("cispo", 1, 1.5, (0.2, 4.0)) == pytest.approx(-1.5)
+    assert gradient("cispo", 1, 9.0, (0.2, 4.0)) == pytest.approx(-5.0)  # capped, but not without a gradient
+
+
+def test_D29_a_sequences_ratio_is_the_geometric_mean():
+    new = torch.full((1, 60), 0.01, dtype=torch.float64)
+    mask = torch.arange(60)[None] < 50
+    _, stats = ppo.policy_loss(
+        new, torch.zeros_like(new), torch.ones_like(new), mask, 1.0, objective="sequence"
+    )
+    assert stats["val/ratio"].item() == pytest.approx(1.0100502, abs=1e-7)  # not exp(.5) = 1.6487
+
+
+def test_D30_gradients_of_the_kl_losses():
+    """At p = (.8, .2), q = (.5, .5), in the logit of the first token; expectations over p are exact."""
+    q, size = torch.tensor([0.5, 0.5], dtype=torch.float64), {}
+    for kind in ("k2", "k3", "k3-ratio"):
+        logit = torch.tensor(0.8 / 0.2, dtype=torch.float64).log().requires_grad_()
+        new = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])[
+            :, None
+        ]
+        p, here = new.detach().exp(), torch.ones(2, 1, dtype=torch.bool)
+        loss = ppo.kl_loss(
+            new, new.detach(), q.log()[:, None], here, kind, 1, p
+        )  # weighed by their probabilities
+        size[kind] = torch.autograd.grad(loss, logit)[0].item()
+    assert size == pytest.approx({"k2": 0.2218, "k3": 0.3000, "k3-ratio": 0.2218}, abs=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3", "k3-ratio"])
+@pytest.mark.parametrize("difference", [-100.0, 100.0, 0.0, 1e-6])
+def test_D30_gradients_are_finite_and_padding_has_none(kind, difference):
+    new = torch.tensor([[0.0, float("nan")]], requires_grad=True)
+    mask = torch.tensor([[True, False]])
+    ref = torch.tensor([[difference, float("inf")]])
+    loss = ppo.kl_loss(new, torch.zeros(1, 2), ref, mask, kind)
+    (gradient,) = torch.autograd.grad(loss, new)
+    assert loss.isfinite() and loss >= 0 and gradient.isfinite().all() and gradient[0, 1] == 0
+
+
+# ----------------------------------------------------------------------------- runs
+
+
+@pytest.fixture
+def inputs(smoke):
+    return ["--init", smoke / "sft", "--reward-model", smoke / "rm"]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_run_of_each(run, metrics, inputs, tmp_path, name):
+    """Finite numbers, no critic in the checkpoint, a first ratio of 1, and groups that are counted."""
+    assert run("train_ppo", *SMALL, *inputs, "--algorithm", name, "--out", tmp_path) == 0
+    config = checkpoint.load_config(tmp_path)
+    assert config["algorithm"] == dataclasses.asdict(ALGORITHMS[name])
+    tensors, _ = checkpoint.load_trainer(tmp_path)
+    assert not [key for key in tensors if key.startswith("value")]
+    for line in metrics(tmp_path):
+        assert all(map(torch.isfinite, map(torch.tensor, line.values())))
+        assert 0 <= line["frac_reward_zero_std"] < 1 and "val/explained_variance" not in line
+        assert line["objective/kl_coef"] == (0 if ALGORITHMS[name].kl == "none" else 0.1)
+        assert line["val/ratio"] == pytest.approx(1, abs=0.1)
+    assert line["optimizer_steps"] == 4
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_D17_microbatches_change_no_gradient(run, inputs, tmp_path, name):
+    """Tokens, responses or a constant: the loss's divisor is that of the whole optimiser step [P1]."""
+    found = []
+    for microbatch in (8, 2):
+        with gradients() as grads:
+            more = ["--algorithm", name, "--microbatch", microbatch, "--iterations", 1, "--group", 4]
+            assert run("train_ppo", *SMALL, *inputs, *more, "--out", tmp_path / str(microbatch)) == 0
+        found.append(grads[:1])
+    agree(*found, 1e-6)
+
+
+def test_D21_a_run_without_a_critic_resumes_bit_for_bit(run, metrics, inputs, tmp_path, monkeypatch):
+    options = [*SMALL, *inputs, "--algorithm", "grpo", "--save-every", 1]
+    assert run("train_ppo", *options, "--out", tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:  # a kill after the first iteration
+        patch.setattr(train_ppo.Run, "checkpoint", lambda self, step, due: self.save(step) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run("train_ppo", *options, "--out", tmp_path / "killed")
+    assert run("train_ppo", *options, "--out", tmp_path / "killed", "--resume") == 0
+    weights = [checkpoint.load_state(tmp_path / name) for name in ("whole", "killed")]
+    assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
+    assert len(metrics(tmp_path / "killed")) == 2
+
+
+def test_prompts_of_a_group_are_drawn_together(run, inputs, tmp_path, monkeypatch):
+    seen = []
+    generate = train_ppo.generate
+
+    def spy(policy, queries, mask, sampling):
+        seen.append(queries.masked_fill(~mask, -1).tolist())
+        return generate(policy, queries, mask, sampling)
+
+    monkeypatch.setattr(train_ppo, "generate", spy)
+    assert run("train_ppo", *SMALL, *inputs, "--algorithm", "rloo", "--group", 4, "--out", tmp_path) == 0
+    for queries in seen:
+        assert [queries[i] for i in range(16)] == [queries[i - i % 4] for i in range(16)]
+        assert len({tuple(q) for q in queries}) > 1
+
+
+def test_equal_rewards_everywhere_are_counted_and_said(run, metrics, inputs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "flat.py").write_text("def flat(prompts, responses):\n    return [1.0] * len(responses)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    more = [
+        "--algorithm",
+        "dapo",
+        "--reward",
+        "flat:flat",
+        "--missing-eos",
+        "none",
+        "--out",
+        tmp_path / "out",
+    ]
+    assert run("train_ppo", *SMALL, *inputs[:2], *more) == 0
+    assert "iteration 2: equal rewards in every group: nothing to learn from" in capsys.readouterr().out
+    assert [line["frac_reward_zero_std"] for line in metrics(tmp_path / "out")] == [1, 1]
+    assert all(line["loss/policy_avg"] == 0 for line in metrics(tmp_path / "out"))
+
+
+REFUSED = [
+    ("--algorithm grpo --group 1", "--baseline mean compares the answers of a group: --group must be at least 2"),
+    ("--baseline leave-one-out", "--baseline leave-one-out compares the answers of a group"),
+    ("--algorithm grpo --group 3", "--batch 16 does not divide by --group 3"),
+    ("--scale std", "take one advantage for a whole response"),
+    ("--algorithm grpo --baseline critic", "take one advantage for a whole response"),
+    ("--algorithm grpo --value-init sft", "--value-init has no effect without a critic"),
+    ("--algorithm rloo --value-lr 1e-4", "--value-lr has no effect without a critic"),
+    ("--algorithm rloo --clip-range-value .1", "--clip-range-value has no effect without a critic"),
+    ("--algorithm rloo --lam .9", "--lam has no effect without a critic"),
+    ("--algorithm rloo --gamma .9", "--gamma has no effect without a critic"),
+    ("--algorithm dapo --kl-coef .1", "--kl-coef has no effect with --kl none"),
+    ("--algorithm dapo --kl-target 6", "--kl-target has no effect with --kl none"),
+    ("--kl reward --kl k3", "--kl is both reward and k3: drop one of them"),
+    ("--algorithm grpo --kl", "--kl needs a value"),
+    ("--algorithm a2c", "--algorithm must be one of ppo, rloo, grpo, dr-grpo, dapo, cispo, gspo, not 'a2c'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[options for options, _ in REFUSED])
+def test_bad_combinations_are_one_line_and_nothing_is_written(
+    run, inputs, tmp_path, capsys, options, message
+):
+    assert run("train_ppo", *SMALL, *inputs, *options.split(), "--out", tmp_path / "out") == 2
+    assert message in refusal(capsys) and len(refusal(capsys).splitlines()) <= 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_refuse_what_contradicts_itself():
+    with pytest.raises(UserError, match="group must be at least 2"):
+        dataclasses.replace(ALGORITHMS["rloo"], group=1)
