@@ -10,8 +10,7 @@ reward model's pairwise loss.  IPO (Azar et al. 2023) pulls the margin to 1 / (2
 the policy writes both responses at every step and a reward model prefers one (Guo et al. 2024).  Departures:
 - what people said is a soft label: vote shares, or for ratings the odds that one rater scores higher;
 - the reference's log-probabilities are computed once, before the loop, and no reference is held in it [D26];
-- there is no dropout [D5]: a policy that has not moved has margins of exactly 0;
-- AdamW and a linear decay to 0, where the paper has RMSprop and a constant rate.
+- there is no dropout [D5]: a policy that has not moved has margins of exactly 0.
 
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
 """
@@ -38,10 +37,8 @@ from minirlhf.support.history import Sums
 from minirlhf.support.pairs import JudgedPairs, Pairs, SampledPairs, judged_pairs, response_logps
 from minirlhf.support.prepare import prepare
 
-JUDGED_ONLY = ("--genres", "--part", "--pairs", "--epochs")
-ONLINE_ONLY = ("--reward-model", "--split", "--iterations", "--missing-eos-penalty")
 REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
-LOGGED = ("train/loss", *REWARDS, "logps/chosen", "logps/rejected")  # also where a rank has no pair
+LOGGED = ("train/loss", *REWARDS, "logps/chosen", "logps/rejected")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Config(RunConfig):
     genre: str = "movies"
     """Genre to validate and test on, and of the prompts of --online."""
     part: Literal["all", "a", "b"] = "all"
-    """Half of the training rows (by a hash of the prompt, or of a text without one), as in train_rm.py."""
+    """Half of the training rows (by a hash of the prompt or text), as in train_rm.py."""
     pairs: Count = 2
     """Pairs drawn per rated text, among the texts that answer the same prompt.  Choices are pairs already."""
     epochs: Count = 1
@@ -87,8 +84,7 @@ class Config(RunConfig):
     loss: Literal["dpo", "ipo"] = "dpo"
     """Loss.  dpo: cross-entropy of the implicit rewards.  ipo: squared distance of the margin to a target."""
     beta: Above0 = 0.1
-    """Reward points per nat of log-ratio: the KL coefficient of the problem that DPO solves.  Smaller values
-    let the policy move further."""
+    """Reward points per nat of log-ratio: the KL coefficient.  Smaller values let the policy move further."""
     label_smoothing: Annotated[float, cli.Range(0, below=0.5)] = 0.0
     """Share of labels taken to be wrong (conservative DPO): a share s becomes s + this times (1 - 2 s)."""
 
@@ -119,9 +115,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def read(
-    config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampling
-) -> tuple[Tensor, dict[str, Tensor]]:
+def read(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampling) -> tuple[Tensor, dict]:
     """Loss and measures on a part of a batch of pairs; those of all parts add up to the batch's [D17]."""
     with run.autocast():
         logps = response_logps(policy, pairs.texts, sampling, config.fused_head)  # [2 b]
@@ -129,8 +123,8 @@ def read(
     log_ratios = preference.sequence_log_ratios(logps, pairs.ref_logps, lengths, config.loss)  # [D25]
     chosen, rejected = log_ratios.chunk(2)  # [b]
     share = pairs.share + config.label_smoothing * (1 - 2 * pairs.share)
-    function = {"dpo": preference.dpo_loss, "ipo": preference.ipo_loss}[config.loss]
-    loss = function(chosen, rejected, config.beta, share) * (len(pairs) / pairs.total)
+    pair_loss = preference.dpo_loss if config.loss == "dpo" else preference.ipo_loss
+    loss = pair_loss(chosen, rejected, config.beta, share) * (len(pairs) / pairs.total)
 
     margins = config.beta * (chosen - rejected).detach()
     right = torch.where(pairs.share > 0.5, (margins.sign() + 1) / 2, 0.5)  # no margin, or a tie: a half
@@ -142,13 +136,10 @@ def read(
 
 
 @torch.no_grad()
-def validate(
-    config: Config, run: Run, policy: GPT, pairs: JudgedPairs, sampling: Sampling
-) -> dict[str, float]:
+def validate(config: Config, run: Run, policy: GPT, pairs: JudgedPairs, sampling: Sampling) -> dict:
     """Loss, accuracy (share of pairs whose margin has the right sign) and mean margin, of all `pairs`."""
     sums = Sums(LOGGED, run.device)
-    for step in range(len(pairs)):
-        batch = pairs.batch(step)
+    for batch in map(pairs.batch, range(len(pairs))):
         for part in batch.split(config.microbatch):
             _, found = read(config, run, policy, part, sampling)
             sums.add({name: x * (batch.total / len(pairs.items)) for name, x in found.items()})
@@ -159,8 +150,9 @@ def validate(
 
 def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
-    cli.refuse_unread(JUDGED_ONLY, "with --online", config.online)
-    cli.refuse_unread(ONLINE_ONLY, "without --online", not config.online)
+    cli.refuse_unread(("--genres", "--part", "--pairs", "--epochs"), "with --online", config.online)
+    of_samples = ("--reward-model", "--split", "--iterations", "--missing-eos-penalty")
+    cli.refuse_unread(of_samples, "without --online", not config.online)
     run = Run("dpo", config)
 
     # Setup: the policy, which still is the reference; pairs; the optimiser.
@@ -173,8 +165,7 @@ def main() -> None:
     if not run.begin(source, init=init, reward_model=reward_dir):
         return
     policy = checkpoint.load_gpt(init)
-    # The sampler's settings are those of all log-probabilities [D3].
-    sampling = Sampling(config.response_tokens, config.temperature, tokenizer.eot, tokenizer.pad)
+    sampling = Sampling(config.response_tokens, config.temperature, tokenizer.eot, tokenizer.pad)  # [D3]
     if config.online:
         ref, held_out = checkpoint.load_gpt(init), {}
         prepare(config, run, [policy], [ref, reader.model])
@@ -187,8 +178,7 @@ def main() -> None:
     run.print(f"{config.loss} loss; {len(pairs)} steps of {config.batch} pairs; {run.where}")
 
     # The loop: one optimiser step per iteration; four validations.
-    total = len(pairs)
-    quarter = max(1, total // 4)
+    total, quarter = len(pairs), max(1, len(pairs) // 4)
     for step in run.loop(total):
         lr = config.lr * optim.warmup_linear(step, total, config.warmup)
         optim.set_lr(optimizer, lr)
@@ -199,7 +189,7 @@ def main() -> None:
 
         # 2. Gradients: each part's loss is divided by the pairs of the whole batch, over all ranks [D17].
         run.phase("update")
-        sums = Sums(LOGGED, run.device)
+        sums = Sums(LOGGED, run.device)  # also on a rank without a pair of a small batch
         for part in batch.split(config.microbatch):
             loss, found = read(config, run, policy, part, sampling)
             loss.backward()

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minirlhf import UserError, checkpoint, data, implicit
-from minirlhf.implicit import ImplicitReward
+from minirlhf import UserError, checkpoint, data
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
 from minirlhf.model import GPT, RewardEnsemble, RewardModel, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
-from minirlhf.support import functions
+from minirlhf.support import functions, implicit
 from minirlhf.support.functions import Reward, load_rewards
+from minirlhf.support.implicit import ImplicitReward
 from minirlhf.tokenizer import Tokenizer
 
 __all__ = [

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import train_dpo
-from minirlhf import UserError, checkpoint, data, implicit, preference
+from minirlhf import UserError, checkpoint, data, preference
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, response_logprobs
+from minirlhf.support import implicit
 from minirlhf.support import pairs as pair_sources
 from minirlhf.support.hardware import Machine
 from minirlhf.tokenizer import Tokenizer
@@ -207,7 +208,7 @@ def test_D26_p27_the_first_log_ratio_is_0_bit_for_bit(run, smoke, tmp_path, metr
         assert run("train_dpo", *options, *more, "--out", out) == 0
         for line in metrics(out):  # a policy that cannot move is its reference in every step of the epoch
             assert line["rewards/chosen"] == line["rewards/rejected"] == line["rewards/margins"] == 0
-            assert line["rewards/accuracies"] == 0.5
+            assert line["rewards/accuracies"] == pytest.approx(0.5)
             if "ipo" not in more:
                 assert line["train/loss"] == pytest.approx(math.log(2))
 
@@ -308,8 +309,8 @@ def test_learning_happened(trained, metrics):
 
 def test_online_learns_what_its_reward_model_likes(run, trained, metrics):
     out = trained / "online"
-    options = ["--online", "--init", trained / "sft", "--reward-model", trained / "rm", "--lr", 1e-3]
-    assert run("train_dpo", *SMALL, *options, "--iterations", 16, "--beta", 0.05, "--out", out) == 0
+    options = ["--online", "--init", trained / "sft", "--reward-model", trained / "rm", "--lr", 3e-3]
+    assert run("train_dpo", *SMALL, *options, "--iterations", 24, "--beta", 0.05, "--out", out) == 0
     lines = metrics(out)
     scores = [line["objective/scores"] for line in lines]
     assert sum(scores[-4:]) / 4 > sum(scores[:4]) / 4 + 0.3
@@ -474,7 +475,8 @@ def test_without_its_reference_a_policy_cannot_score(trained, tmp_path):
     about = json.loads(about_of().read_text())
     gone = {"init_path": str(tmp_path / "gone" / "sft")}
     about_of().write_text(json.dumps(about | {"inputs": about["inputs"] | gone}))
-    assert implicit.reference_of(checkpoint.resolve(moved / "dpo")).parent == (moved / "sft").resolve()
+    found = implicit.reference_of(checkpoint.resolve(moved / "dpo"))
+    assert found.resolve().parent == (moved / "sft").resolve()
     RewardReader.load(moved / "dpo", "")
     weights = load_file(checkpoint.resolve(moved / "sft") / "model.safetensors")
     config = checkpoint.load_config(moved / "sft")
