@@ -7,7 +7,7 @@
 which returns one finite number per response; higher is better.  Each may carry a weight: `--reward rm
 --reward minirlhf.rewards:repetition:-0.5`.  Four rules are shipped (minirlhf/measure/rules.py).
 
-Wherever a reward model is asked for, a policy made by train_dpo.py will do: its implicit reward is the score."""
+A policy made by train_dpo.py serves wherever a reward model does: its implicit reward is the score."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def encode_for(
 
 @dataclass
 class RewardReader:
-    """A reward model, or the implicit reward of a DPO policy, and its tokenizer, which need not be the policy's."""
+    """A reward model, or a DPO policy's implicit reward, and its tokenizer: maybe another than the policy's."""
 
     model: RewardEnsemble | ImplicitReward
     tokenizer: Tokenizer

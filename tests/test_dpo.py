@@ -482,10 +482,12 @@ def test_without_its_reference_a_policy_cannot_score(trained, tmp_path):
     config = checkpoint.load_config(moved / "sft")
     tokenizer = Tokenizer.load(moved / "sft")
     checkpoint.save(moved / "sft", 999, {k: v + 1e-3 for k, v in weights.items()}, config, tokenizer)
-    with pytest.raises(UserError, match="trained again since, or replaced .* cannot score"):
+    with pytest.raises(
+        UserError, match="trained again since, or replaced .* without its reference a policy cannot score"
+    ):
         RewardReader.load(moved / "dpo", "")
     shutil.rmtree(moved / "sft")
-    with pytest.raises(UserError, match="is not here .* cannot score"):
+    with pytest.raises(UserError, match="is not here .* cannot score: put it back"):
         RewardReader.load(moved / "dpo", "")
     for damage in ({"inputs": {}}, {"inputs": None}, {"training": {"beta": "x"}}, {"training": None}):
         about_of().write_text(json.dumps(about | damage))

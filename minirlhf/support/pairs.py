@@ -241,7 +241,7 @@ class SampledPairs:
         has_eos = texts.ended(self.sampling.eos)
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, "subtract")  # [D9]
 
-        # The better sample comes first: a choice, not a probability, as in Guo et al.; equal scores are a tie.
+        # The better sample comes first, as a hard choice (Guo et al.); equal scores are a tie.
         a, b = scores.view(2, B)
         first = torch.where(a >= b, 0, B) + torch.arange(B, device=scores.device)
         both = torch.cat([first, (first + B) % (2 * B)])
