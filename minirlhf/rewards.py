@@ -58,7 +58,7 @@ def encode_for(
 
 @dataclass
 class RewardReader:
-    """A reward model, or a DPO policy's implicit reward, and its tokenizer: maybe another than the policy's."""
+    """A reward model, or a DPO policy's implicit reward, and its tokenizer, maybe another than the writer's."""
 
     model: RewardEnsemble | ImplicitReward
     tokenizer: Tokenizer

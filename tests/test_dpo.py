@@ -201,8 +201,11 @@ def test_D25_p22_the_eos_has_a_gradient_and_padding_has_none():
 
 
 def test_D26_p27_the_first_log_ratio_is_0_bit_for_bit(run, smoke, tmp_path, metrics):
-    """In every microbatch of the first step, those of a single short pair included, with and without a fused head."""
-    options = [*SMALL, "--init", smoke / "sft", "--lr", 1e-30, "--batch", 40]
+    """In every microbatch, those of a single pair of a few tokens included, with and without a fused head."""
+    words = ["good", "bad", "ok", "I smiled", "no", "a dull plot"]
+    rows = [{"prompt": f"{i}:", "chosen": words[i % 6], "rejected": words[(i + 1) % 6]} for i in range(90)]
+    file = jsonl(tmp_path / "short.jsonl", rows)
+    options = [*SMALL, "--init", smoke / "sft", "--data", file, "--lr", 1e-30, "--batch", 24]
     for more in ([], ["--microbatch", 1], ["--microbatch", 7, "--fused-head", "on"], ["--loss", "ipo"]):
         out = tmp_path / "-".join(map(str, more))
         assert run("train_dpo", *options, *more, "--out", out) == 0
@@ -291,7 +294,7 @@ def trained(run, smoke, tmp_path_factory) -> Path:
     """A copy of the smoke run with a DPO policy in it."""
     home = tmp_path_factory.mktemp("dpo") / "smoke"
     shutil.copytree(smoke, home, symlinks=True)
-    options = [*SMALL, "--lr", 1e-3, "--epochs", 2, "--out", home / "dpo"]
+    options = [*SMALL, "--lr", 1e-3, "--epochs", 2, "--overwrite", "--out", home / "dpo"]
     assert run("train_dpo", *options) == 0
     return home
 
@@ -365,11 +368,11 @@ def test_a_missing_reward_model_or_sft_model_is_refused(run, smoke, capsys, tmp_
 
 
 def test_D17_microbatches_and_recomputed_blocks_change_nothing(run, smoke, tmp_path, metrics):
-    options = [*SMALL, "--init", smoke / "sft", "--lr", 1e-12, "--batch", 104]
+    options = [*SMALL, "--init", smoke / "sft", "--lr", 1e-12, "--pairs", 1, "--batch", 156]
     found = {}
     for name, more in {
         "whole": [],
-        "parts": ["--microbatch", 7],
+        "parts": ["--microbatch", 40],
         "again": ["--gradient-checkpointing"],
     }.items():
         with gradients() as found[name]:

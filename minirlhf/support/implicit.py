@@ -2,9 +2,9 @@
 
     r(prompt, response) = beta (log p(response | prompt) - log p_ref(response | prompt))
 
-is the reward that the policy maximises at a KL coefficient of beta, up to a constant of the prompt (Rafailov et
-al. 2023, arXiv 2305.18290).  The prompt's own tokens do not count.  The reference is the checkpoint that the
-policy was trained from, which the policy's config.json names by path and checksum.
+is the reward that the policy maximises at a KL coefficient of beta, up to a constant of the prompt (Rafailov
+et al. 2023, arXiv 2305.18290).  The prompt's own tokens do not count.  The reference is the checkpoint that
+the policy was trained from, which the policy's config.json names by path and checksum.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def reference_of(folder: Path) -> Path:
         why = "was trained again since, or replaced" if there else "is not here"
         raise UserError(
             f"{folder}: its score is relative to {recorded!r:.100}, which {why} "
-            f"(want sha256 {checksum[:12]}): without its reference a policy cannot score: put it back, or name a model of train_rm.py"
+            f"(want sha256 {checksum[:12]}): without its reference a policy cannot score: "
+            f"put it back, or name a model of train_rm.py"
         )
     return same[0]
 
