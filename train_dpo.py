@@ -200,9 +200,9 @@ def main() -> None:
         metrics = sums.over_ranks(run.machine) | {"train/grad_norm": norm, "lr": lr}
 
         # 4. Validation, on pairs that people judged.
-        last = step + 1 == total
-        due = last or (step + 1) % quarter == 0 and total - step > quarter
-        if due and "val" in held_out:
+        due = step + 1 == total or (step + 1) % quarter == 0 and total - step > quarter
+        if due and held_out:
+            run.phase("validate")
             found = validate(config, run, policy, held_out["val"], sampling)
             metrics |= {f"val/{name}": value for name, value in found.items()}
             run.print(f"step {step + 1}: " + ", ".join(f"val/{n} {value:.3f}" for n, value in found.items()))

@@ -58,7 +58,7 @@ def encode_for(
 
 @dataclass
 class RewardReader:
-    """A reward model, or a DPO policy's implicit reward, and its tokenizer, maybe another than the writer's."""
+    """A reward model, or a DPO policy's implicit reward, and the tokenizer that it reads with."""
 
     model: RewardEnsemble | ImplicitReward
     tokenizer: Tokenizer

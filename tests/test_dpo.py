@@ -484,6 +484,8 @@ def test_without_its_reference_a_policy_cannot_score(trained, tmp_path):
     weights = load_file(checkpoint.resolve(moved / "sft") / "model.safetensors")
     config = checkpoint.load_config(moved / "sft")
     tokenizer = Tokenizer.load(moved / "sft")
+    shutil.rmtree(found)  # `best` would keep the step that is wanted
+    (moved / "sft" / "best").unlink()
     checkpoint.save(moved / "sft", 999, {k: v + 1e-3 for k, v in weights.items()}, config, tokenizer)
     with pytest.raises(
         UserError, match="trained again since, or replaced .* without its reference a policy cannot score"
