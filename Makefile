@@ -51,6 +51,7 @@ smoke: .venv/installed
 	$(BIN)/python train_sft.py --preset smoke --overwrite
 	$(BIN)/python train_rm.py --preset smoke --overwrite
 	$(BIN)/python train_ppo.py --preset smoke --overwrite
+	$(BIN)/python train_dpo.py --preset smoke --overwrite
 
 test: .venv/installed
 	$(BIN)/python -m pytest -m "not models"

@@ -149,7 +149,8 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
     if "head" in config or not shape_of(folder).reads_prefixes:
         stage = config.get("stage")
         raise UserError(
-            f"{path}: a {stage} checkpoint writes no text: name one of train_sft.py or train_ppo.py"
+            f"{path}: a {stage} checkpoint writes no text: "
+            f"name one of train_sft.py, train_ppo.py or train_dpo.py"
         )
     tokenizer = Tokenizer.load(folder)
     check_tokenizer(config, tokenizer)
@@ -161,7 +162,8 @@ def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
     config = load_config(path)
     if not isinstance(config.get("head"), dict):
         raise UserError(
-            f"{path}: a {config.get('stage')} checkpoint, not a reward model: name one made by train_rm.py"
+            f"{path}: a {config.get('stage')} checkpoint, not a reward model: "
+            f"name one of train_rm.py or train_dpo.py"
         )
     tokenizer = Tokenizer.load(resolve(path))
     check_tokenizer(config, tokenizer)

@@ -65,6 +65,7 @@ class Judged:
     ids: list[int]
     ids_b: list[int] | None = None
     cuts: Sequence[str] = ()  # what the context cut off
+    n_prompt: int = 0  # how many of ids, and of ids_b, are `<bos> prompt`
 
 
 def encode_example(tok, prompt: str, completion: str, context: int, eos=True) -> tuple[list, list]:
@@ -102,7 +103,7 @@ def encode_examples(
 def encode_pair(tok, record: Record, context: int, too_long: TooLong = "drop") -> Judged | None:
     """A rated text or a pair in the ids that SFT would see; None where the prompt leaves no room for them."""
     fitted = fit(tok, record.prompt, record.texts, context, too_long, record.where)
-    return fitted and Judged(record, *fitted.sequences, cuts=fitted.cuts)
+    return fitted and Judged(record, *fitted.sequences, cuts=fitted.cuts, n_prompt=fitted.n_prompt)
 
 
 def encode_judged(

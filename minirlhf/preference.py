@@ -1,7 +1,8 @@
-"""The reward model's equations: losses on choices and on ratings, pairs made of ratings, normalised scores.
+"""What is learnt from people's judgements: losses on choices and ratings, DPO and IPO, normalised scores.
 
 Pure functions: they know no model, tokenizer or config.  B is the number of items or of pairs.  Sources: the
-losses, Stiennon et al. 2020 (arXiv 2009.01325); gain and bias, Ziegler et al. 2019 (arXiv 1909.08593) and
+reward model's losses, Stiennon et al. 2020 (arXiv 2009.01325); DPO, Rafailov et al. 2023 (arXiv 2305.18290);
+IPO, Azar et al. 2023 (arXiv 2310.12036); gain and bias, Ziegler et al. 2019 (arXiv 1909.08593) and
 openai/lm-human-preferences.  What several raters of one item come to is minirlhf/feedback/raters.py.
 """
 
@@ -25,6 +26,37 @@ def pairwise_loss(scores_a: Tensor, scores_b: Tensor, share: Tensor | float = 1.
     d = scores_a.float() - scores_b.float()
     # [D15] logsigmoid holds even at d = +-1e4.  Swapping a pair and its label changes nothing.
     return (-share * F.logsigmoid(d) - (1 - share) * F.logsigmoid(-d)).mean()
+
+
+def sequence_log_ratios(logps: Tensor, ref_logps: Tensor, lengths: Tensor, loss: str) -> Tensor:
+    """log p - log p(reference) of whole responses, in nats: all [B] -> [B].
+
+    logps and ref_logps are SUMS over each response's tokens, of which there are `lengths`.  DPO compares the
+    sums, IPO the means over the tokens [D25].  A mean in DPO would be a preference for long responses.
+    """
+    log_ratios = logps - ref_logps
+    return log_ratios if loss == "dpo" else log_ratios / lengths
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, share: Tensor | float = 1.0) -> Tensor:
+    """Direct preference optimisation, in nats, averaged over pairs: log-ratios [B] (sums) -> scalar.
+
+    A policy that maximises reward - beta KL has the reward beta log p / p(reference), up to a constant of the
+    prompt.  So the reward model's own loss, on these implicit rewards, needs no reward model.  With vote
+    shares it is a cross-entropy whose minimum is where sigmoid(beta (chosen - rejected)) = share.
+    """
+    return pairwise_loss(beta * chosen, beta * rejected, share)
+
+
+def ipo_loss(chosen: Tensor, rejected: Tensor, beta: float, share: Tensor | float = 1.0) -> Tensor:
+    """Identity preference optimisation, averaged over pairs: log-ratios [B] (means per token) -> scalar.
+
+    (margin - 1 / (2 beta))^2: the margin is pulled to a finite value, where DPO's loss on a pair that all
+    raters agree on pulls it to infinity.  With vote shares it is the expectation over a voter,
+    share (margin - t)^2 + (1 - share) (-margin - t)^2 with t = 1 / (2 beta): least at (2 share - 1) t.
+    """
+    margin, t = chosen.float() - rejected.float(), 1 / (2 * beta)
+    return (share * (margin - t) ** 2 + (1 - share) * (margin + t) ** 2).mean()
 
 
 def regression_loss(scores: Tensor, ratings: Tensor) -> Tensor:

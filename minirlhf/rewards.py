@@ -5,7 +5,9 @@
     function(prompts: list[str], responses: list[str]) -> list[float]
 
 which returns one finite number per response; higher is better.  Each may carry a weight: `--reward rm
---reward minirlhf.rewards:repetition:-0.5`.  Four rules are shipped (minirlhf/measure/rules.py)."""
+--reward minirlhf.rewards:repetition:-0.5`.  Four rules are shipped (minirlhf/measure/rules.py).
+
+A policy made by train_dpo.py serves wherever a reward model does: its implicit reward is the score."""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from minirlhf import UserError, checkpoint, data
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
-from minirlhf.model import GPT, RewardEnsemble, ValueModel, critic_from, zero_critic
+from minirlhf.model import GPT, RewardEnsemble, RewardModel, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
-from minirlhf.support import functions
+from minirlhf.support import functions, implicit
 from minirlhf.support.functions import Reward, load_rewards
+from minirlhf.support.implicit import ImplicitReward
 from minirlhf.tokenizer import Tokenizer
 
 __all__ = [
@@ -55,30 +58,65 @@ def encode_for(
 
 @dataclass
 class RewardReader:
-    """A reward model and its tokenizer, which need not be the policy's."""
+    """A reward model, or a DPO policy's implicit reward, and the tokenizer that it reads with."""
 
-    model: RewardEnsemble
+    model: RewardEnsemble | ImplicitReward
     tokenizer: Tokenizer
 
     @classmethod
     def load(cls, path: str | Path | None, remedy: str) -> RewardReader | None:
-        """The reward model of a checkpoint, on the CPU; None for None.  The remedy is for a missing one."""
-        return cls(*checkpoint.load_reward(checkpoint.resolve(path, remedy))) if path else None
+        """The scorer in a checkpoint, on the CPU; None for None.  The remedy is for a missing checkpoint."""
+        if not path:
+            return None
+        of_policy = checkpoint.load_config(checkpoint.resolve(path, remedy)).get("stage") == "dpo"
+        return cls(*(implicit.load(path) if of_policy else checkpoint.load_reward(path)))
+
+    @property
+    def members(self) -> list[RewardModel]:
+        """The reward models of an ensemble; none where the score is an implicit reward."""
+        return [] if isinstance(self.model, ImplicitReward) else list(self.model.members)
 
     @property
     def context(self) -> int:
-        return self.model.members[0].backbone.config.context
+        gpt = self.members[0].backbone if self.members else self.model.policy
+        return gpt.config.context
+
+    def reads_prefixes(self, tokenizer: Tokenizer) -> bool:
+        """Whether a text that `tokenizer` encoded has a score at each of its tokens."""
+        causal = all(member.backbone.config.reads_prefixes for member in self.members)
+        return self.tokenizer.hash == tokenizer.hash and causal
+
+    def each(
+        self, texts: Texts, tokenizer: Tokenizer, microbatch: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [B, K] by each of the K members (1 of an implicit reward), and whether the text was cut [B].
+
+        texts: encoded by `tokenizer`.
+        """
+
+        def read(model: RewardEnsemble | ImplicitReward, rows: Texts) -> tuple[Tensor, Tensor]:
+            if isinstance(model, ImplicitReward):
+                own, cut = implicit.encode_for(model, self.tokenizer, rows, tokenizer)
+                return model(own)[:, None], cut
+            tokens, mask, cut = encode_for(model, self.tokenizer, rows, tokenizer)
+            return model.each(tokens, mask).T, cut
+
+        return by_microbatch(read, self.model, texts, microbatch)
 
     def scores(
         self, texts: Texts, tokenizer: Tokenizer, microbatch: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores, disagreement and whether the text was cut, [B] each, of texts that `tokenizer` encoded."""
+        scores, cut = self.each(texts, tokenizer, microbatch)
+        return scores.mean(1), scores.std(1, correction=0), cut
 
-        def read(model: RewardEnsemble, rows: Texts) -> tuple[Tensor, Tensor, Tensor]:
-            tokens, mask, cut = encode_for(model, self.tokenizer, rows, tokenizer)
-            return *model(tokens, mask), cut
-
-        return by_microbatch(read, self.model, texts, microbatch)
+    def by_token(self, texts: Texts) -> Tensor:
+        """What each response token adds to the score [B, R]; texts: in the model's own tokens."""
+        if isinstance(self.model, ImplicitReward):
+            return self.model.by_token(texts)
+        begun = texts.prompts.shape[1]
+        values = torch.stack([member.values(texts.tokens, texts.mask) for member in self.members]).mean(0)
+        return values[:, begun:] - values[:, begun - 1 : -1]  # [B, T]: the score of the text so far
 
 
 def make_critic(policy: GPT, tokenizer: Tokenizer, reward: RewardReader | None, start: str) -> ValueModel:
@@ -91,9 +129,11 @@ def make_critic(policy: GPT, tokenizer: Tokenizer, reward: RewardReader | None, 
         raise UserError(
             "the reward model has another tokenizer than the policy: use --value-init sft or auto"
         )
-    prefixes = same_tokens and reward.model.members[0].backbone.config.reads_prefixes
+    if start == "reward" and not reward.members:
+        raise UserError("a DPO policy has no head to start a value model from: use --value-init sft or auto")
+    prefixes = same_tokens and reward.members and reward.reads_prefixes(tokenizer)
     from_reward = start == "reward" or start == "auto" and prefixes
-    return critic_from(reward.model.members[0]) if from_reward else zero_critic(policy)
+    return critic_from(reward.members[0]) if from_reward else zero_critic(policy)
 
 
 class Scorer:
@@ -109,7 +149,7 @@ class Scorer:
         microbatch: int | None = None,
     ):
         """rewards: what load_rewards returns.  The judge's scores are reported and never optimised."""
-        if disagreement_coef and len(reward_model.model.members) == 1:
+        if disagreement_coef and len(reward_model.members) < 2:
             raise UserError("--disagreement-coef: the reward model has one member: train it with --members 3")
         self.rewards, self.tokenizer, self.microbatch = rewards, tokenizer, microbatch
         self.reward_model, self.judge, self.disagreement_coef = reward_model, judge, disagreement_coef

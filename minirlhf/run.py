@@ -1,6 +1,6 @@
 """A stage's process: where it computes, its seeds, its logs, and how it stops.
 
-`Run` serves all three scripts alike.  It knows the process and its folder, and nothing of the algorithm:
+`Run` serves all scripts alike.  It knows the process and its folder, and nothing of the algorithm:
 
     run = Run("ppo", config)                           # device, ranks, precision; is OUT free or unfinished?
     if not run.begin(source, init=sft): return         # complete, from the same data and checkpoints
@@ -33,7 +33,7 @@ from minirlhf.support.hardware import (
 from minirlhf.support.history import Sums
 from minirlhf.support.run_config import RunConfig
 
-STREAMS = {"sft": 1, "rm": 2, "ppo": 3}  # a stage's own random numbers
+STREAMS = {"sft": 1, "rm": 2, "ppo": 3, "dpo": 4}  # a stage's own random numbers
 
 
 class Run(Folder):

@@ -72,13 +72,14 @@ def no_baselines(monkeypatch):
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory, run) -> Path:
-    """The folder of a whole run at the smoke preset: sft, rm, judge, ppo, results.json.  Read it, do not write to it."""
+    """The folder of a whole run at the smoke preset: sft, rm, judge, ppo, dpo, results.json.  Read it, do not write to it."""
     home = tmp_path_factory.mktemp("runs") / "smoke"
     stages = {
         "sft": ["train_sft"],
         "rm": ["train_rm"],
         "judge": ["train_rm", "--part", "b", "--seed", 101],
         "ppo": ["train_ppo", "--monitor", home / "judge"],
+        "dpo": ["train_dpo"],
     }
     for stage, (script, *options) in stages.items():
         assert run(script, "--preset", "smoke", "--out", home / stage, *options) == 0, stage

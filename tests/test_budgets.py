@@ -15,10 +15,10 @@ import pytest
 from minirlhf.support import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("sft", "rm", "ppo")]
+SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("sft", "rm", "ppo", "dpo")]
 PATH = [*SCRIPTS, *sorted((ROOT / "minirlhf").glob("*.py"))]
 PRODUCT = [*SCRIPTS, *(f for room in ("minirlhf", "kernels") for f in sorted((ROOT / room).rglob("*.py")))]
-WITH_CONFIG = ["train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate"]
+WITH_CONFIG = ["train_sft", "train_rm", "train_ppo", "train_dpo", "minirlhf.tools.evaluate"]
 DEEPER = (ast.For, ast.While, ast.If, ast.With, ast.Try)
 
 

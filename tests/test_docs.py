@@ -28,7 +28,7 @@ from minirlhf.support import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = ["train_sft.py", "train_rm.py", "train_ppo.py"]
+SCRIPTS = ["train_sft.py", "train_rm.py", "train_ppo.py", "train_dpo.py"]
 MODULES = [
     *(ROOT / name for name in SCRIPTS),
     *(f for room in ("minirlhf", "kernels", "benchmarks") for f in sorted((ROOT / room).rglob("*.py"))),
@@ -235,7 +235,7 @@ OPTION = re.compile(r"--[a-z][a-z0-9-]*")
 def test_options_named_in_the_text_exist(page):
     """docs/log.md is left out: it tells of options that are gone."""
     known = set(OPTION.findall("".join(module.read_text() for module in MODULES)))
-    for name in ("train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate"):
+    for name in ("train_sft", "train_rm", "train_ppo", "train_dpo", "minirlhf.tools.evaluate"):
         config = importlib.import_module(name).Config
         fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
         known |= {f"--{prefix}{field}" for field in fields for prefix in ("", "no-")}
@@ -370,7 +370,7 @@ def test_reading_order_knows_the_files():
     assert not wrong
 
 
-METRICS = {"train_ppo.py": "ppo", "train_sft.py": "sft", "train_rm.py": "rm"}
+METRICS = {"train_ppo.py": "ppo", "train_sft.py": "sft", "train_rm.py": "rm", "train_dpo.py": "dpo"}
 
 
 @pytest.mark.parametrize("script", METRICS)
@@ -383,5 +383,7 @@ def test_every_metric_is_explained(script, smoke):
     logged = {name for line in lines for name in json.loads(line)} - {"step"}
     # Of choices; of a reward model with another tokenizer; of groups.
     other_data = {"val/accuracy", "objective/rm_cut", "frac_reward_zero_std"}
+    if script == "train_dpo.py":  # of --online
+        other_data |= {"objective/scores", "objective/kl", "val/response_length", "val/eos_rate"}
     assert logged <= explained, sorted(logged - explained)
     assert explained - logged <= other_data, sorted(explained - logged)

@@ -208,13 +208,15 @@ STAGES = {
     "sft": ["train_sft.py", *SMOKE, "--epochs", 1, "--out", "{run}/sft"],
     "rm": ["train_rm.py", *SMOKE, "--epochs", 1, "--batch", 16, "--out", "{run}/rm"],  # validates every 5th step
     "ppo": ["train_ppo.py", *SMOKE, "--iterations", 2, "--response-tokens", RESPONSE, "--out", "{run}/ppo"],
+    "dpo": ["train_dpo.py", *SMOKE, "--out", "{run}/dpo"],
+    "online": ["train_dpo.py", *SMOKE, "--online", "--iterations", 6, "--response-tokens", RESPONSE, "--out", "{run}/online"],
     "evaluate": ["-m", "minirlhf.evaluate", "--run", "{run}", "--prompts", 4, "--best-of", 2],
     "chat": ["-m", "minirlhf.chat", "{run}/ppo", "--reward-model", "{run}/rm", "--reference", "{run}/sft", "--explain",
              "--response-tokens", RESPONSE],
     "feedback": ["-m", "minirlhf.feedback", "sample", "{run}/sft", "--store", "{run}/feedback.db", "--prompts", "toy",
                  "--limit", 4, "--response-tokens", RESPONSE, "--reward-model", "{run}/rm", "--by", "score", "--keep", 2],
 }  # fmt: skip
-TRAINING = ["sft", "rm", "ppo"]
+TRAINING = ["sft", "rm", "ppo", "dpo", "online"]
 SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py")  # a checkpoint is copied to the host
 
 

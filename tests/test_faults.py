@@ -66,7 +66,8 @@ SMALL = ["--preset", "smoke", "--precision", "fp32"]
 SFT = [*SMALL, "--n-layer", 1, "--n-embd", 16, "--batch", 104, "--samples", 0]  # 3 steps per epoch, 2 epochs
 RM = [*SMALL, "--batch", 78, "--epochs", 1, "--normalise-samples", 8]  # 4 steps
 PPO = [*SMALL, "--iterations", 2, "--epochs", 1]
-NAMES = ["train_sft", "train_rm", "train_ppo"]
+DPO = [*SMALL, "--pairs", 1, "--batch", 78]  # 4 steps
+NAMES = ["train_sft", "train_rm", "train_ppo", "train_dpo"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,6 +101,7 @@ def stages(home):
     return {
         "train_sft": (SFT, 6),
         "train_rm": ([*RM, *inputs], 4),
+        "train_dpo": ([*DPO, *inputs], 4),
         "train_ppo": ([*PPO, *inputs, "--reward-model", home / "rm", "--iterations", 3], 3),
     }.__getitem__
 
@@ -249,6 +251,7 @@ ROWS = {
     "train_sft": {"completion": " great fun"},
     "train_rm": {"chosen": " great", "rejected": " awful"},
     "train_ppo": {},
+    "train_dpo": {"chosen": " great", "rejected": " awful"},
 }
 
 
@@ -532,6 +535,7 @@ def stopped(run, home, tmp_path_factory):
     options = {
         "train_sft": SFT,
         "train_rm": [*RM, *inputs],
+        "train_dpo": [*DPO, *inputs],
         "train_ppo": [*PPO, *inputs, "--reward-model", home / "rm", "--iterations", 3, "--save-samples", 1],
     }
 

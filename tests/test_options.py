@@ -28,7 +28,7 @@ from minirlhf.support import cli, ctrl_c
 ROOT = Path(__file__).resolve().parents[1]
 OF_CONFIGS = {
     name: importlib.import_module(name)
-    for name in ("train_sft", "train_rm", "train_ppo", "minirlhf.tools.evaluate")
+    for name in ("train_sft", "train_rm", "train_ppo", "train_dpo", "minirlhf.tools.evaluate")
 }
 OF_PARSERS = [
     "minirlhf.tools.chat",
@@ -331,6 +331,14 @@ CONTRADICTIONS = [
         "--normalise-samples has no effect with --normalise none",
     ),
     ("train_rm", "--normalise none --temperature 2", "--temperature has no effect with --normalise none"),
+    ("train_dpo", "--resume --overwrite", "--resume continues a run and --overwrite replaces it"),
+    ("train_dpo", "--online --epochs 2", "--epochs has no effect with --online"),
+    ("train_dpo", "--online --part a", "--part has no effect with --online"),
+    ("train_dpo", "--online --pairs 3 --genres movies", "--genres has no effect with --online"),
+    ("train_dpo", "--reward-model {s}/rm", "--reward-model has no effect without --online"),
+    ("train_dpo", "--split train --iterations 3", "--split has no effect without --online"),
+    ("train_dpo", "--missing-eos-penalty 2", "--missing-eos-penalty has no effect without --online"),
+    ("train_dpo", "--label-smoothing 0.5", "--label-smoothing must be at least 0 and below 0.5"),
     ("train_ppo", "--no-stop", "add --missing-eos none"),
     ("train_ppo", "--no-stop --missing-eos replace", "add --missing-eos none"),
     ("train_ppo", "--no-stop --missing-eos none --fused-head on", "--fused-head on"),
@@ -366,6 +374,7 @@ SMALL = ["--preset", "smoke", "--precision", "fp32"]
 SFT = [*SMALL, "--n-layer", 1, "--n-embd", 16, "--batch", 104, "--epochs", 1, "--samples", 0]  # 3 steps
 RM = [*SMALL, "--batch", 156, "--epochs", 1, "--normalise-samples", 2]  # 2 steps
 PPO = [*SMALL, "--iterations", 2, "--epochs", 1]
+DPO = [*SMALL, "--pairs", 1, "--batch", 156]  # 2 steps
 LONG = str(10**9)
 EDGES = [
     (
@@ -397,6 +406,16 @@ EDGES = [
         "train_rm",
         "--normalise none --loss both --head linear --pooling last --seed 4294967295 --train-layers 1",
     ),
+    (
+        "train_dpo",
+        "--beta 1e-300 --warmup 0 --adam-eps 1e9 --max-grad-norm 0 --seed 0 --label-smoothing 0.499",
+    ),
+    (
+        "train_dpo",
+        f"--beta 1e3 --lr 1e-300 --warmup {LONG} --pairs {LONG} --batch {LONG} --microbatch {LONG}",
+    ),
+    ("train_dpo", "--loss ipo --beta 1e-3 --temperature 0.001 --train-layers 1 --max-grad-norm 1e-300"),
+    ("train_dpo", "--loss ipo --temperature 1000 --fused-head on --gradient-checkpointing --seed 4294967295"),
     (
         "train_ppo",
         "--kl-coef 0 --ent-coef 0 --gamma 0 --lam 0 --seed 0 --missing-eos-penalty 0 --disagreement-coef 0",
@@ -439,6 +458,7 @@ def test_F15_values_at_the_edge_run(run, metrics, home, tmp_path, script, option
     """0 where 0 is allowed, and the largest and smallest numbers: a whole run, with finite numbers."""
     inputs = {"train_sft": SFT, "train_rm": [*RM, "--init", home / "sft"]}
     inputs |= {"train_ppo": [*PPO, "--init", home / "sft", "--reward-model", home / "rm"]}
+    inputs |= {"train_dpo": [*DPO, "--init", home / "sft"]}
     own = [word for word in inputs[script]]
     if "--normalise none" in options:
         own = own[: own.index("--normalise-samples")] + own[own.index("--normalise-samples") + 2 :]

@@ -28,6 +28,7 @@ INPUTS = {
     "train_sft": [],
     "train_rm": ["--init", "{sft}"],
     "train_ppo": ["--init", "{sft}", "--reward-model", "{rm}"],
+    "train_dpo": ["--init", "{sft}"],
 }
 CASES = {
     # 311 of 312 texts a batch: the other batch holds one, so a rank has none.  Stops early.
@@ -37,6 +38,10 @@ CASES = {
     "rm, pairs of ratings": ("train_rm", [*RM, "--loss", "pairwise"]),
     "rm, both": ("train_rm", [*RM, "--loss", "both", "--batch", "100", "--raters", "majority"]),
     "rm, choices": ("train_rm", [*RM, "--data", "{choices}", "--batch", "50", "--normalise", "bias"]),
+    # 311 of 312 pairs per batch: the other batch holds one, so a rank has none.
+    "dpo": ("train_dpo", [*SMALL, "--pairs", "1", "--batch", "311", "--epochs", "2"]),
+    "dpo, parts": ("train_dpo", [*SMALL, "--pairs", "1", "--batch", "52", "--microbatch", "7"]),
+    "ipo, choices": ("train_dpo", [*SMALL, "--loss", "ipo", "--data", "{choices}", "--batch", "50"]),
     "ppo": ("train_ppo", SMALL),
     "ppo, whitened rewards": ("train_ppo", [*SMALL, "--whiten-rewards", "--kl-target", "0.05", "--kl-horizon", "50",
                                             "--iterations", "3", "--max-approxkl", "0.001"]),
@@ -269,6 +274,7 @@ WAITING = {  # the last batch leaves one rank of three, or two, without a text
     "sft": ("train_sft", [*TINY, "--batch", "311", "--epochs", "1"]),
     "rm": ("train_rm", [*RM, "--batch", "311"]),
     "rm, both": ("train_rm", [*RM, "--loss", "both", "--batch", "310"]),
+    "dpo": ("train_dpo", [*SMALL, "--pairs", "1", "--batch", "311"]),
     "rm, pairs of ratings": ("train_rm", [*RM, "--loss", "pairwise", "--batch", "310"]),
     "ppo": ("train_ppo", [*SMALL, "--iterations", "1", "--batch", "12", "--minibatch", "6", "--max-approxkl", "9",
                           "--whiten-rewards"]),

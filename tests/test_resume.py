@@ -98,6 +98,8 @@ STAGES = {  # script, options, steps to stop at; the last of them is the run's l
         [1, 4, 8],
     ),  # 4 a member
     "ppo": ("train_ppo", [*SMALL, "--kl-target", 0.01, "--kl-horizon", 50], [1, 3, 4]),
+    "dpo": ("train_dpo", [*SMALL, "--pairs", 1, "--batch", 156, "--epochs", 2], [1, 3, 4]),
+    "online": ("train_dpo", [*SMALL, "--online", "--batch", 16], [1, 4]),
 }
 
 
@@ -110,7 +112,8 @@ def straight(run, smoke, tmp_path_factory):
         if stage not in done:
             script, options, _ = STAGES[stage]
             inputs = ["--init", smoke / "sft"], ["--reward-model", smoke / "rm"]
-            options = [*options, *sum(inputs[: ["sft", "rm", "ppo"].index(stage)], [])]
+            needed = {"sft": 0, "rm": 1, "dpo": 1}.get(stage, 2)
+            options = [*options, *sum(inputs[:needed], [])]
             out = tmp_path_factory.mktemp("straight") / stage
             assert run(script, *options, "--out", out) == 0
             done[stage] = options, out

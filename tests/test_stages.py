@@ -42,7 +42,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 # ----------------------------------------------------------------------------- a whole run
 
 
-@pytest.mark.parametrize("stage", ["sft", "rm", "judge", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "rm", "judge", "ppo", "dpo"])
 def test_smoke_leaves_whole_checkpoints(smoke, stage, metrics):
     for folder in (smoke / stage, smoke / stage / "latest"):
         assert all((folder / name).is_file() for name in CHECKPOINT)

@@ -14,7 +14,7 @@ import minirlhf
 from minirlhf.algorithms import AlgorithmOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["train_sft", "train_rm", "train_ppo"]
+SCRIPTS = ["train_sft", "train_rm", "train_ppo", "train_dpo"]
 LIBRARY = sorted((ROOT / "minirlhf").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SOURCE = [

@@ -73,7 +73,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def add_sample(parser: argparse.ArgumentParser) -> None:
     """The options of `sample`."""
     add = parser.add_argument
-    add("checkpoint", help="Folder made by train_sft.py or train_ppo.py.")
+    add("checkpoint", help="Folder made by train_sft.py, train_ppo.py or train_dpo.py.")
     add(
         "--prompts",
         required=True,

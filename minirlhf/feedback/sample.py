@@ -9,8 +9,7 @@ from torch import Tensor
 from minirlhf import UserError, checkpoint, data
 from minirlhf.feedback.add import report_added
 from minirlhf.feedback.store import Store
-from minirlhf.rewards import RewardReader, encode_for
-from minirlhf.rollout import Texts, by_microbatch
+from minirlhf.rewards import RewardReader
 from minirlhf.support import hardware
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools.evaluate import CHUNK, SAMPLING, sampling_of, settings_of, write
@@ -52,8 +51,8 @@ def sample(args: argparse.Namespace) -> None:
     sampling = sampling_of(settings, tokenizer)
     device, reader = hardware.setup_machine().device, None
     if args.reward_model:
-        reader = RewardReader(*checkpoint.load_reward(args.reward_model))
-        if "disagreement" in args.by and len(reader.model.members) == 1:
+        reader = RewardReader.load(args.reward_model, "train one with train_rm.py")
+        if "disagreement" in args.by and len(reader.members) < 2:
             remedy = "train it with --members 3, or use --by score"
             raise UserError(f"--by disagreement: {args.reward_model} has one member: {remedy}")
         reader.model.to(device).eval()
@@ -65,7 +64,8 @@ def sample(args: argparse.Namespace) -> None:
     responses: list[dict[str, Tensor | None]] = [{} for _ in prompts]
     for k in range(args.per_prompt):
         texts = write(model, prompts, sampling, args.seed + k)
-        scores = member_scores(reader, texts, tokenizer) if reader else [None] * len(prompts)
+        with torch.no_grad():
+            scores = reader.each(texts, tokenizer, CHUNK)[0] if reader else [None] * len(prompts)
         shown, written = texts.decode(tokenizer)
         for found, response, score in zip(responses, written, scores, strict=True):
             found.setdefault(response, score)
@@ -96,14 +96,3 @@ def load_prompts(args: argparse.Namespace, tokenizer: Tokenizer, room: int) -> l
     prompts = [list(ids) for ids in dict.fromkeys(map(tuple, encoded))]
     order = data.cursor(len(prompts), min(args.limit, len(prompts)), args.seed, 0)
     return [prompts[i] for i in order]
-
-
-@torch.no_grad()
-def member_scores(reader: RewardReader, texts: Texts, tokenizer: Tokenizer) -> Tensor:
-    """Scores [B, members] of texts that `tokenizer` encoded."""
-
-    def read(model, rows: Texts) -> Tensor:
-        tokens, mask, _ = encode_for(model, reader.tokenizer, rows, tokenizer)
-        return model.each(tokens, mask).T
-
-    return by_microbatch(read, reader.model, texts, CHUNK)

@@ -9,7 +9,7 @@ import signal
 import sys
 from types import FrameType
 
-COMMANDS = ("minirlhf", "train_sft.py", "train_rm.py", "train_ppo.py")
+COMMANDS = ("minirlhf", "train_sft.py", "train_rm.py", "train_ppo.py", "train_dpo.py")
 EXIT_CODE = 128 + signal.SIGINT
 MESSAGE = "interrupted"
 

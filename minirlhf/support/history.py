@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -14,8 +15,9 @@ from minirlhf.support.hardware import Machine
 class Sums:
     """Named scalars, added up over microbatches on the device, then over ranks."""
 
-    def __init__(self) -> None:
-        self.values: dict[str, Tensor] = {}
+    def __init__(self, names: Iterable[str] = (), device: torch.device | None = None) -> None:
+        """names: sums that are there, and 0 on the device, also on a rank that adds nothing."""
+        self.values: dict[str, Tensor] = {name: torch.zeros((), device=device) for name in names}
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

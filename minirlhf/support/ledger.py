@@ -18,6 +18,7 @@ REMEDIES = {
     "dropped: prompt longer than the context": "use --too-long cut, or a model with a longer --context",
     "dropped: pairs that the cut makes equal": "use a model with a longer --context",
     "dropped: pairs that the tokenizer makes equal": "use a tokenizer that keeps capitals and spaces",
+    "dropped: no second response to the prompt": "rate several responses to each prompt",
     "dropped: texts that are too short to cut a prompt from": "lower --prompt-tokens",
     "dropped: prompt leaves no room for the response": "lower --response-tokens, or use --too-long cut",
 }

@@ -1,4 +1,4 @@
-"""The options that all three stages share."""
+"""The options that all stages share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minirlhf.support.cli import Count, Seed, check_ranges
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """The options that all three stages share."""
+    """The options that all stages share."""
 
     out: Path = Path("runs/demo/stage")
     """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""

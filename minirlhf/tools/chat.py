@@ -24,7 +24,7 @@ from torch import Tensor
 
 from minirlhf import UserError, checkpoint
 from minirlhf.interop import chat_template
-from minirlhf.model import GPT, RewardEnsemble
+from minirlhf.model import GPT
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, forbid, generate, read_before, response_logprobs
 from minirlhf.support import cli, formats, hardware
@@ -116,13 +116,13 @@ class Speaker:
 
 @torch.no_grad()
 def explain(
-    speaker: Speaker, texts: Texts, reference: GPT | None, reward_model: RewardEnsemble | None
+    speaker: Speaker, texts: Texts, reference: GPT | None, reader: RewardReader | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What is known of each token of one answer: by column a number per token [R], and all probabilities [R,
     V].
 
-    `texts` is what Speaker.answer returns.  The reward model must have the speaker's tokenizer."""
-    sampling, begun = speaker.sampling, texts.prompts.shape[1]
+    `texts` is what Speaker.answer returns.  The reader must have the speaker's tokenizer."""
+    sampling = speaker.sampling
     logits = speaker.model.logits(read_before(speaker.model, texts)[0])
     probabilities = (forbid(logits.float(), sampling.forbidden) / sampling.temperature).softmax(-1)
     columns = {"probability": probabilities.gather(1, texts.responses[0, :, None])[:, 0]}
@@ -131,10 +131,8 @@ def explain(
             response_logprobs(model, texts, sampling)[0][0] for model in (speaker.model, reference)
         )
         columns["nats"] = ours - theirs
-    if reward_model is not None:
-        members = [member.values(texts.tokens, texts.mask)[0] for member in reward_model.members]
-        values = torch.stack(members).mean(0)  # [T]: the score of the text so far
-        columns["score"] = values[begun:] - values[begun - 1 : -1]
+    if reader is not None:
+        columns["score"] = reader.by_token(texts)[0]
     return columns, probabilities
 
 
@@ -161,15 +159,9 @@ def score_note(reader: RewardReader, texts: Texts, tokenizer: Tokenizer) -> str:
     """The reward model's score of an answer, as it stands before the answer."""
     with torch.no_grad():
         score, disagreement, cut = (x.item() for x in reader.scores(texts, tokenizer))
-    spread = f" +- {disagreement:.2f}" if len(reader.model.members) > 1 else ""
+    spread = f" +- {disagreement:.2f}" if len(reader.members) > 1 else ""
     of = f" of its first {reader.context} tokens" if cut else ""
     return f"[score {score:+.2f}{spread}{of}] "
-
-
-def by_token(reader: RewardReader, speaker: Speaker) -> bool:
-    """Whether the reward model can score the text up to each of the speaker's tokens."""
-    config = reader.model.members[0].backbone.config
-    return reader.tokenizer.hash == speaker.tokenizer.hash and config.reads_prefixes
 
 
 def parse() -> argparse.Namespace:
@@ -281,7 +273,7 @@ def main() -> None:
                 continue
             print(name + score + visible((line if speaker.layout == "text" else "") + answer))
             if args.explain:
-                judge = reader.model if reader and by_token(reader, speaker) else None
+                judge = reader if reader and reader.reads_prefixes(speaker.tokenizer) else None
                 columns, probabilities = explain(speaker, texts, reference, judge)
                 print(explanation(speaker.tokenizer, texts.responses[0].tolist(), columns, probabilities))
 

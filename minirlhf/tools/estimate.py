@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from minirlhf import UserError, checkpoint, optim
 from minirlhf.algorithms import ALGORITHMS
 from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from, zero_critic
+from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
 from minirlhf.support import cli, hardware
 from minirlhf.support.cli import Count, number
@@ -175,12 +176,12 @@ def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module
     policy, frozen = checkpoint.load_gpt(folder), {"reference": checkpoint.load_gpt(folder)}
     critic = zero_critic(policy)
     if args.reward_model is not None:
-        frozen["reward model"], own_tokenizer = checkpoint.load_reward(args.reward_model)
-        first = frozen["reward model"].members[0]
-        if own_tokenizer.hash == tokenizer.hash and first.backbone.config.reads_prefixes:
-            critic = critic_from(first)
+        reader = RewardReader.load(args.reward_model, "train one with train_rm.py")
+        frozen["reward model"] = reader.model
+        if reader.members and reader.reads_prefixes(tokenizer):
+            critic = critic_from(reader.members[0])
     if args.monitor is not None:
-        frozen["judge"], _ = checkpoint.load_reward(args.monitor)
+        frozen["judge"] = RewardReader.load(args.monitor, "train one with train_rm.py").model
     models = {"policy": policy, "critic": critic} | frozen
     if ALGORITHMS[args.algorithm].baseline != "critic":
         del models["critic"]

@@ -48,7 +48,8 @@ class Config:
     policy: Path | None = None
     """Checkpoint of the tuned policy.  Default: RUN/ppo."""
     reward_model: Path | None = None
-    """Reward model that PPO maximised.  Default: the one that the policy's checkpoint names."""
+    """Reward model that PPO maximised.  Default: the one that the policy's checkpoint names; RUN/rm for a
+    policy of train_dpo.py without --online, which names none."""
     reward: tuple[str, ...] = ()
     """Reward functions to score with, package.module:function[:WEIGHT], for a policy trained without a reward
     model.  Default: those of minirlhf.rewards that the policy's checkpoint names."""
@@ -184,11 +185,17 @@ def maximised_model(about: dict[str, Any], run: Path) -> Path | None:
     """Folder of the reward model that PPO maximised; None where it maximised functions alone.
 
     The model is where it was when PPO ran, or in `run`, which may have been moved or copied since.  It is
-    told by its checksum, where that was recorded.
+    told by its checksum, where that was recorded.  DPO maximised none: the one in `run` scores its texts.
     """
     inputs = about["inputs"] if isinstance(about.get("inputs"), dict) else {}
     recorded = inputs.get("reward_model_path") or about.get("reward_model")
     checksum = inputs.get("reward_model")
+    if not recorded and about.get("stage") == "dpo":
+        if not (run / "rm" / "config.json").exists():
+            raise UserError(
+                f"DPO maximised no reward model, and {run}/rm is none: name one with --reward-model"
+            )
+        return run / "rm"
     if not recorded:
         return None
     places = [Path(recorded), run / Path(recorded).name] if isinstance(recorded, str) else []
@@ -206,8 +213,8 @@ def load_scorers(
     """`score`, which PPO maximised, and `judge`, if there is one."""
 
     def of_model(folder: Path) -> Callable[[Texts], Tensor]:
-        model, own_tokenizer = checkpoint.load_reward(folder)
-        reader = RewardReader(model.to(device).eval(), own_tokenizer)
+        reader = RewardReader.load(folder, "train one with train_rm.py")
+        reader.model.to(device).eval()
         return lambda texts: reader.scores(texts, tokenizer, CHUNK)[0]
 
     if config.reward and config.reward_model:
@@ -308,6 +315,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     return {
         "sft_samples": row(base, base_scores, 0.0, sft_entropy, sft_surprise),
         "best_of_n": {str(n): best_of(n) for n in config.best_of},
+        "policy": "DPO" if about.get("stage") == "dpo" else "PPO",  # the name of the row `ppo`
         "ppo": row(tuned, tuned_scores, kl.mean().item(), entropy, surprise),
         "samples": [
             {
@@ -343,21 +351,23 @@ def collect(run: Path, results: dict[str, Any], report_model: Path) -> dict[str,
 def print_table(results: dict[str, Any]) -> None:
     """Print a row per writer, and the samples."""
     rows = {"SFT": results["sft_samples"]}
-    rows |= {f"best of {n}": row for n, row in results["best_of_n"].items()} | {"PPO": results["ppo"]}
+    rows |= {f"best of {n}": row for n, row in results["best_of_n"].items()}
+    name = results["policy"]
+    rows |= {name: results["ppo"]}
     columns = ["score", "score_win_rate", "judge_win_rate", "lexicon_win_rate", "kl", "entropy"]
     columns += ["sft_perplexity", "distinct_1", "distinct_2", "distinct_3", "mean_length", "eos_rate"]
     columns = [column for column in columns if column in results["ppo"]]
     print(f"\n{results['prompts']} {results['split']} prompts, one SFT sample each to win against")
     heads = [column.replace("_win_rate", " wins").replace("_", " ") for column in columns]
     print(f"{'':12s}" + "".join(f"{head:>16s}" for head in heads))
-    for name, row in rows.items():
+    for writer, row in rows.items():
         cells = ["" if row[column] is None else f"{row[column]:.3f}" for column in columns]
-        print(f"{name:12s}" + "".join(f"{cell:>16s}" for cell in cells))
+        print(f"{writer:12s}" + "".join(f"{cell:>16s}" for cell in cells))
     print()
     for sample in results["samples"]:
         print(repr(sample["prompt"]))
         print(f"   SFT {sample['score_sft']:+.2f}          {sample['sft']!r}")
-        print(f"   PPO {sample['score_ppo']:+.2f} kl {sample['kl']:4.1f}  {sample['ppo']!r}")
+        print(f"   {name} {sample['score_ppo']:+.2f} kl {sample['kl']:4.1f}  {sample['ppo']!r}")
 
 
 def main() -> None:
