@@ -87,7 +87,8 @@ class Config(AlgorithmOptions, RunConfig):
     """Subtract this times the standard deviation of the reward model's members (train_rm.py --members 3):
     what only some of them like is likely their mistake (Coste et al. 2024)."""
     kl_coef: AtLeast0 = 0.1
-    """Penalty in reward points per nat of KL to the reference (Ziegler: 0.15)."""
+    """Penalty per nat of KL to the reference, in reward points (Ziegler: 0.15).  Where advantages are scaled
+    and the KL is a term of the loss, it is in standard deviations of the reward."""
     kl_target: Above0 | None = None
     """KL in nats per sequence that kl_coef is adapted to [D11] (Ziegler: 6).  Default: a fixed kl_coef."""
     kl_horizon: Count = 10_000
@@ -132,11 +133,11 @@ class Config(AlgorithmOptions, RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        group = self.choose().group
+        group = self.row().group
         sizes = ("batch", "minibatch", self.minibatch), ("batch", "group", group)
         for big, small, part in (*sizes, ("minibatch", "microbatch", self.microbatch)):
             if part and getattr(self, big) % part:
-                raise UserError(f"--{big} {getattr(self, big)} does not divide by --{small} {part}")
+                raise UserError(f"--{big} {getattr(self, big)} is not divisible by --{small} {part}")
         if not self.stop and self.fused_head == "on":
             raise UserError(
                 "--fused-head on never holds the logits that --no-stop takes a token out of: drop one"
@@ -163,7 +164,9 @@ def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
     cli.refuse_unread(["--kl-horizon"], "without --kl-target", config.kl_target is None)
     cli.refuse_unread(["--missing-eos-penalty"], "with --missing-eos none", config.missing_eos == "none")
-    algorithm = config.choose()
+    algorithm = (
+        config.row()
+    )  # PPO: groups of 1, a critic, whitened over the rollout, clip .2, KL in the reward
     of_critic = ("--value-init", "--value-lr", "--clip-range-value", "--gamma", "--lam", "--whiten-rewards")
     cli.refuse_unread(of_critic, "without a critic", algorithm.baseline != "critic")
     cli.refuse_unread(["--kl-coef", "--kl-target"], "with --kl none", algorithm.kl == "none")
@@ -173,7 +176,7 @@ def main() -> None:
     rewards = load_rewards(list(config.reward))
     stages, uses_rm = config.out.parent, any(name == "rm" for name, _, _ in rewards)
     sft = checkpoint.resolve(config.init or stages / "sft", "run train_sft.py first, or name one with --init")
-    tokenizer = checkpoint.writer(sft)[2]
+    _, _, tokenizer = checkpoint.writer(sft)
     reward_dir = (config.reward_model or stages / "rm") if uses_rm else None
     reward = RewardReader.load(reward_dir, "run train_rm.py first, or name one with --reward-model")
     judge = RewardReader.load(config.monitor, "train one with train_rm.py")
@@ -200,23 +203,24 @@ def main() -> None:
     sampling = Sampling(config.response_tokens, config.temperature, eos, pad, forbidden, fused)
     scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
-    changing = {"policy_optimizer": policy_optimizer}
+    changing, learning_rates = {"policy_optimizer": policy_optimizer}, [(policy_optimizer, config.lr)]
     if critic:
         value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
         changing |= {"value": critic, "value_optimizer": value_optimizer}
+        learning_rates.append((value_optimizer, config.value_lr))
     run.about["algorithm"] = dataclasses.asdict(algorithm)
     kl_coef = 0.0 if algorithm.kl == "none" else config.kl_coef
     state = run.resume(tokenizer, policy, {"kl_coef": kl_coef}, **changing)  # [D21]
-    sum_ = run.machine.sum_  # statistics are of all ranks
-    clip = (algorithm.clip_range, algorithm.clip_range_high)
+    over_ranks = run.machine.sum_  # statistics are of all ranks
+    clip, objective = (algorithm.clip_range, algorithm.clip_range_high), algorithm.objective
+    discount = {"gamma": config.gamma, "lam": config.lam}
     run.print(f"{config.iterations} iterations of {config.batch} responses; {run.where}")
 
     for iteration in run.loop(config.iterations):
         kl_coef = state["kl_coef"]
         lr_factor = ppo.linear_decay(iteration, config.iterations)  # [D16]
-        optim.set_lr(policy_optimizer, config.lr * lr_factor)
-        if critic:
-            optim.set_lr(value_optimizer, config.value_lr * lr_factor)
+        for optimizer, lr in learning_rates:
+            optim.set_lr(optimizer, lr * lr_factor)
 
         # 1. Rollout: the policy continues this rank's share of a batch of prompts, each of them G times.
         run.phase("rollout")
@@ -225,42 +229,43 @@ def main() -> None:
         queries, query_mask = data.collate([prompts[i] for i in mine for _ in range(G)], pad, side="left")
         with run.autocast():
             texts = generate(policy, queries, query_mask, sampling)
-        response_mask = texts.response_mask  # [B, R]
+        response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R], [B]
 
-        # 2. Score: all models read the texts, with the update's own forwards, so that the first ratio is 1
-        #    [D4] [D18].
+        # 2. Score: all models read the texts, by the update's own forwards: the first ratio is 1 [D4] [D18].
         run.phase("score")
         with run.autocast(), torch.no_grad():
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
             ref_logprobs, _ = by_microbatch(response_logprobs, ref, texts, microbatch, sampling)  # [B, R]
             values = by_microbatch(response_values, critic, texts, microbatch) if critic else None  # [D8]
-            scores, score_parts = run.together(scorer, texts)  # [B]
+            scores, per_text = run.together(scorer, texts)  # [B]; a failure on one rank stops all
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
-        has_eos = texts.ended(eos)  # [D9]
-        scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
+        scores = ppo.apply_missing_eos(
+            scores, has_eos, config.missing_eos_penalty, config.missing_eos
+        )  # [D9]
 
-        # 3. Rewards: minus kl_coef * k1 at every token, plus the score at the last real token [D1] [D7].
-        coef = kl_coef if algorithm.kl == "reward" else 0.0
-        token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, coef)
+        # 3. Rewards: the score at the last real token [D7], and -kl_coef * k1 at all, if not in the loss [D1].
+        k1_coef = kl_coef if algorithm.kl == "reward" else 0.0
+        token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, k1_coef)
         if config.whiten_rewards:
-            token_rewards = whiten(token_rewards, response_mask, shift_mean=False, sum_=sum_)  # [D10]
+            token_rewards = whiten(token_rewards, response_mask, shift_mean=False, sum_=over_ranks)  # [D10]
 
-        # 4. Advantages: of every token, by the critic, with returns taken before whitening [D8]; or of the
-        #    whole response, beside its group [D27].
+        # 4. Advantages, of each token beside the critic's value (delta_t = r_t + gamma V_{t+1} - V_t, A_t =
+        #    delta_t + gamma lam A_{t+1}, return_t = A_t + V_t, taken before whitening [D8]); or of the whole
+        #    response beside its group [D27].
+        learnt = response_mask
         if critic:
-            advantages, returns = gae(
-                token_rewards, values, response_mask, gamma=config.gamma, lam=config.lam
-            )
+            advantages, returns = gae(token_rewards, values, response_mask, **discount)
         else:
-            totals = token_rewards.sum(1)  # [B]
-            advantages = ppo.group_advantages(totals, G, algorithm.baseline, algorithm.scale)
+            advantages = ppo.group_advantages(token_rewards.sum(1), G, algorithm.baseline, algorithm.scale)
             advantages = advantages[:, None].expand_as(token_rewards)  # [B, R]
-            equal = ppo.equal_rewards(totals, G)  # [B]: such groups teach nothing
-            score_parts["frac_reward_zero_std"] = equal.float()
+            equal = ppo.equal_rewards(scores, G)  # [B]: such groups teach nothing
+            per_text["frac_reward_zero_std"] = equal.float()
+            if algorithm.equal_groups == "drop":
+                learnt = response_mask & ~equal[:, None]
         if algorithm.scale == "rollout":
-            advantages = whiten(advantages, response_mask, sum_=sum_)  # [D10]
-        learnt = response_mask & ~equal[:, None] if algorithm.equal_groups == "drop" else response_mask
-        weights, share = ppo.averaging(learnt, algorithm.average, config.response_tokens)  # [D28]
+            differing = response_mask if critic else response_mask & (advantages != 0)
+            advantages = whiten(advantages, differing, sum_=over_ranks)  # [D10]
+        weights, shares = ppo.averaging(learnt, algorithm.average, config.response_tokens)  # [D28]
 
         # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's
         #    activations and gradients are in memory at a time.
@@ -268,19 +273,23 @@ def main() -> None:
         history = History()
         for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
             here = send(minibatch, run.device)
-            # Real tokens, and the loss's divisor, over all ranks [D17].
-            tokens, total = run.sum_(torch.stack([learnt[here].sum(), share[here].sum()])).clamp(min=1)
+            # Real tokens and the loss's divisor, over all ranks [D17].  In PPO they are the same number.
+            tokens, divisor = run.sum_(torch.stack([learnt[here].sum(), shares[here].sum()]))
+            if algorithm.equal_groups == "drop" and tokens == 0:
+                continue  # on all ranks
             stats = history.new_step(tokens)
 
             for rows in minibatch.split(microbatch):
                 here = send(rows, run.device)
-                old, mask, weight = logprobs[here], learnt[here], weights[here] * (tokens / total)
+                # policy_loss divides by tokens; with these weights it divides by the divisor.
+                old, mask, weight = logprobs[here], learnt[here], weights[here] * (tokens / divisor)
                 with run.autocast():
                     new, entropy = response_logprobs(policy, texts[rows], sampling)
+                # The clipped objective [D12] [D29], and the KL where it is a term of the loss [D30].
                 loss, found = ppo.policy_loss(
-                    new, old, advantages[here], mask, clip, tokens, weight, algorithm.objective
-                )  # [D12] [D29]
-                kl = ppo.kl_loss(new, old, ref_logprobs[here], mask, algorithm.kl, tokens, weight)  # [D30]
+                    new, old, advantages[here], mask, clip, tokens, weight, objective
+                )
+                kl = ppo.kl_loss(new, old, ref_logprobs[here], mask, algorithm.kl, tokens, weight)
                 mean_entropy = (entropy * mask).sum() / tokens  # padding holds 0 [D22]
                 (loss + kl_coef * kl - config.ent_coef * mean_entropy).backward()
                 stats.add({"loss/policy_avg": loss, "policy/entropy_avg": mean_entropy} | found)
@@ -294,26 +303,24 @@ def main() -> None:
                 continue
             for rows in minibatch.split(microbatch):
                 here = send(rows, run.device)
-                old, mask = values[here], learnt[here]
+                target, mask, clip_value = returns[here], learnt[here], config.clip_range_value
                 with run.autocast():
-                    new = response_values(critic, texts[rows])
-                loss, clipped = ppo.value_loss(new, old, returns[here], mask, config.clip_range_value, tokens)
+                    new_values = response_values(critic, texts[rows])
+                loss, clipped = ppo.value_loss(new_values, values[here], target, mask, clip_value, tokens)
                 loss.backward()
                 stats.add({"loss/value_avg": loss, "val/clipfrac_avg": clipped})
             run.take_step(value_optimizer, config.max_grad_norm, "value model")
 
         # 6. Metrics are means over real tokens [D22]; then the controller moves kl_coef, after its use [D11].
-        per_text = (
-            ppo.rollout_metrics(scores, logprobs, ref_logprobs, response_mask, has_eos, kl_coef) | score_parts
-        )
+        per_text |= ppo.rollout_metrics(scores, logprobs, ref_logprobs, response_mask, has_eos, k1_coef)
         metrics = history.means(run.machine) | run.means(per_text, config.batch)
         metrics |= {"objective/kl_coef": kl_coef, "lr": config.lr * lr_factor}
         metrics |= {"episode": (iteration + 1) * config.batch}
         if critic:
-            explained = ppo.explained_variance(values, returns, response_mask, sum_)
+            explained = ppo.explained_variance(values, returns, response_mask, over_ranks)
             metrics["val/explained_variance"] = explained.item()
-        elif metrics["frac_reward_zero_std"] == 1:
-            run.print(f"iteration {iteration + 1}: equal rewards in every group: nothing to learn from")
+        elif metrics["frac_reward_zero_std"] > 1 - 1e-6:
+            run.print(f"iteration {iteration + 1}: equal scores in every group: no advantages to learn from")
         if config.kl_target is not None:
             kl, target = metrics["objective/kl"], config.kl_target
             state["kl_coef"] = ppo.adapt_kl_coef(kl_coef, kl, target, config.batch, config.kl_horizon)

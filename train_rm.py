@@ -34,7 +34,7 @@ from minirlhf.model import GPT, RewardEnsemble
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
-from minirlhf.support.judgements import choose_loss, load_judgements, target_of
+from minirlhf.support.judgements import choose_loss, load_judgements, rating_pairs_loss, target_of
 from minirlhf.support.prepare import run_blocks, train_last
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
@@ -119,7 +119,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.microbatch is not None and self.batch % self.microbatch:
-            raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
+            raise UserError(f"--batch {self.batch} is not divisible by --microbatch {self.microbatch}")
         if self.reference and self.normalise == "none":
             raise UserError("--reference is read for --normalise, which is none: drop one of them")
 
@@ -186,27 +186,6 @@ def loss_of(
     if not choices and kind in ("pairwise", "both") and len(batch) > 1:
         loss = loss + rating_pairs_loss(run, config, step, batch, rows, scores)
     return loss
-
-
-def rating_pairs_loss(
-    run: Run, config: Config, step: int, batch: list, rows: list[int], scores: Tensor
-) -> Tensor:
-    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored `rows`.
-
-    Other ranks' scores are constants here: such gradients add up over ranks to that of one process [D17].
-    The value is divided by the number of ranks, since each has all pairs.
-    """
-    everyone = torch.zeros(len(batch), device=run.device)
-    places = send(torch.tensor(rows, dtype=torch.long), run.device)
-    everyone[places] = scores.detach().float()
-    everyone = run.sum_(everyone).index_put((places,), scores.float())
-    ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
-    rng = np.random.default_rng([config.seed, step])
-    a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
-    a, b = (send(torch.from_numpy(x), run.device) for x in (a, b))
-    share = send(torch.tensor(share, dtype=torch.float32), run.device)
-    loss = preference.pairwise_loss(everyone[a], everyone[b], share)
-    return loss - (1 - 1 / run.world) * loss.detach()
 
 
 def main() -> None:

@@ -101,9 +101,9 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.microbatch is not None and self.batch % self.microbatch:
-            raise UserError(f"--batch {self.batch} does not divide by --microbatch {self.microbatch}")
+            raise UserError(f"--batch {self.batch} is not divisible by --microbatch {self.microbatch}")
         if self.n_embd % self.n_head:
-            raise UserError(f"--n-embd {self.n_embd} does not divide by --n-head {self.n_head}")
+            raise UserError(f"--n-embd {self.n_embd} is not divisible by --n-head {self.n_head}")
 
 
 PRESETS = {

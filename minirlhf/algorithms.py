@@ -48,15 +48,16 @@ class Algorithm:
             )
 
 
+#                 group   baseline         scale      objective   clip  high  average      kl        equal groups
 ALGORITHMS = {
-    "ppo": Algorithm(1, "critic", "rollout", "clip", 0.2, 0.2, "tokens", "reward", "keep"),
-    "rloo": Algorithm(8, "leave-one-out", "none", "clip", 0.2, 0.2, "tokens", "reward", "keep"),
-    "grpo": Algorithm(8, "mean", "std", "clip", 0.2, 0.2, "responses", "k3", "keep"),
-    "dr-grpo": Algorithm(8, "mean", "none", "clip", 0.2, 0.2, "constant", "none", "keep"),
-    "dapo": Algorithm(8, "mean", "std", "clip", 0.2, 0.28, "tokens", "none", "drop"),
-    "cispo": Algorithm(8, "mean", "std", "cispo", 0.2, 4.0, "tokens", "none", "keep"),
-    "gspo": Algorithm(8, "mean", "std", "sequence", 3e-4, 4e-4, "responses", "none", "keep"),
-}
+  "ppo":     Algorithm(1, "critic",        "rollout", "clip",     .2,   .2,   "tokens",    "reward", "keep"),
+  "rloo":    Algorithm(8, "leave-one-out", "none",    "clip",     .2,   .2,   "tokens",    "reward", "keep"),
+  "grpo":    Algorithm(8, "mean",          "std",     "clip",     .2,   .2,   "responses", "k3",     "keep"),
+  "dr-grpo": Algorithm(8, "mean",          "none",    "clip",     .2,   .2,   "constant",  "none",   "keep"),
+  "dapo":    Algorithm(8, "mean",          "std",     "clip",     .2,   .28,  "tokens",    "none",   "drop"),
+  "cispo":   Algorithm(8, "mean",          "std",     "cispo",    .2,   4.0,  "tokens",    "none",   "keep"),
+  "gspo":    Algorithm(8, "mean",          "std",     "sequence", 3e-4, 4e-4, "responses", "none",   "keep"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,18 @@ class AlgorithmOptions:
     equal_groups: EqualGroups | None = None
     """Groups without differences teach nothing: keep them in the mean of the loss, or drop them (DAPO)."""
 
-    def choose(self) -> Algorithm:
+    def row(self) -> Algorithm:
         """The row, with the cells that were given; UserError where they contradict each other."""
+        objective = self.objective or ALGORITHMS[self.algorithm].objective
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high
+        if objective == "cispo" and self.clip_range is not None:
+            raise UserError(
+                "--objective cispo caps ratios from above alone: give --clip-range-high, not --clip-range"
+            )
+        if objective != ALGORITHMS[self.algorithm].objective and high is None:
+            raise UserError(
+                f"--objective {objective}: a range for it is needed: give --clip-range-high, or --clip-range"
+            )
         cells = {f.name: getattr(self, f.name) for f in fields(Algorithm)} | {"clip_range_high": high}
         given = {name: value for name, value in cells.items() if value is not None}
         return replace(ALGORITHMS[self.algorithm], **given)

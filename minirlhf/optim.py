@@ -73,7 +73,7 @@ def warmup_linear(step: int, total: int, warmup: int) -> float:
 def exact_div(a: int, b: int, what: str) -> int:
     """a / b; UserError where it would have to be rounded."""
     if a % b:
-        raise UserError(f"{what}: {a} does not divide by {b}")
+        raise UserError(f"{what}: {a} is not divisible by {b}")
     return a // b
 
 

@@ -3,9 +3,9 @@
 Dimensions: B sequences, R response tokens. `response_mask` [B, R] is bool, True = a real token of the
 response; what stands where it is False may be NaN and reaches no value and no gradient [D22]. `logprobs`,
 `ref_logprobs`, `values` come from the rollout and are constants; `new_logprobs`, `new_values` [B, R] are
-today's and carry the gradient. All come from one forward at one temperature. `scores` [B] are the reward
-model's; `rewards` [B, R] are scores after shaping, and the two are never mixed. Advantages and returns come
-from `kernels.gae` [D8].
+the current model's and carry the gradient. All come from one forward at one temperature. `scores` [B] are
+the reward model's; `rewards` [B, R] are scores after shaping, and the two are never mixed. PPO's advantages
+and returns come from `kernels.gae` [D8].
 
 Papers: PPO arXiv 1707.06347; RLHF arXiv 1909.08593, code openai/lm-human-preferences (lmhp); details arXiv
 2403.17031 (N+) and "The N Implementation Details of RLHF with PPO" (N blog); KL estimators
@@ -24,9 +24,8 @@ def kl_estimates(logprobs: Tensor, ref_logprobs: Tensor) -> tuple[Tensor, Tensor
     """Per-token estimates k1, k2, k3 of KL(policy || ref) from tokens the policy drew; any shape [D1].
 
     With r = ref / policy: k1 = -log r, k2 = (log r)^2 / 2, k3 = r - 1 - log r. Which is right depends on the
-    use: k1, detached, inside the reward gives the true gradient of the KL, and so does k2 as a loss. k3 has
-    k1's mean with less noise and is never negative: log it, but do not train on it (as a loss it descends
-    KL(ref || policy)).
+    use: k1, detached, inside the reward gives the true gradient of the KL. k3 has k1's mean with less noise
+    and is never negative: log it. As terms of the loss: see kl_loss.
     """
     log_r = ref_logprobs - logprobs
     return -log_r, log_r.square() / 2, torch.expm1(log_r) - log_r  # expm1: r - 1 loses all digits near r = 1
@@ -67,9 +66,9 @@ def group_advantages(rewards: Tensor, group: int, baseline: str, scale: str) -> 
     """Advantages [B] of whole responses, from their rewards [B] and those of the rest of the group [D27].
 
     Rows k * group .. (k + 1) * group - 1 answer one prompt and were drawn together. `baseline` 'mean': the
-    group's mean (GRPO); 'leave-one-out': the mean of the others (RLOO). The latter alone gives the true
-    gradient; the former is short by (group - 1) / group. `scale` 'std' divides by the group's unbiased
-    standard deviation + 1e-4, as TRL does. Equal rewards give exactly 0, as does a group of one.
+    group's mean (GRPO); 'leave-one-out': the mean of the others (RLOO). The latter gives the true gradient,
+    the former (group - 1) / group of it. `scale` 'std' divides by the group's unbiased standard deviation
+    + 1e-4, as TRL does. Equal rewards give exactly 0, as does a group of one.
     """
     R = rewards.double().view(-1, group)
     advantages, others = R - R.mean(1, keepdim=True), max(group - 1, 1)
@@ -84,8 +83,8 @@ def group_advantages(rewards: Tensor, group: int, baseline: str, scale: str) -> 
 def equal_rewards(rewards: Tensor, group: int) -> Tensor:
     """Which of the responses [B] are in a group whose rewards [B] are equal to rounding: bool [B] [D27].
 
-    Such a group teaches nothing. Without this, a standard deviation of rounding errors would be divided by
-    itself, and noise would become advantages of full size.
+    Equal: to a millionth of their size. Such a group teaches nothing. Without this, rounding errors of large
+    rewards would be divided by their own standard deviation and become advantages of full size.
     """
     R = rewards.view(-1, group)
     equal = R.amax(1) - R.amin(1) <= 1e-6 * R.abs().amax(1)
@@ -101,10 +100,10 @@ def averaging(response_mask: Tensor, how: str, longest: int) -> tuple[Tensor, Te
     'constant': every response is divided by the length limit `longest` (Dr. GRPO), never by its padding.
     """
     lengths = response_mask.sum(1).float()
-    there = (lengths > 0).float()  # a response that is left out of the loss leaves the divisor, too
+    counts = (lengths > 0).float()  # a response that is left out of the loss leaves the divisor, too
     if how == "tokens":
-        return there[:, None], lengths
-    return (there / (lengths.clamp(min=1) if how == "responses" else longest))[:, None], there
+        return counts[:, None], lengths
+    return (counts / (lengths.clamp(min=1) if how == "responses" else longest))[:, None], counts
 
 
 def policy_loss(
@@ -128,7 +127,8 @@ def policy_loss(
     - 'sequence': as above, with the geometric mean of the response's ratios at all of its tokens (GSPO);
     - 'cispo': -A min(ratio, 1 + high) log p, the ratio a constant, so that no token loses its gradient.
     Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens whose ratio
-    was clipped to effect; `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
+    is beyond the range, on the side where that matters; `policy/approxkl_avg`, the mean of (new - old)^2 / 2
+    as lmhp logs it.
     """
     total = _total(response_mask, denominator)
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
@@ -169,8 +169,10 @@ def kl_loss(
 ) -> Tensor:
     """A KL penalty as a term of the loss instead of the reward: all [B, R] -> scalar [D30].
 
-    `kind` 'k2' has the gradient of KL(policy || ref), and so has 'k3-ratio', k3 times the ratio to the
-    rollout's policy. 'k3' alone is GRPO's, and descends KL(ref || policy). (k1 has no gradient on average.)
+    'k3-ratio', k3 times the ratio to the rollout's policy, has the gradient of each token's KL(policy || ref)
+    at the prefixes that were sampled; so has 'k2' until the first optimiser step on a rollout. 'k3' alone is
+    GRPO's, and has that of KL(ref || policy). k1 would have none on average. What a token does to the KL of
+    later ones counts in the reward alone [D1].
     `denominator` and `weights` as in policy_loss. In k3 a log-ratio above 20 counts as 20, without a
     gradient: its exponential would soon be infinite. 'reward' and 'none': 0, the KL is no term of the loss.
     """

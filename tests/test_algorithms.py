@@ -36,15 +36,18 @@ def test_every_cell_of_the_table_can_be_overridden():
     }
     assert others.keys() == {field.name for field in dataclasses.fields(Algorithm)}
     for name, value in others.items():
-        row = AlgorithmOptions(algorithm="grpo", **{name: value}).choose()
+        more = (
+            {"clip_range_high": 0.2} if name == "objective" else {}
+        )  # another objective wants a range of its own
+        row = AlgorithmOptions(algorithm="grpo", **{name: value}, **more).row()
         changed = {k for k, v in dataclasses.asdict(row).items() if v != getattr(ALGORITHMS["grpo"], k)}
         assert changed == ({name, "clip_range_high"} if name == "clip_range" else {name})
 
 
 def test_a_clip_range_alone_is_of_both_sides():
-    row = AlgorithmOptions(algorithm="dapo", clip_range=0.1).choose()
+    row = AlgorithmOptions(algorithm="dapo", clip_range=0.1).row()
     assert (row.clip_range, row.clip_range_high) == (0.1, 0.1)
-    row = AlgorithmOptions(algorithm="dapo").choose()
+    row = AlgorithmOptions(algorithm="dapo").row()
     assert (row.clip_range, row.clip_range_high) == (0.2, 0.28)
 
 
@@ -166,6 +169,31 @@ def test_D30_gradients_of_the_kl_losses():
     assert size == pytest.approx({"k2": 0.2218, "k3": 0.3000, "k3-ratio": 0.2218}, abs=5e-5)
 
 
+@pytest.mark.parametrize(("second", "in_reward", "in_loss"), [(0.8, 0.2526, 0.2218), (0.5, 0.2218, 0.2218)])
+def test_D30_only_the_reward_counts_the_kl_of_later_tokens(second, in_reward, in_loss):
+    """Two tokens: after a first one of 1 (probability .8) the second is 1 with `second`, else as the reference, .5.
+
+    Derivatives in the first token's logit, exact over all four texts."""
+    logit = torch.tensor(0.8 / 0.2, dtype=torch.float64).log().requires_grad_()
+    first = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])
+    later = torch.tensor([[second, 1 - second], [0.5, 0.5]], dtype=torch.float64).log()
+    new = torch.stack(
+        [torch.stack([first[a], later[a, b]]) for a in (0, 1) for b in (0, 1)]
+    )  # [4 texts, 2 tokens]
+    ref, mask = torch.full_like(new, 0.5).log().detach(), torch.ones(4, 2, dtype=torch.bool)
+    chance = new.detach().sum(1).exp()[:, None]
+    for kind in ("k2", "k3-ratio"):
+        loss = ppo.kl_loss(new, new.detach(), ref, mask, kind, 1, chance)
+        assert torch.autograd.grad(loss, logit, retain_graph=True)[0].item() == pytest.approx(
+            in_loss, abs=5e-5
+        )
+    k1, _, _ = ppo.kl_estimates(new.detach(), ref)
+    loss = (
+        chance * new.sum(1, keepdim=True) * k1.sum(1, keepdim=True)
+    ).sum()  # REINFORCE, all later k1 counted
+    assert torch.autograd.grad(loss, logit)[0].item() == pytest.approx(in_reward, abs=5e-5)
+
+
 @pytest.mark.parametrize("kind", ["k2", "k3", "k3-ratio"])
 @pytest.mark.parametrize("difference", [-100.0, 100.0, 0.0, 1e-6])
 def test_D30_gradients_are_finite_and_padding_has_none(kind, difference):
@@ -255,15 +283,45 @@ def test_equal_rewards_everywhere_are_counted_and_said(run, metrics, inputs, tmp
         tmp_path / "out",
     ]
     assert run("train_ppo", *SMALL, *inputs[:2], *more) == 0
-    assert "iteration 2: equal rewards in every group: nothing to learn from" in capsys.readouterr().out
+    assert "iteration 2: equal scores in every group: no advantages to learn from" in capsys.readouterr().out
     assert [line["frac_reward_zero_std"] for line in metrics(tmp_path / "out")] == [1, 1]
-    assert all(line["loss/policy_avg"] == 0 for line in metrics(tmp_path / "out"))
+    assert [line["optimizer_steps"] for line in metrics(tmp_path / "out")] == [0, 0]
+    before, after = (checkpoint.load_state(folder) for folder in (inputs[1], tmp_path / "out"))
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+
+
+def test_equal_groups_stay_at_0_when_the_rollout_is_whitened(run, inputs, tmp_path, monkeypatch):
+    """The mean over tokens is not 0 where lengths differ, and must not become an advantage of those that have none."""
+    (tmp_path / "some.py").write_text(
+        "def some(prompts, responses):\n    return [0.0] * 4 + [float(len(r)) for r in responses[4:]]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    policy_loss = ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda *args: seen.append(args[2]) or policy_loss(*args))
+    more = [
+        "--algorithm",
+        "rloo",
+        "--group",
+        4,
+        "--scale",
+        "rollout",
+        "--kl-coef",
+        0,
+        "--missing-eos",
+        "none",
+    ]
+    assert (
+        run("train_ppo", *SMALL, *inputs[:2], *more, "--reward", "some:some", "--out", tmp_path / "out") == 0
+    )
+    for minibatch in seen:
+        assert (minibatch == 0).all(1).any() and minibatch.abs().max() > 0.1
 
 
 REFUSED = [
     ("--algorithm grpo --group 1", "--baseline mean compares the answers of a group: --group must be at least 2"),
     ("--baseline leave-one-out", "--baseline leave-one-out compares the answers of a group"),
-    ("--algorithm grpo --group 3", "--batch 16 does not divide by --group 3"),
+    ("--algorithm grpo --group 3", "--batch 16 is not divisible by --group 3"),
     ("--scale std", "take one advantage for a whole response"),
     ("--algorithm grpo --baseline critic", "take one advantage for a whole response"),
     ("--algorithm grpo --value-init sft", "--value-init has no effect without a critic"),
@@ -275,6 +333,9 @@ REFUSED = [
     ("--algorithm dapo --kl-target 6", "--kl-target has no effect with --kl none"),
     ("--kl reward --kl k3", "--kl is both reward and k3: drop one of them"),
     ("--algorithm grpo --kl", "--kl needs a value"),
+    ("--algorithm cispo --clip-range .2", "give --clip-range-high, not --clip-range"),
+    ("--objective cispo", "--objective cispo: a range for it is needed"),
+    ("--algorithm gspo --objective clip", "--objective clip: a range for it is needed"),
     ("--algorithm a2c", "--algorithm must be one of ppo, rloo, grpo, dr-grpo, dapo, cispo, gspo, not 'a2c'"),
 ]  # fmt: skip
 

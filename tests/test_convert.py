@@ -188,7 +188,7 @@ def test_the_command_line(folders, tmp_path, run, capsys):
     ("llama", {"num_hidden_layers": 1}, "layers.1.* has no place in this architecture"),
     ("llama", {"hidden_size": "ABSENT"}, "no hidden_size: take the config.json that came with the weights"),
     ("llama", {"hidden_size": "wide"}, "config.json: .*: take the config.json"),
-    ("llama", {"num_attention_heads": 5}, "n_embd 32 does not divide by n_head 5"),
+    ("llama", {"num_attention_heads": 5}, "n_embd 32 is not divisible by n_head 5"),
     ("llama", {"vocab_size": 100}, r"embed_tokens.weight has shape \(290, 32\), its config says \(100, 32\)"),
 ])  # fmt: skip
 def test_what_we_do_not_compute_is_refused(folder, tmp_path, name, changes, message):

@@ -187,7 +187,7 @@ def test_what_saves_memory_is_seen_to(run, smoke, capsys):
 
 @pytest.mark.parametrize("options, message", [
     (["--batch", "0"], "--batch: must be at least 1"), (["--minibatch", "x"], "must be a whole number"),
-    (["--batch", "10"], "--batch 10 does not divide by --minibatch 32"), (["--response-tokens", "1000"], "the policy's context"),
+    (["--batch", "10"], "--batch 10 is not divisible by --minibatch 32"), (["--response-tokens", "1000"], "the policy's context"),
     (["--train-layers", "9"], "the model has 2 layers"), (["--bach", "8"], "--bach"), (["--reward-model", "README.md"], "README.md"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(run, smoke, capsys, options, message):

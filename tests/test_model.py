@@ -362,7 +362,7 @@ def test_shared_key_value_heads_equal_repeated_ones():
     full.load_state_dict(state)
     tokens = torch.randint(50, (2, 7))
     torch.testing.assert_close(grouped(tokens), full(tokens), atol=2e-6, rtol=1e-5)
-    with pytest.raises(UserError, match="does not divide by n_kv_head 3"):
+    with pytest.raises(UserError, match="is not divisible by n_kv_head 3"):
         dataclasses.replace(LLAMA, n_kv_head=3)
 
 
@@ -692,7 +692,7 @@ def test_rotary_positions_need_pairs_of_channels():
 
 
 def test_errors_name_the_remedy():
-    with pytest.raises(UserError, match="does not divide by n_head"):
+    with pytest.raises(UserError, match="is not divisible by n_head"):
         GPTConfig(50, n_head=3, n_embd=16)
     with pytest.raises(UserError, match="context of 32.*--context"):
         GPT(SMALL)(torch.zeros(1, 33, dtype=torch.long))

@@ -209,7 +209,7 @@ def test_the_head_is_fused_where_logits_are_large():
 def test_exact_div(a, b):
     assert optim.exact_div(a * b, b, "batch") == a
     if b > 1:
-        with pytest.raises(UserError, match=rf"^--batch: {a * b + 1} does not divide by {b}$"):
+        with pytest.raises(UserError, match=rf"^--batch: {a * b + 1} is not divisible by {b}$"):
             optim.exact_div(a * b + 1, b, "--batch")
 
 

@@ -238,7 +238,7 @@ def test_the_cases_are_what_they_are_called(two_ranks, metrics):
 def test_sizes_that_ranks_do_not_divide_are_refused(two_ranks):
     home, _, said, _ = two_ranks
     assert all(
-        "--batch over 2 processes, in groups of 1: 15 does not divide by 2" in messages["odd"]
+        "--batch over 2 processes, in groups of 1: 15 is not divisible by 2" in messages["odd"]
         for messages in said
     )
     assert not (home / "odd").exists()

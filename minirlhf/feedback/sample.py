@@ -10,6 +10,7 @@ from minirlhf import UserError, checkpoint, data
 from minirlhf.feedback.add import report_added
 from minirlhf.feedback.store import Store
 from minirlhf.rewards import RewardReader
+from minirlhf.rollout import by_microbatch
 from minirlhf.support import hardware
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools.evaluate import CHUNK, SAMPLING, sampling_of, settings_of, write
@@ -65,7 +66,9 @@ def sample(args: argparse.Namespace) -> None:
     for k in range(args.per_prompt):
         texts = write(model, prompts, sampling, args.seed + k)
         with torch.no_grad():
-            scores = reader.each(texts, tokenizer, CHUNK)[0] if reader else [None] * len(prompts)
+            scores = [None] * len(prompts)
+            if reader:
+                scores, _ = by_microbatch(RewardReader.each, reader, texts, CHUNK, tokenizer)
         shown, written = texts.decode(tokenizer)
         for found, response, score in zip(responses, written, scores, strict=True):
             found.setdefault(response, score)

@@ -56,6 +56,8 @@ class History:
 
         Only the last step may lack statistics: those of the value model, where it was left early.
         """
+        if not self.steps:
+            return {"optimizer_steps": 0}
         names = list(self.steps[0][0].values)
         nan = torch.full((), math.nan, device=machine.device)
         means = torch.stack(

@@ -5,8 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from minirlhf import UserError, data
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirlhf import UserError, data, preference
 from minirlhf.feedback import raters
+from minirlhf.support.ragged import send
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -79,3 +84,24 @@ def lower(record: data.Response | data.Preference) -> data.Response | data.Prefe
 def target_of(item: data.Judged) -> float:
     """What the model learns of an item: the mean rating, or the share of the votes for the first text."""
     return item.record.share if isinstance(item.record, data.Preference) else item.record.rating
+
+
+def rating_pairs_loss(
+    run: Any, config: Any, step: int, batch: list, rows: list[int], scores: Tensor
+) -> Tensor:
+    """Pairwise loss on pairs drawn from the ratings of the whole batch, of which this rank has scored `rows`.
+
+    Other ranks' scores are constants here: such gradients add up over ranks to that of one process [D17].
+    The value is divided by the number of ranks, since each has all pairs.
+    """
+    everyone = torch.zeros(len(batch), device=run.device)
+    places = send(torch.tensor(rows, dtype=torch.long), run.device)
+    everyone[places] = scores.detach().float()
+    everyone = run.sum_(everyone).index_put((places,), scores.float())
+    ratings = [item.record.ratings if config.raters == "mean" else target_of(item) for item in batch]
+    rng = np.random.default_rng([config.seed, step])
+    a, b, share = preference.pairs_from_ratings(ratings, rng, 4 * len(batch))
+    a, b = (send(torch.from_numpy(x), run.device) for x in (a, b))
+    share = send(torch.tensor(share, dtype=torch.float32), run.device)
+    loss = preference.pairwise_loss(everyone[a], everyone[b], share)
+    return loss - (1 - 1 / run.world) * loss.detach()

@@ -24,10 +24,10 @@ def check(config: GPTConfig) -> None:
             raise UserError(f"model: {name} must be {expected}, not {value!r:.50}")
     if config.n_embd % config.n_head:
         raise UserError(
-            f"n_embd {config.n_embd} does not divide by n_head {config.n_head}: change --n-embd or --n-head"
+            f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: change --n-embd or --n-head"
         )
     if config.n_head % config.kv_heads:
-        raise UserError(f"n_head {config.n_head} does not divide by n_kv_head {config.n_kv_head}")
+        raise UserError(f"n_head {config.n_head} is not divisible by n_kv_head {config.n_kv_head}")
     if config.positions == "rotary" and config.head_dim % 2:
         raise UserError(
             f"rotary positions need an even number of channels per head, not {config.head_dim}: change n_head"

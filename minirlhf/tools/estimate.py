@@ -231,7 +231,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for big, small in ("batch", "minibatch"), ("minibatch", "microbatch"):
         if getattr(args, big) % getattr(args, small):
             raise UserError(
-                f"--{big} {getattr(args, big)} does not divide by --{small} {getattr(args, small)}"
+                f"--{big} {getattr(args, big)} is not divisible by --{small} {getattr(args, small)}"
             )
     return args
 
