@@ -69,11 +69,22 @@ def value(text: str) -> Any:
 
 
 def table() -> str:
-    """Every property, by kind, as a table of Markdown."""
-    rows = ["| KIND | | property | where it does not hold | seen in |", "|---|---|---|---|---|"]
-    for kind, asked in PROPERTIES.items():
-        rows += [f"| `{kind}` | {p.number} | {p.title} | {p.consequence} | {p.seen} |" for p in asked]
+    """Every property by its number, as a table of Markdown."""
+    kinds: dict[tuple[str, str, str, str], list[str]] = {}
+    for kind, properties in PROPERTIES.items():
+        for p in properties:
+            kinds.setdefault((p.number, p.title, p.consequence, p.seen), []).append(f"`{kind}`")
+    rows = ["| | property | asked of | where it does not hold | seen in |", "|---|---|---|---|---|"]
+    for (number, title, consequence, seen), asked in sorted(
+        kinds.items(), key=lambda item: by_number(item[0])
+    ):
+        rows.append(f"| {number} | {title} | {', '.join(asked)} | {consequence} | {seen} |")
     return "\n".join(row.replace("||", "\\|\\|") for row in rows)
+
+
+def by_number(row: tuple[str, str, str, str]) -> tuple[bool, int]:
+    """Pitfalls first, then details."""
+    return row[0].startswith("D"), int(row[0][1:])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -300,7 +300,7 @@ ADVANTAGES = (
     Property("P6", "a NaN is refused, or stays in its group", a_nan_stays_in_its_group,
         "one reward function that fails once poisons the whole batch", "TRL #5773 #5775"),
     Property("P25", "a group's advantages depend on its own rewards only", groups_are_independent,
-        "easy prompts are pushed up and hard ones down, whatever was answered", "",
+        "what a prompt teaches depends on which other prompts are in the batch", "",
         "REINFORCE++ and TRL's scale_rewards='batch' take the batch's spread"),
     Property("P4", "raising all rewards changes nothing", a_shift_of_rewards_changes_nothing,
         "the reward's offset, which says nothing, changes the policy"),
