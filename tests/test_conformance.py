@@ -205,7 +205,7 @@ FAILS   P7   the means of k1 and of k3 under the policy are KL(policy || referen
              example  policy [0.8, 0.2], reference [0.5, 0.5]: mean of k3 under the policy
              got      0.167255
              right    0.192745
-             effect   the logged KL is that of the reversed distributions, and a penalty made of it has the wrong size or sign
+             effect   the logged KL is that of the reversed distributions, and as a penalty it has the wrong size or sign
              seen in  a well-known book's code and its own test
 """
         in out
