@@ -405,10 +405,9 @@ def test_p26_dpo_and_ipo_at_their_landmarks():
         loss = preference.dpo_loss(chosen, double(0.0), beta)
         near(loss, math.log1p(math.exp(-beta * margin)), 1e-6)  # in fp32
         (grad,) = torch.autograd.grad(loss, chosen)
-        near(
-            grad, [-beta / (1 + math.exp(beta * margin))]
-        )  # -beta / 2 at policy = reference, where it is ln 2
-        near(preference.ipo_loss(double(1 / (2 * beta)), double(0.0), beta), 0.0)
+        # The slope is -beta / 2 at policy = reference, where the loss is ln 2.
+        near(grad, [-beta / (1 + math.exp(beta * margin))], 1e-6)
+        near(preference.ipo_loss(double(1 / (2 * beta)), double(0.0), beta), 0.0, 1e-6)
     summed = planted.sequence_logprobs(double([-1.0, -2.0, NAN]), real(2, R=3))
     near(summed, [-3.0])
 
