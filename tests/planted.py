@@ -63,14 +63,6 @@ def sequence_logprobs(logprobs, mask):
     return where(mask, logprobs).sum(1)
 
 
-def dpo_loss(chosen, rejected, beta):
-    return -F.logsigmoid(beta * (chosen - rejected)).mean()
-
-
-def ipo_loss(chosen, rejected, beta):
-    return (chosen - rejected - 1 / (2 * beta)).square().mean()
-
-
 HEALTHY: list[tuple[str, Callable, dict[str, Any]]] = [
     ("kl", ppo.kl_estimates, {}),
     ("kl_loss", ppo.kl_loss, {"fixed": {"kind": "k2"}}),
@@ -93,8 +85,8 @@ HEALTHY: list[tuple[str, Callable, dict[str, Any]]] = [
     ("sampling_weights", sampling_weights, {}),
     ("response_mask", response_mask, {}),
     ("sequence_logprobs", sequence_logprobs, {}),
-    ("dpo_loss", dpo_loss, {}),
-    ("ipo_loss", ipo_loss, {}),
+    ("dpo_loss", preference.dpo_loss, {}),
+    ("ipo_loss", preference.ipo_loss, {}),
     ("pairwise_loss", preference.pairwise_loss, {}),
     ("kl_controller", ppo.adapt_kl_coef, {}),
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from kernels import gae, token_logprobs
-from minirlhf import UserError, optim, ppo
+from minirlhf import UserError, optim, ppo, preference
 from minirlhf.algorithms import ALGORITHMS
 from minirlhf.masked import whiten
 from minirlhf.model import GPT, GPTConfig
@@ -402,13 +402,12 @@ def test_p27_policy_and_reference_agree_bit_for_bit_at_step_0():
 def test_p26_dpo_and_ipo_at_their_landmarks():
     for beta, margin in itertools.product((0.1, 0.5), (0.0, 3.0)):
         chosen = double(margin).requires_grad_()
-        loss = planted.dpo_loss(chosen, double(0.0), beta)
-        near(loss, math.log1p(math.exp(-beta * margin)))
+        loss = preference.dpo_loss(chosen, double(0.0), beta)
+        near(loss, math.log1p(math.exp(-beta * margin)), 1e-6)  # in fp32
         (grad,) = torch.autograd.grad(loss, chosen)
-        near(
-            grad, [-beta / (1 + math.exp(beta * margin))]
-        )  # -beta / 2 at policy = reference, where it is ln 2
-        near(planted.ipo_loss(double(1 / (2 * beta)), double(0.0), beta), 0.0)
+        # The slope is -beta / 2 at policy = reference, where the loss is ln 2.
+        near(grad, [-beta / (1 + math.exp(beta * margin))], 1e-6)
+        near(preference.ipo_loss(double(1 / (2 * beta)), double(0.0), beta), 0.0, 1e-6)
     summed = planted.sequence_logprobs(double([-1.0, -2.0, NAN]), real(2, R=3))
     near(summed, [-3.0])
 

@@ -1,7 +1,7 @@
 """Properties of RLHF's functions, to be asked of anyone's: `python -m minirlhf.conformance`.
 
-`subject.py` calls a function of any signature, `signals.py` and `losses.py` hold the properties, `__main__.py`
-is the command. As a library:
+`subject.py` calls a function of any signature, `signals.py` and `losses.py` hold the properties, `kinds.py`
+says which function must have which, `__main__.py` is the command. As a library:
 
     from minirlhf.tools.conformance.subject import Subject, check
     from minirlhf.tools.conformance.kinds import KINDS, PROPERTIES

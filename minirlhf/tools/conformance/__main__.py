@@ -69,11 +69,22 @@ def value(text: str) -> Any:
 
 
 def table() -> str:
-    """Every property, by kind, as a table of Markdown."""
-    rows = ["| KIND | | property | where it does not hold | seen in |", "|---|---|---|---|---|"]
-    for kind, asked in PROPERTIES.items():
-        rows += [f"| `{kind}` | {p.number} | {p.title} | {p.consequence} | {p.seen} |" for p in asked]
+    """Every property by its number, as a table of Markdown."""
+    kinds: dict[tuple[str, str, str, str], list[str]] = {}
+    for kind, properties in PROPERTIES.items():
+        for p in properties:
+            kinds.setdefault((p.number, p.title, p.consequence, p.seen), []).append(f"`{kind}`")
+    rows = ["| | property | asked of | where it does not hold | seen in |", "|---|---|---|---|---|"]
+    for (number, title, consequence, seen), asked in sorted(
+        kinds.items(), key=lambda item: by_number(item[0])
+    ):
+        rows.append(f"| {number} | {title} | {', '.join(asked)} | {consequence} | {seen} |")
     return "\n".join(row.replace("||", "\\|\\|") for row in rows)
+
+
+def by_number(row: tuple[str, str, str, str]) -> tuple[bool, int]:
+    """Pitfalls first, then details."""
+    return row[0].startswith("D"), int(row[0][1:])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,19 +93,43 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("target", nargs="?", metavar="module:function", help="function to ask")
     add("--as", dest="kind", choices=KINDS, metavar="KIND", help="what it is: one of the names above")
-    add("--rename", action="append", default=[], metavar="THEIRS=OURS",
-        help="its parameter THEIRS is OURS of the signature above; clip_range.low and clip_range.high are the "
-        "two halves of clip_range; may be given several times")  # fmt: skip
-    add("--set", action="append", default=[], metavar="THEIRS=VALUE",
-        help="give its parameter THEIRS this number or word in every call; may be given several times")  # fmt: skip
-    add("--mask", choices=["bool", "float", "inverted", "inverted-float"], default="bool",
-        help="what it takes for a mask; inverted: True = padding (default: bool, True = counts)")  # fmt: skip
-    add("--output", action="append", default=[], metavar="WHAT",
+    add(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="its parameter THEIRS is OURS of the signature above; clip_range.low and clip_range.high are "
+        "the two halves of clip_range; may be given several times",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="THEIRS=VALUE",
+        help="give its parameter THEIRS this number or word in every call; may be given several times",
+    )
+    add(
+        "--mask",
+        choices=["bool", "float", "inverted", "inverted-float"],
+        default="bool",
+        help="what it takes for a mask; inverted: True = padding (default: bool, True = counts)",
+    )
+    add(
+        "--output",
+        action="append",
+        default=[],
+        metavar="WHAT",
         help="what it returns: tuple:N or key:NAME picks a part; mean (default), sum over tokens or tensor "
-        "[B, R] tells a loss; k1, k2 or k3 a KL; may be given several times")  # fmt: skip
-    add("--accept", action="append", default=[], metavar="NUMBER",
-        help="where properties of this number fail, such as P9, it is meant: exit code 0; may be given several "
-        "times")  # fmt: skip
+        "[B, R] tells a loss; k1, k2 or k3 a KL; may be given several times",
+    )
+    add(
+        "--accept",
+        action="append",
+        default=[],
+        metavar="NUMBER",
+        help="where properties of this number fail, such as P9, it is meant: exit code 0; may be given "
+        "several times",
+    )
     add("--seed", type=cli.number(cli.Seed), help="seed of the random examples (default: a new one, printed)")
     add("--list", action="store_true", help="print every property as a table, and ask nothing")
     args = parser.parse_args(argv)
@@ -132,8 +167,16 @@ def main() -> None:
         return
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     fixed = {name: value(text) for name, text in pairs(args.set, "--set").items()}
-    subject = Subject(find(args.target), KINDS[args.kind], pairs(args.rename, "--rename"), fixed, args.mask,
-        tuple(args.output), seed, args.target)  # fmt: skip
+    subject = Subject(
+        find(args.target),
+        KINDS[args.kind],
+        pairs(args.rename, "--rename"),
+        fixed,
+        args.mask,
+        tuple(args.output),
+        seed,
+        args.target,
+    )
     count = ask(subject, args.kind, args.accept)
     sys.exit(1 if count["FAILS"] else 0)
 

@@ -15,7 +15,7 @@ from minirlhf.tools.conformance.subject import Broken, NotAsked, Property, Subje
 EVERYONE = "TRL #7206 #7249, verl #5625, prime-rl #2562, open-instruct #1161, rlhf-book, nanochat"
 Make = Callable[[torch.Generator, int, int], dict[str, Any]]
 
-# ------------------------------------------------------------------------------ what holds of every loss over tokens
+# ------------------------------------------------------------------------------ every loss over tokens
 
 POLICY, KL, VALUE = "new_logprobs", "new_logprobs", "new_values"
 
@@ -89,15 +89,33 @@ def of_padding(make: Make, of: str) -> tuple[Property, ...]:
         same("a microbatch without a real token: loss, gradient", both(f, of, given), [0.0] * 3)
 
     return (
-        Property("D22", "what stands in padding changes nothing", content,
-            "short responses are trained on their padding"),
-        Property("P3", "more padding changes nothing", amount,
-            "the step size depends on the longest response that happens to be in the batch", "verl #3741"),
-        Property("P11", "where exp overflows in padding, loss and gradient stay finite", overflow,
-            "inf * 0 is NaN: one odd number in padding makes all weights NaN", "OpenRLHF #1335"),
-        Property("D22", "no real token gives 0, and a gradient of 0", nothing,
-            "a microbatch whose responses are all empty makes all weights NaN"),
-    )  # fmt: skip
+        Property(
+            "D22",
+            "what stands in padding changes nothing",
+            content,
+            "short responses are trained on their padding",
+        ),
+        Property(
+            "P3",
+            "more padding changes nothing",
+            amount,
+            "the step size depends on the longest response that happens to be in the batch",
+            "verl #3741",
+        ),
+        Property(
+            "P11",
+            "where exp overflows in padding, loss and gradient stay finite",
+            overflow,
+            "inf * 0 is NaN: one odd number in padding makes all weights NaN",
+            "OpenRLHF #1335",
+        ),
+        Property(
+            "D22",
+            "no real token gives 0, and a gradient of 0",
+            nothing,
+            "a microbatch whose responses are all empty makes all weights NaN",
+        ),
+    )
 
 
 def of_parts(make: Make, of: str) -> Property:
@@ -118,8 +136,13 @@ def of_parts(make: Make, of: str) -> Property:
             example = f"rows of {shown(mask.sum(1))} tokens, each a microbatch with denominator {mask.sum()}"
             same(f"{example}: sum of losses, gradient", torch.cat([loss, grads]), want)
 
-    return Property("P1", "microbatches with the minibatch's denominator add up to the minibatch", add_up,
-        "the mean of microbatch means gives tokens of small microbatches more weight", EVERYONE)  # fmt: skip
+    return Property(
+        "P1",
+        "microbatches with the minibatch's denominator add up to the minibatch",
+        add_up,
+        "the mean of microbatch means gives tokens of small microbatches more weight",
+        EVERYONE,
+    )
 
 
 # ------------------------------------------------------------------------------ policy_loss
@@ -203,40 +226,81 @@ def far_outside_the_clip_range(f: Subject) -> None:
 
 
 def weights_multiply(f: Subject) -> None:
+    if not f.has("weights") and "tensor" not in f.output:
+        raise NotAsked("it takes no weights")
     for g, B, R in f.cases():
         given, mask = policy_batch(g, B, R), torch.ones(B, R, dtype=torch.bool)
         weights = torch.rand(B, R, generator=g, dtype=torch.float64) * 2
         given |= {"response_mask": mask, "denominator": mask.sum()}
         got = both(f, POLICY, given | {"weights": weights})
         plain = both(f, POLICY, given)
-        per_row = [both(f, POLICY, given | {"weights": weights * (torch.arange(B * R).view(B, R) == i)})
-            for i in range(B * R)]  # fmt: skip
+        per_row = [
+            both(f, POLICY, given | {"weights": weights * (torch.arange(B * R).view(B, R) == i)})
+            for i in range(B * R)
+        ]
         same(f"{told({'weights': weights})}: gradient", got[1:], plain[1:] * weights.flatten())
         same(f"{told({'weights': weights})}: loss, token by token", sum(x[0] for x in per_row), float(got[0]))
 
 
 POLICY_LOSS = (
-    Property("D12", "the larger of the plain and the clipped loss", smaller_of_plain_and_clipped,
-        "the policy is updated past the range in which the advantages mean something"),
-    Property("D12", "a clipped token pushes no further", clipped_tokens_push_no_further,
-        "the policy is updated past the range in which the advantages mean something"),
-    Property("P20", "a bad token that became likelier keeps its gradient", the_unbounded_side,
-        "a token that is bad and became likelier is not corrected any more", "",
-        "dual-clip PPO bounds this side on purpose, mostly at a ratio of 3"),
-    Property("P20", "the bound above may be wider than the bound below", clip_higher,
-        "with one bound for both sides, rare tokens can hardly become likelier"),
-    Property("D4", "with ratio 1, loss -mean(A) and gradient -A / tokens", the_first_step,
-        "even the first step after a rollout is not the policy gradient", "TRL #454"),
-    Property("P2", "a token weighs the same in a short response and in a long one", tokens_weigh_alike,
+    Property(
+        "D12",
+        "the larger of the plain and the clipped loss",
+        smaller_of_plain_and_clipped,
+        "the policy is updated past the range in which the advantages mean something",
+    ),
+    Property(
+        "D12",
+        "a clipped token pushes no further",
+        clipped_tokens_push_no_further,
+        "the policy is updated past the range in which the advantages mean something",
+    ),
+    Property(
+        "P20",
+        "a bad token that became likelier keeps its gradient",
+        the_unbounded_side,
+        "a token that is bad and became likelier is not corrected any more",
+        "",
+        "dual-clip PPO bounds this side on purpose, mostly at a ratio of 3",
+    ),
+    Property(
+        "P20",
+        "the bound above may be wider than the bound below",
+        clip_higher,
+        "with one bound for both sides, rare tokens can hardly become likelier",
+    ),
+    Property(
+        "D4",
+        "with ratio 1, loss -mean(A) and gradient -A / tokens",
+        the_first_step,
+        "even the first step after a rollout is not the policy gradient",
+        "TRL #454",
+    ),
+    Property(
+        "P2",
+        "a token weighs the same in a short response and in a long one",
+        tokens_weigh_alike,
         "long bad responses are pushed down less per token, so responses grow longer",
-        "the GRPO paper and most ports", "GRPO's paper averages within a response first"),
+        "the GRPO paper and most ports",
+        "GRPO's paper averages within a response first",
+    ),
     of_parts(policy_batch, POLICY),
     *of_padding(policy_batch, POLICY),
-    Property("P11", "a token far outside the clip range has gradient 0, not NaN", far_outside_the_clip_range,
-        "exp overflows, inf * 0 is NaN, and so are all weights", "OpenRLHF #1335"),
-    Property("P15", "weights multiply each token's loss", weights_multiply,
-        "tokens that the sampling engine drew differently keep full weight", "everyone with a separate engine"),
-)  # fmt: skip
+    Property(
+        "P11",
+        "a token far outside the clip range has gradient 0, not NaN",
+        far_outside_the_clip_range,
+        "exp overflows, inf * 0 is NaN, and so are all weights",
+        "OpenRLHF #1335",
+    ),
+    Property(
+        "P15",
+        "weights multiply each token's loss",
+        weights_multiply,
+        "tokens that the sampling engine drew differently keep full weight",
+        "everyone with a separate engine",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ cispo_loss
@@ -257,11 +321,15 @@ def no_token_loses_its_gradient(f: Subject) -> None:
 
 
 CISPO_LOSS = (
-    Property("P20", "the gradient is -A min(ratio, cap), for every token", no_token_loses_its_gradient,
-        "rare tokens, such as those that begin a new thought, lose their gradient after one step"),
+    Property(
+        "P20",
+        "the gradient is -A min(ratio, cap), for every token",
+        no_token_loses_its_gradient,
+        "rare tokens, such as those that begin a new thought, lose their gradient after one step",
+    ),
     of_parts(policy_batch, POLICY),
     *of_padding(policy_batch, POLICY),
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------ gspo_loss
@@ -293,14 +361,22 @@ def sequences_are_clipped_as_a_whole(f: Subject) -> None:
 
 
 GSPO_LOSS = (
-    Property("P21", "a response's ratio is the geometric mean of its tokens' ratios", ratio_is_the_geometric_mean,
+    Property(
+        "P21",
+        "a response's ratio is the geometric mean of its tokens' ratios",
+        ratio_is_the_geometric_mean,
         "the product of many ratios leaves any clip range at once, and long responses are never trained",
-        "GSPO misread"),
-    Property("P20", "all tokens of a response are clipped together", sequences_are_clipped_as_a_whole,
-        "with PPO's clip range nothing is ever clipped: a mean of log-ratios moves by a few 1e-4"),
+        "GSPO misread",
+    ),
+    Property(
+        "P20",
+        "all tokens of a response are clipped together",
+        sequences_are_clipped_as_a_whole,
+        "with PPO's clip range nothing is ever clipped: a mean of log-ratios moves by a few 1e-4",
+    ),
     of_parts(sequence_batch, POLICY),
     *of_padding(sequence_batch, POLICY),
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------ kl_loss
@@ -351,16 +427,31 @@ def far_from_the_reference(f: Subject) -> None:
 
 
 KL_LOSS = (
-    Property("P8", "one step lowers the KL", one_step_lowers_the_kl,
-        "the policy is pushed away from the reference", "verl before a65c9157"),
-    Property("P9", "the expected gradient is that of KL(policy || reference)", gradient_is_that_of_the_kl,
+    Property(
+        "P8",
+        "one step lowers the KL",
+        one_step_lowers_the_kl,
+        "the policy is pushed away from the reference",
+        "verl before a65c9157",
+    ),
+    Property(
+        "P9",
+        "the expected gradient is that of KL(policy || reference)",
+        gradient_is_that_of_the_kl,
         "k3 alone descends KL(reference || policy), and k1 as a loss has no gradient on average",
-        "GRPO paper, TRL until #6503", "GRPO's paper uses k3 alone"),
-    Property("P11", "a large difference gives a finite loss and gradient", far_from_the_reference,
-        "exp overflows in float32, and all weights are infinite or NaN after the step", "OpenRLHF #1335"),
+        "GRPO paper, TRL until #6503",
+        "GRPO's paper uses k3 alone",
+    ),
+    Property(
+        "P11",
+        "a large difference gives a finite loss and gradient",
+        far_from_the_reference,
+        "exp overflows in float32, and all weights are infinite or NaN after the step",
+        "OpenRLHF #1335",
+    ),
     of_parts(kl_batch, KL),
     *of_padding(kl_batch, KL),
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------ value_loss
@@ -408,16 +499,28 @@ def not_clipped(f: Subject) -> None:
 
 
 VALUE_LOSS = (
-    Property("D12", "half the squared error where nothing is clipped", half_the_squared_error,
-        "vf_coef means something else than in papers and other libraries"),
-    Property("D12", "the larger of the plain and the clipped loss", larger_of_plain_and_clipped,
-        "the clipped value hides errors from the critic instead of slowing it"),
-    Property("D12", "the value is clipped around the rollout's value", clipped_around_the_rollouts_value,
-        "the critic is held near a wrong number"),
+    Property(
+        "D12",
+        "half the squared error where nothing is clipped",
+        half_the_squared_error,
+        "vf_coef means something else than in papers and other libraries",
+    ),
+    Property(
+        "D12",
+        "the larger of the plain and the clipped loss",
+        larger_of_plain_and_clipped,
+        "the clipped value hides errors from the critic instead of slowing it",
+    ),
+    Property(
+        "D12",
+        "the value is clipped around the rollout's value",
+        clipped_around_the_rollouts_value,
+        "the critic is held near a wrong number",
+    ),
     Property("D12", "clip_range_value None clips nothing", not_clipped, "the critic is clipped all the same"),
     of_parts(value_batch, VALUE),
     *of_padding(value_batch, VALUE),
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------ pairs
@@ -460,20 +563,36 @@ def pairs_are_averaged(f: Subject) -> None:
 
 
 OF_PAIRS = (
-    Property("P26", "only the difference of the two log-ratios counts", only_the_margin_counts,
-        "the loss can be lowered without preferring anything"),
-    Property("D17", "the loss is the mean over pairs", pairs_are_averaged,
-        "the learning rate depends on the batch size"),
-)  # fmt: skip
+    Property(
+        "P26",
+        "only the difference of the two log-ratios counts",
+        only_the_margin_counts,
+        "the loss can be lowered without preferring anything",
+    ),
+    Property(
+        "D17",
+        "the loss is the mean over pairs",
+        pairs_are_averaged,
+        "the learning rate depends on the batch size",
+    ),
+)
 
 DPO_LOSS = (
-    Property("P26", "at policy = reference: ln 2, slope -beta / 2 in the margin", dpo_at_the_reference,
-        "the first step has the wrong size or sign; a loss other than ln 2 before it says that something is off"),
+    Property(
+        "P26",
+        "at policy = reference: ln 2, slope -beta / 2 in the margin",
+        dpo_at_the_reference,
+        "the first step has the wrong size or sign; a first loss other than ln 2 says that something is off",
+    ),
     Property("P26", "-log sigmoid(beta margin)", dpo_numbers, "beta does not mean what papers say"),
-    Property("D15", "margins of any size give finite numbers", dpo_far_away,
-        "log(sigmoid(x)) is -inf for a pair that is very wrong, and all weights are NaN"),
+    Property(
+        "D15",
+        "margins of any size give finite numbers",
+        dpo_far_away,
+        "log(sigmoid(x)) is -inf for a pair that is very wrong, and all weights are NaN",
+    ),
     *OF_PAIRS,
-)  # fmt: skip
+)
 
 
 def ipo_numbers(f: Subject) -> None:
@@ -484,10 +603,14 @@ def ipo_numbers(f: Subject) -> None:
 
 
 IPO_LOSS = (
-    Property("P26", "(margin - 1 / (2 beta)) squared: 0 at a margin of 1 / (2 beta)", ipo_numbers,
-        "the margin is driven to another size than beta says"),
+    Property(
+        "P26",
+        "(margin - 1 / (2 beta)) squared: 0 at a margin of 1 / (2 beta)",
+        ipo_numbers,
+        "the margin is driven to another size than beta says",
+    ),
     *OF_PAIRS,
-)  # fmt: skip
+)
 
 
 def summed_over_tokens(f: Subject) -> None:
@@ -507,11 +630,18 @@ def sums_ignore_padding(f: Subject) -> None:
 
 
 SEQUENCE_LOGPROBS = (
-    Property("P26", "a response's log-probability is the sum over its tokens", summed_over_tokens,
+    Property(
+        "P26",
+        "a response's log-probability is the sum over its tokens",
+        summed_over_tokens,
         "DPO's beta is divided by the length: long responses are hardly held near the reference",
-        "minimind #298 #659, others", "IPO takes means, as does length-normalised DPO"),
-    Property("D22", "padding does not count", sums_ignore_padding, "short responses look less likely than they are"),
-)  # fmt: skip
+        "minimind #298 #659, others",
+        "IPO takes means, as does length-normalised DPO",
+    ),
+    Property(
+        "D22", "padding does not count", sums_ignore_padding, "short responses look less likely than they are"
+    ),
+)
 
 
 def bradley_terry(f: Subject) -> None:
@@ -536,10 +666,17 @@ def votes_are_soft_targets(f: Subject) -> None:
 
 
 PAIRWISE_LOSS = (
-    Property("D15", "log(1 + exp(-d)) of the difference of scores", bradley_terry,
-        "the reward model's scale is not that of log-odds"),
-    Property("D15", "differences of any size give finite numbers", bradley_terry_far_away,
-        "log(sigmoid(d)) is -inf for a pair that is very wrong, and all weights are NaN"),
-    Property("D15", "vote shares are soft targets", votes_are_soft_targets,
-        "a tie is trained as a win"),
-)  # fmt: skip
+    Property(
+        "D15",
+        "log(1 + exp(-d)) of the difference of scores",
+        bradley_terry,
+        "the reward model's scale is not that of log-odds",
+    ),
+    Property(
+        "D15",
+        "differences of any size give finite numbers",
+        bradley_terry_far_away,
+        "log(sigmoid(d)) is -inf for a pair that is very wrong, and all weights are NaN",
+    ),
+    Property("D15", "vote shares are soft targets", votes_are_soft_targets, "a tie is trained as a win"),
+)

@@ -78,19 +78,37 @@ def k3_keeps_its_digits(f: Subject) -> None:
 
 
 KL = (
-    Property("D1", "k1 = logprobs - ref_logprobs", k1_is_log_policy_less_log_reference,
-        "the penalty pushes the policy away from the reference"),
-    Property("D1", "k2 = k1 squared / 2", k2_is_half_its_square, "k2 as a loss no longer has the KL's gradient"),
-    Property("P7", "the means of k1 and of k3 under the policy are KL(policy || reference)", their_mean_is_the_kl,
-        "the logged KL is that of the reversed distributions, and a penalty made of it has the wrong size or sign",
-        "a well-known book's code and its own test"),
-    Property("P7", "k3 = expm1(ref - new) - (ref - new)", k3_of_one_token,
+    Property(
+        "D1",
+        "k1 = logprobs - ref_logprobs",
+        k1_is_log_policy_less_log_reference,
+        "the penalty pushes the policy away from the reference",
+    ),
+    Property(
+        "D1", "k2 = k1 squared / 2", k2_is_half_its_square, "k2 as a loss no longer has the KL's gradient"
+    ),
+    Property(
+        "P7",
+        "the means of k1 and of k3 under the policy are KL(policy || reference)",
+        their_mean_is_the_kl,
+        "the logged KL is that of the reversed distributions, and as a penalty it has the wrong size or sign",
+        "a well-known book's code and its own test",
+    ),
+    Property(
+        "P7",
+        "k3 = expm1(ref - new) - (ref - new)",
+        k3_of_one_token,
         "k3 is no estimate of the KL: with the ratio upside down it has another mean",
-        "a well-known book's code and its own test"),
-    Property("P10", "k3 is never negative, and keeps its digits where policies are nearly equal",
-        k3_keeps_its_digits, "at the start of training the logged KL is rounding noise, and may be negative",
-        "unsloth-zoo #1240"),
-)  # fmt: skip
+        "a well-known book's code and its own test",
+    ),
+    Property(
+        "P10",
+        "k3 is never negative, and keeps its digits where policies are nearly equal",
+        k3_keeps_its_digits,
+        "at the start of training the logged KL is rounding noise, and may be negative",
+        "unsloth-zoo #1240",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ shape_rewards
@@ -135,17 +153,38 @@ def rewards_are_constants(f: Subject) -> None:
 
 
 SHAPE_REWARDS = (
-    Property("D7", "the score is added once, at the last real token", score_counts_once_at_the_last_real_token,
-        "the score is lost, counted several times, or credited to padding", "TRL #1893"),
-    Property("D1", "each token pays kl_coef k1, the sampled token's log-ratio", every_token_pays_its_k1,
-        "with k2 or k3 in the reward, the policy follows another penalty than the KL"),
-    Property("D7", "a row sums to score - kl_coef sum(k1)", rows_sum_to_score_less_kl,
-        "the return is not the objective that is reported"),
-    Property("D22", "padding earns nothing", padding_earns_nothing,
-        "short responses are paid or fined for their padding"),
-    Property("D1", "rewards carry no gradient", rewards_are_constants,
-        "the loss descends through the reward as well, where k1 has no gradient on average"),
-)  # fmt: skip
+    Property(
+        "D7",
+        "the score is added once, at the last real token",
+        score_counts_once_at_the_last_real_token,
+        "the score is lost, counted several times, or credited to padding",
+        "TRL #1893",
+    ),
+    Property(
+        "D1",
+        "each token pays kl_coef k1, the sampled token's log-ratio",
+        every_token_pays_its_k1,
+        "with k2 or k3 in the reward, the policy follows another penalty than the KL",
+    ),
+    Property(
+        "D7",
+        "a row sums to score - kl_coef sum(k1)",
+        rows_sum_to_score_less_kl,
+        "the return is not the objective that is reported",
+    ),
+    Property(
+        "D22",
+        "padding earns nothing",
+        padding_earns_nothing,
+        "short responses are paid or fined for their padding",
+    ),
+    Property(
+        "D1",
+        "rewards carry no gradient",
+        rewards_are_constants,
+        "the loss descends through the reward as well, where k1 has no gradient on average",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ gae
@@ -199,17 +238,35 @@ def returns_are_advantages_plus_values(f: Subject) -> None:
 
 
 GAE = (
-    Property("D8", "advantages of a response of four tokens", gae_of_four_tokens,
-        "credit goes to the wrong tokens"),
-    Property("D8", "lam 0 is the TD error, lam 1 the return less the value", gae_at_lam_0_and_1,
-        "lam does not trade bias for variance"),
-    Property("D8", "the recursion is the double sum over later TD errors", gae_is_the_double_sum,
-        "credit goes to the wrong tokens"),
-    Property("D8", "nothing follows the last real token", nothing_follows_the_last_real_token,
-        "a critic's values of padding enter every token's advantage"),
-    Property("P28", "returns are made from advantages before any whitening", returns_are_advantages_plus_values,
-        "the critic learns targets with the wrong mean and scale, and never fits", "classic"),
-)  # fmt: skip
+    Property(
+        "D8", "advantages of a response of four tokens", gae_of_four_tokens, "credit goes to the wrong tokens"
+    ),
+    Property(
+        "D8",
+        "lam 0 is the TD error, lam 1 the return less the value",
+        gae_at_lam_0_and_1,
+        "lam does not trade bias for variance",
+    ),
+    Property(
+        "D8",
+        "the recursion is the double sum over later TD errors",
+        gae_is_the_double_sum,
+        "credit goes to the wrong tokens",
+    ),
+    Property(
+        "D8",
+        "nothing follows the last real token",
+        nothing_follows_the_last_real_token,
+        "a critic's values of padding enter every token's advantage",
+    ),
+    Property(
+        "P28",
+        "returns are made from advantages before any whitening",
+        returns_are_advantages_plus_values,
+        "the critic learns targets with the wrong mean and scale, and never fits",
+        "classic",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ advantages of groups
@@ -217,8 +274,8 @@ GAE = (
 SCALES = {
     "the group's mean, divided by the unbiased standard deviation (as TRL); rare successes weigh 2.4 times"
     " too much": (1.2076, -0.7246),
-    "the group's mean, divided by the biased standard deviation (as GRPO-Zero); rare successes weigh 2.6 times"
-    " too much": (1.2910, -0.7746),
+    "the group's mean, divided by the biased standard deviation (as GRPO-Zero); rare successes weigh 2.6"
+    " times too much": (1.2910, -0.7746),
     "the group's mean (Dr. GRPO); the gradient is (G - 1) / G of the true one": (0.625, -0.375),
     "leave-one-out (RLOO); the gradient is the true one": (0.625 * 8 / 7, -0.375 * 8 / 7),
 }
@@ -289,22 +346,48 @@ def a_shift_of_rewards_changes_nothing(f: Subject) -> None:
 
 
 ADVANTAGES = (
-    Property("P4", "a known baseline and scale: 3 of 8 responses right", three_of_eight,
-        "advantages have another size than papers and other libraries say, and so has the learning rate"),
-    Property("P5", "equal rewards give 0, not amplified rounding noise", equal_rewards_give_0,
+    Property(
+        "P4",
+        "a known baseline and scale: 3 of 8 responses right",
+        three_of_eight,
+        "advantages have another size than papers and other libraries say, and so has the learning rate",
+    ),
+    Property(
+        "P5",
+        "equal rewards give 0, not amplified rounding noise",
+        equal_rewards_give_0,
         "rounding noise becomes advantages of full size in every group where all are right or all are wrong",
-        "small eps 1e-8 in several; verl #6348"),
-    Property("P6", "a group of one has advantage 0", a_group_of_one_has_no_advantage,
-        "its standard deviation is NaN, and so are all weights after the step; or it is trained on its raw reward",
-        "TRL #5773 #5775"),
-    Property("P6", "a NaN is refused, or stays in its group", a_nan_stays_in_its_group,
-        "one reward function that fails once poisons the whole batch", "TRL #5773 #5775"),
-    Property("P25", "a group's advantages depend on its own rewards only", groups_are_independent,
-        "easy prompts are pushed up and hard ones down, whatever was answered", "",
-        "REINFORCE++ and TRL's scale_rewards='batch' take the batch's spread"),
-    Property("P4", "raising all rewards changes nothing", a_shift_of_rewards_changes_nothing,
-        "the reward's offset, which says nothing, changes the policy"),
-)  # fmt: skip
+        "small eps 1e-8 in several; verl #6348",
+    ),
+    Property(
+        "P6",
+        "a group of one has advantage 0",
+        a_group_of_one_has_no_advantage,
+        "its standard deviation makes all weights NaN; or it is trained on its raw reward, with no baseline",
+        "TRL #5773 #5775",
+    ),
+    Property(
+        "P6",
+        "a NaN is refused, or stays in its group",
+        a_nan_stays_in_its_group,
+        "one reward function that fails once poisons the whole batch",
+        "TRL #5773 #5775",
+    ),
+    Property(
+        "P25",
+        "a group's advantages depend on its own rewards only",
+        groups_are_independent,
+        "what a prompt teaches depends on which other prompts are in the batch",
+        "",
+        "REINFORCE++ and TRL's scale_rewards='batch' take the batch's spread",
+    ),
+    Property(
+        "P4",
+        "raising all rewards changes nothing",
+        a_shift_of_rewards_changes_nothing,
+        "the reward's offset, which says nothing, changes the policy",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ whiten
@@ -347,16 +430,32 @@ def equal_numbers_give_0(f: Subject) -> None:
 
 
 WHITEN = (
-    Property("D10", "mean 0 and biased variance 1", whitened_numbers,
-        "advantages have another size than the learning rate was chosen for", "",
-        "the unbiased variance differs by 1 / n, which is nothing for a large batch"),
-    Property("D10", "shift_mean=False keeps the mean", whitened_around_its_mean,
-        "whitened rewards lose the sign that says good or bad", "one public library, whose tests pin the inversion"),
-    Property("D22", "only real tokens count", whitened_padding,
-        "the amount of padding scales the advantages"),
-    Property("D10", "one real token gives no NaN", one_number_has_no_spread, "a batch with one real token stops the run, or makes all weights NaN"),
+    Property(
+        "D10",
+        "mean 0 and biased variance 1",
+        whitened_numbers,
+        "advantages have another size than the learning rate was chosen for",
+        "",
+        "the unbiased variance differs by 1 / n, which is nothing for a large batch",
+    ),
+    Property(
+        "D10",
+        "shift_mean=False keeps the mean",
+        whitened_around_its_mean,
+        "whitened rewards lose the sign that says good or bad",
+        "one public library, whose tests pin the inversion",
+    ),
+    Property(
+        "D22", "only real tokens count", whitened_padding, "the amount of padding scales the advantages"
+    ),
+    Property(
+        "D10",
+        "one real token gives no NaN",
+        one_number_has_no_spread,
+        "a batch with one real token stops the run, or makes all weights NaN",
+    ),
     Property("D10", "equal numbers give 0", equal_numbers_give_0, "all weights are NaN after the step"),
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------ masked_mean
@@ -391,17 +490,33 @@ def mean_of_nothing(f: Subject) -> None:
 
 
 MASKED_MEAN = (
-    Property("P1", "all tokens count alike", tokens_count_alike,
+    Property(
+        "P1",
+        "all tokens count alike",
+        tokens_count_alike,
         "tokens of short responses weigh more: the length bias of the GRPO paper",
         "TRL #7206 #7249, verl #5625, prime-rl #2562, open-instruct #1161, rlhf-book, nanochat",
-        "GRPO's paper averages within a response first"),
-    Property("D22", "padding does not count", mean_ignores_padding,
-        "losses and metrics change with the amount of padding"),
-    Property("D22", "padding may hold infinity or NaN", mean_survives_nan_in_padding,
-        "0 * NaN is NaN: an overflow in padding makes all weights NaN"),
-    Property("D22", "no real token gives a finite number", mean_of_nothing,
-        "a microbatch of empty responses makes all weights NaN"),
-)  # fmt: skip
+        "GRPO's paper averages within a response first",
+    ),
+    Property(
+        "D22",
+        "padding does not count",
+        mean_ignores_padding,
+        "losses and metrics change with the amount of padding",
+    ),
+    Property(
+        "D22",
+        "padding may hold infinity or NaN",
+        mean_survives_nan_in_padding,
+        "0 * NaN is NaN: an overflow in padding makes all weights NaN",
+    ),
+    Property(
+        "D22",
+        "no real token gives a finite number",
+        mean_of_nothing,
+        "a microbatch of empty responses makes all weights NaN",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ averaging
@@ -446,14 +561,28 @@ def parts_of_a_minibatch_add_up(f: Subject) -> None:
 
 
 AVERAGING = (
-    Property("P2", "a known average over tokens of short and long responses", one_of_three_averages,
-        "tokens weigh differently from what papers and other libraries say", "the GRPO paper and most ports"),
-    Property("P3", "more padding changes nothing", more_padding_changes_no_average,
-        "the step size depends on the longest response that happens to be in the batch", "verl #3741"),
-    Property("P1", "microbatches add up to the minibatch", parts_of_a_minibatch_add_up,
+    Property(
+        "P2",
+        "a known average over tokens of short and long responses",
+        one_of_three_averages,
+        "tokens weigh differently from what papers and other libraries say",
+        "the GRPO paper and most ports",
+    ),
+    Property(
+        "P3",
+        "more padding changes nothing",
+        more_padding_changes_no_average,
+        "the step size depends on the longest response that happens to be in the batch",
+        "verl #3741",
+    ),
+    Property(
+        "P1",
+        "microbatches add up to the minibatch",
+        parts_of_a_minibatch_add_up,
         "the mean of microbatch means gives tokens of small microbatches more weight",
-        "TRL #7206 #7249, verl #5625, prime-rl #2562, open-instruct #1161, rlhf-book, nanochat"),
-)  # fmt: skip
+        "TRL #7206 #7249, verl #5625, prime-rl #2562, open-instruct #1161, rlhf-book, nanochat",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ sampling_weights
@@ -482,16 +611,35 @@ def weights_are_constants(f: Subject) -> None:
 
 
 SAMPLING_WEIGHTS = (
-    Property("P15", "weights of equal engines are 1", weight_of_equal_engines,
-        "the loss changes though nothing needs a correction", "everyone with a separate engine"),
-    Property("P15", "below the cap, the weight is old / sampler", weight_is_the_ratio_below_the_cap,
+    Property(
+        "P15",
+        "weights of equal engines are 1",
+        weight_of_equal_engines,
+        "the loss changes though nothing needs a correction",
+        "everyone with a separate engine",
+    ),
+    Property(
+        "P15",
+        "below the cap, the weight is old / sampler",
+        weight_is_the_ratio_below_the_cap,
         "tokens that the sampler likes more than the trainer does keep too much weight",
-        "everyone with a separate engine"),
-    Property("P16", "no weight above the cap", weight_is_at_most_the_cap,
-        "one token with a large mismatch dominates the step", "OpenRLHF 3c3be623"),
-    Property("P15", "weights carry no gradient", weights_are_constants,
-        "the policy is pushed to agree or disagree with the sampling engine", "everyone with a separate engine"),
-)  # fmt: skip
+        "everyone with a separate engine",
+    ),
+    Property(
+        "P16",
+        "no weight above the cap",
+        weight_is_at_most_the_cap,
+        "one token with a large mismatch dominates the step",
+        "OpenRLHF 3c3be623",
+    ),
+    Property(
+        "P15",
+        "weights carry no gradient",
+        weights_are_constants,
+        "the policy is pushed to agree or disagree with the sampling engine",
+        "everyone with a separate engine",
+    ),
+)
 
 
 # ------------------------------------------------------------------------------ response_mask, KL controller
@@ -513,13 +661,28 @@ def pad_may_occur_in_a_text(f: Subject) -> None:
 
 
 RESPONSE_MASK = (
-    Property("P22", "the EOS counts, and nothing after it", eos_is_real,
-        "the EOS has no gradient: the policy never learns to stop", "tiny-grpo, rlhf-book, minimind"),
-    Property("P22", "the first EOS counts, even where padding is the same token", eos_may_be_the_pad,
-        "the EOS has no gradient: the policy never learns to stop", "tiny-grpo, rlhf-book, minimind"),
-    Property("P22", "a token that was sampled counts, whatever its id", pad_may_occur_in_a_text,
-        "sampled tokens have no gradient", "tiny-grpo, rlhf-book, minimind"),
-)  # fmt: skip
+    Property(
+        "P22",
+        "the EOS counts, and nothing after it",
+        eos_is_real,
+        "the EOS has no gradient: the policy never learns to stop",
+        "tiny-grpo, rlhf-book, minimind",
+    ),
+    Property(
+        "P22",
+        "the first EOS counts, even where padding is the same token",
+        eos_may_be_the_pad,
+        "the EOS has no gradient: the policy never learns to stop",
+        "tiny-grpo, rlhf-book, minimind",
+    ),
+    Property(
+        "P22",
+        "a token that was sampled counts, whatever its id",
+        pad_may_occur_in_a_text,
+        "sampled tokens have no gradient",
+        "tiny-grpo, rlhf-book, minimind",
+    ),
+)
 
 
 def controller_numbers(f: Subject) -> None:
@@ -529,6 +692,10 @@ def controller_numbers(f: Subject) -> None:
 
 
 KL_CONTROLLER = (
-    Property("D11", "coefficient * (1 + clip(KL / target - 1, -.2, .2) n / horizon)", controller_numbers,
-        "the coefficient runs away, or follows noise"),
-)  # fmt: skip
+    Property(
+        "D11",
+        "coefficient * (1 + clip(KL / target - 1, -.2, .2) n / horizon)",
+        controller_numbers,
+        "the coefficient runs away, or follows noise",
+    ),
+)

@@ -76,9 +76,9 @@ class Outcome:
 class Subject:
     """Calls `function` by our names. Its own names, masks and results are adapted as the user said.
 
-    `rename` maps the function's names to ours, `fixed` its names to values, `mask` is one of bool, float,
-    inverted, inverted-float; `output` says what it returns: tuple:N or key:NAME, then mean, sum or tensor of a
-    loss, or k1, k2, k3 of a KL.
+    `rename` maps the function's names to ours, and `fixed` its names to values. `mask` is one of bool, float,
+    inverted, inverted-float. `output` says what it returns: tuple:N or key:NAME, then mean, sum or tensor of
+    a loss, or k1, k2, k3 of a KL.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ def shown(x: Any) -> str:
 def same(
     example: str | dict[str, Any], got: Any, right: Any, tolerance: float = 2e-6, hint: str = ""
 ) -> None:
-    """Require numbers within `tolerance` times max(1, |right|), or raise Broken. `hint` explains what came."""
+    """Require numbers within `tolerance` times max(1, |right|), or raise Broken. `hint` explains `got`."""
     got = got.detach().double() if isinstance(got, Tensor) else torch.tensor(float(got), dtype=torch.float64)
     right = torch.as_tensor(right, dtype=torch.float64)
     if got.shape != right.shape:
