@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 from minirlhf.support import cli  # noqa: E402
 
 PEER = "benchmarks/peers/requirements.txt"
+PEER_GRPO = "benchmarks/peers/requirements-1.16.txt"
 
 
 def child(python: str, script: str, job: dict) -> dict:
@@ -41,11 +42,11 @@ def machine(threads: int) -> dict:
     }
 
 
-def parser(description: str, results: Path, rounds: int) -> argparse.ArgumentParser:
+def parser(description: str, results: Path, rounds: int, peer: str = PEER) -> argparse.ArgumentParser:
     made = cli.Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument(
         "--peer-python",
-        help=f"Python of an environment with {PEER} installed. Left out, only minirlhf is measured.",
+        help=f"Python of an environment with {peer} installed. Left out, only minirlhf is measured.",
     )
     made.add_argument(
         "--rounds", type=cli.number(cli.Count), default=rounds, help="Number of processes per variant."

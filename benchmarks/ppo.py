@@ -1,16 +1,24 @@
-"""Seconds and memory per PPO iteration, of minirlhf and of TRL, on the same work.
+"""Seconds and memory per iteration of PPO or GRPO, of minirlhf and of TRL, on the same work.
 
     python -m venv .peer && .peer/bin/pip install -r benchmarks/peers/requirements.txt   # the peers' environment, once
     python benchmarks/ppo.py --peer-python .peer/bin/python                              # the table, and results/ppo.json
     python benchmarks/ppo.py --tables                                                    # runs nothing: prints the table
     python benchmarks/ppo.py --tried --work small                                        # what did not make it faster
 
-TRL 1.12.0 is the last release with a PPO trainer. Ours is train_ppo.py itself, run as a user runs it, on random weights of
-the same shapes and random texts. Each measurement is a process of its own, which runs two iterations to warm up and then
-those that count. Processes take turns, --rounds times. The work is asserted: responses, their tokens, optimiser steps.
+    python -m venv .peer116 && .peer116/bin/pip install -r benchmarks/peers/requirements-1.16.txt
+    python benchmarks/ppo.py --algorithm grpo --peer-python .peer116/bin/python          # the table, and results/grpo.json
+
+TRL 1.12.0 is the last release with a PPO trainer, 1.16.0 a recent one with GRPO. Ours is train_ppo.py itself, run as a user
+runs it, on random weights of the same shapes and random texts. Each measurement is a process of its own, which runs two
+iterations to warm up and then those that count. Processes take turns, --rounds times. The work is asserted: responses, their
+tokens, optimiser steps, and how many responses the models read with and without gradients.
 
 Workloads: `small` (6 layers, 192 wide), `gpt2` (GPT-2's shape and vocabulary), `lengths` (small, responses of up to 64 tokens
-that end by themselves after 24 on average: an end of text is as likely at every step).
+that end by themselves after 24 on average: an end of text is as likely at every step). GRPO draws 8 responses for each prompt,
+makes one pass over them, and has k3 in the loss. Its reward is the number of characters on both sides, which costs nothing: no
+reward model is measured. TRL runs in its fastest configuration (benchmarks/peers/trl_grpo.py says which). Ours in fp32 stands
+beside TRL in fp32; ours in bf16 beside the better of TRL in fp32 and in bf16. Where the CPU does not multiply bf16 natively,
+it is slow in both libraries, and left out unless --variants names it.
 """
 
 import argparse
@@ -20,6 +28,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import beside  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
-from minirlhf.support import cli  # noqa: E402
+from minirlhf.support import cli, hardware  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/ppo.json"
 SMALL = {"n_layer": 6, "n_head": 6, "n_embd": 192, "vocab": 4096, "prompt": 16, "response": 32, "batch": 64, "minibatch": 16,
@@ -38,6 +47,11 @@ WORK = {
     "gpt2": SMALL
     | {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab": 50257, "batch": 8, "minibatch": 8, "epochs": 1},
     "lengths": SMALL | {"response": 64, "end": 0.038},  # min(geometric, 64) has mean 24
+}
+GRPO = {"group": 8, "kl_coef": 0.05, "epochs": 1}  # what GRPO changes in each of them
+PEERS = {  # by algorithm: the peer's script, and by the name of its row what the row adds to the job
+    "ppo": ("benchmarks/peers/trl_ppo.py", {"TRL": {}}),
+    "grpo": ("benchmarks/peers/trl_grpo.py", {"TRL, fp32": {"bf16": False}, "TRL, bf16": {"bf16": True}}),
 }
 OURS = {"fp32": ["--precision", "fp32"], "bf16": ["--precision", "bf16"]}
 TRIED = {  # 8 responses are half a minibatch of the small work
@@ -52,6 +66,16 @@ BOUNDS = {  # for --check: TRL's seconds per iteration over ours, and its peak m
     "gpt2": {"fp32": {"seconds": 1.4, "peak_mb": 1.3}, "bf16": {"seconds": 2.4}},
     "lengths": {"fp32": {"seconds": 3.0}, "bf16": {"seconds": 4.0}},
 }
+GRPO_BOUNDS = {"small": {"fp32": {"seconds": 2.0, "peak_mb": 1.5}, "bf16": {"seconds": 2.8, "peak_mb": 1.5}}}
+
+
+def work_of(algorithm: str, name: str) -> dict:
+    return WORK[name] | (GRPO if algorithm == "grpo" else {})
+
+
+def characters(prompts: list[str], responses: list[str]) -> list[float]:
+    """The reward of GRPO's work, which costs nothing; the peer's is the same."""
+    return [float(len(response)) for response in responses]
 
 
 def end_everywhere(gpt, eot: int, probability: float) -> None:
@@ -105,15 +129,28 @@ def ours(job: dict) -> None:
 
     work, folder = job["work"], Path(job["folder"])
     torch.set_num_threads(job["threads"])
-    options = {"init": folder / "sft", "reward-model": folder / "rm", "data": folder / "texts.jsonl", "out": job["out"],
+    options = {"init": folder / "sft", "data": folder / "texts.jsonl", "out": job["out"],
                "prompt-tokens": work["prompt"] - 1, "response-tokens": work["response"], "batch": work["batch"],
                "minibatch": work["minibatch"], "epochs": work["epochs"], "iterations": job["iterations"], "lr": 1e-5,
-               "value-lr": 1e-5, "save-every": 10**6, "missing-eos": "none"}  # fmt: skip
+               "save-every": 10**6, "missing-eos": "none"}  # fmt: skip
+    if "group" in work:
+        options |= {"algorithm": "grpo", "group": work["group"], "kl-coef": work["kl_coef"],
+                    "reward": "benchmarks.ppo:characters"}  # fmt: skip
+    else:
+        options |= {"reward-model": folder / "rm", "value-lr": 1e-5}
     sys.argv = [
         "train_ppo.py",
         *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
         *job["options"],
     ]
+    rows: Counter[str] = Counter()
+    response_logprobs = train_ppo.response_logprobs
+
+    def counted(model, texts, sampling):
+        rows["trained" if torch.is_grad_enabled() else "read"] += len(texts)
+        return response_logprobs(model, texts, sampling)
+
+    train_ppo.response_logprobs = counted
     cpu = time.process_time()
     cli.run_script(train_ppo.main)
     cpu = time.process_time() - cpu
@@ -126,7 +163,8 @@ def ours(job: dict) -> None:
     peak = (
         int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
     )  # (ru_maxrss may be the parent's)
-    print(json.dumps({"iterations": found, "optimizer_steps": steps, "peak_mb": peak, "cpu_seconds": cpu}))
+    about = {"optimizer_steps": steps, "rows": rows, "peak_mb": peak, "cpu_seconds": cpu}
+    print(json.dumps({"iterations": found} | about))
 
 
 def measure(python: str, script: str, job: dict) -> dict:
@@ -135,6 +173,9 @@ def measure(python: str, script: str, job: dict) -> dict:
     assert (
         found["optimizer_steps"] == job["iterations"] * work["epochs"] * work["batch"] // work["minibatch"]
     ), found
+    rows = {"read": 2, "trained": work["epochs"]}  # by the policy and its reference, and by the policy
+    rows = {what: times * job["iterations"] * work["batch"] for what, times in rows.items()}
+    assert found.get("rows", rows) == rows, found  # (TRL's PPO does not count them)
     full = work["batch"] * work["response"]
     for iteration in found["iterations"]:  # fixed lengths are exact; drawn ones have the same mean
         assert (
@@ -146,20 +187,22 @@ def measure(python: str, script: str, job: dict) -> dict:
 def run(args: argparse.Namespace, name: str) -> dict[str, list[dict]]:
     """{'TRL' or a variant: its measurements}; processes take turns."""
     found: dict[str, list[dict]] = {}
+    script, peers = PEERS[args.algorithm]
+    precisions = {variant.split(",")[0] for variant in args.variants}
     with tempfile.TemporaryDirectory() as folder:
-        prepare(WORK[name], Path(folder))
+        work = work_of(args.algorithm, name)
+        prepare(work, Path(folder))
         job = {
-            "work": WORK[name],
+            "work": work,
             "threads": args.threads,
             "iterations": WARM_UP + args.iterations,
             "folder": folder,
         }
         for k in range(args.rounds):
-            if args.peer_python:
-                peer = job | {"out": f"{folder}/trl-{k}"}
-                found.setdefault("TRL", []).append(
-                    measure(args.peer_python, "benchmarks/peers/trl_ppo.py", peer)
-                )
+            for row, more in peers.items() if args.peer_python else ():
+                if not more.get("bf16") or "bf16" in precisions:
+                    peer = job | more | {"out": f"{folder}/{row}-{k}".replace(" ", "-")}
+                    found.setdefault(row, []).append(measure(args.peer_python, script, peer))
             for variant in args.variants:
                 mine = job | {
                     "out": f"{folder}/{variant}-{k}".replace(" ", "-"),
@@ -181,16 +224,21 @@ def summary(runs: list[dict]) -> dict[str, float]:
     return found | {"cpu": median(r["cpu_seconds"] / (len(r["iterations"]) + WARM_UP) for r in runs)}
 
 
-def report(known: dict[str, dict]) -> tuple[str, list[str]]:
+def report(known: dict[str, dict], algorithm: str = "ppo") -> tuple[str, list[str]]:
     """(the table, what is below its bound).  Results of variants that exist no more stay in the file and out of the table."""
-    rows, missed = [], []
+    rows, missed, peers = [], [], PEERS[algorithm][1]
+    bounds = GRPO_BOUNDS if algorithm == "grpo" else BOUNDS
     for name in [name for name in WORK if name in known]:
-        found = {v: summary(runs) for v, runs in known[name].items() if v in ("TRL", *OURS, *TRIED)}
+        found = {v: summary(runs) for v, runs in known[name].items() if v in (*peers, *OURS, *TRIED)}
         for variant, row in found.items():
             ratios = {"seconds": "", "peak_mb": ""}
-            if variant != "TRL" and "TRL" in found:
+            beside_it = [  # bf16 stands beside all of the peer's rows, fp32 beside those in fp32
+                found[p] for p in peers if p in found and (variant.startswith("bf16") or "bf16" not in p)
+            ]
+            if variant not in peers and beside_it:
                 for key in ratios:
-                    ratio, bound = found["TRL"][key] / row[key], BOUNDS[name].get(variant, {}).get(key, 0.0)
+                    ratio = min(p[key] for p in beside_it) / row[key]
+                    bound = bounds.get(name, {}).get(variant, {}).get(key, 0.0)
                     ratios[key] = f"{ratio:.2f}"
                     if ratio < bound:
                         missed.append(f"{name}, {variant}: {key} {ratio:.2f} x, bound {bound:g} x")
@@ -219,9 +267,15 @@ def report(known: dict[str, dict]) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    parser = beside.parser(__doc__, RESULTS, rounds=3)
-    parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
-    parser.add_argument("--variants", choices=OURS | TRIED, nargs="+", default=[*OURS])
+    peer = f"{beside.PEER} (GRPO: {beside.PEER_GRPO})"
+    parser = beside.parser(__doc__, RESULTS, rounds=3, peer=peer)
+    parser.add_argument(
+        "--algorithm", choices=PEERS, default="ppo", help="What to measure (default: %(default)s)."
+    )
+    parser.add_argument("--work", choices=WORK, nargs="+", help="Default: all of PPO's, small of GRPO's.")
+    parser.add_argument(
+        "--variants", choices=OURS | TRIED, nargs="+", help="Default: fp32, and bf16 where it is native."
+    )
     parser.add_argument(
         "--tried", action="store_true", help="Measure fp32, bf16 and what did not make them faster."
     )
@@ -229,13 +283,21 @@ def main() -> None:
         "--iterations", type=cli.number(cli.Count), default=3, help="Iterations per process that count."
     )
     args = parser.parse_args()
-    if args.tried:
-        args.variants = ["fp32", "bf16", *TRIED]
-        args.out = RESULTS.with_name("tried.json") if args.out == RESULTS else args.out
     if args.job:
         ours(args.job)
         return
-    beside.conclude(*report(beside.collect(parser, args, args.work, run)), args.check)
+    args.work = args.work or ([*WORK] if args.algorithm == "ppo" else [*GRPO_BOUNDS])
+    native = hardware.has_fast_bf16()
+    if args.out == RESULTS:
+        tried = "tried.json" if args.algorithm == "ppo" else f"{args.algorithm}_tried.json"
+        args.out = RESULTS.with_name(tried if args.tried else f"{args.algorithm}.json")
+    if args.tried:
+        args.variants = ["fp32", "bf16", *TRIED]
+    elif not args.variants:
+        args.variants = [*OURS] if native else ["fp32"]
+        if not native and not args.tables:
+            print("bf16 is left out: this machine does not multiply it natively", file=sys.stderr)
+    beside.conclude(*report(beside.collect(parser, args, args.work, run), args.algorithm), args.check)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Benchmarks beside a peer: the work that they set up, and that --check says what is below its bound.  Nothing is timed."""
 
+import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 
 import train_ppo
 from benchmarks import estimate, ppo, rollout, scaling, sft, variants
-from minirlhf import checkpoint, data
+from minirlhf import algorithms, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
@@ -69,6 +71,37 @@ def test_the_work_of_ppo(tmp_path, metrics):
         )
 
 
+def test_the_work_of_grpo(tmp_path, metrics):
+    """Two groups of four full responses, a free reward; and no critic or reward model that could cost anything."""
+    work = TINY | ppo.GRPO | {"group": 4}
+    ppo.prepare(work, tmp_path)
+    job = {
+        "work": work,
+        "threads": 1,
+        "iterations": 3,
+        "folder": str(tmp_path),
+        "out": str(tmp_path / "out"),
+        "options": ppo.OURS["fp32"],
+    }
+    found = ppo.measure(sys.executable, "benchmarks/ppo.py", job)
+    assert len(found["iterations"]) == 1 and found["optimizer_steps"] == 3 * 2
+    assert found["rows"] == {"read": 3 * 2 * 8, "trained": 3 * 8}
+    for line in metrics(tmp_path / "out"):
+        assert line["frac_reward_zero_std"] < 1 and "objective/rm_scores" not in line
+    chosen = checkpoint.load_config(tmp_path / "out")["algorithm"]
+    assert chosen == dataclasses.asdict(algorithms.ALGORITHMS["grpo"]) | {"group": 4}
+
+
+def test_the_peer_of_grpo(tmp_path):
+    """Where an environment with TRL 1.16 is named, it does the work that is asserted."""
+    python = os.environ.get("MINIRLHF_PEER_116")
+    if not python:
+        pytest.skip("set MINIRLHF_PEER_116 to the Python of an environment with requirements-1.16.txt")
+    job = {"work": TINY | ppo.GRPO | {"group": 4}, "threads": 1, "iterations": 3, "bf16": False}
+    found = ppo.measure(python, ppo.PEERS["grpo"][0], job | {"folder": "", "out": str(tmp_path / "out")})
+    assert found["versions"]["trl"] == "1.16.0" and found["rows"] == {"read": 3 * 2 * 8, "trained": 3 * 8}
+
+
 def row(seconds: float, peak: float) -> list[dict]:
     parts = {"rollout": seconds / 4, "score": seconds / 4, "update": seconds / 2, "seconds": seconds}
     return [{"iterations": [parts | {"tokens": 100}], "peak_mb": peak, "cpu_seconds": 9.0}]
@@ -90,6 +123,15 @@ def test_ppo_says_what_is_below_its_bound():
     assert "| 1.46 |" in text
     expected = ["small, fp32: seconds 1.46 x, bound 1.5 x", "small, fp32: peak_mb 1.67 x, bound 1.7 x"]
     assert missed == expected
+
+
+def test_grpo_in_bf16_stands_beside_the_better_peer():
+    known = {"TRL, fp32": row(60.0, 900), "TRL, bf16": row(90.0, 800), "fp32": row(30.0, 600)}
+    _, missed = ppo.report({"small": known | {"bf16": row(22.0, 400)}}, "grpo")
+    assert missed == ["small, bf16: seconds 2.73 x, bound 2.8 x"]
+    assert (
+        ppo.report({"small": known | {"fp32": row(30.0, 500), "TRL, bf16": row(10.0, 100)}}, "grpo")[1] == []
+    )
 
 
 def test_tables_leave_out_variants_that_exist_no_more():
