@@ -243,7 +243,7 @@ def main() -> None:
             scores, has_eos, config.missing_eos_penalty, config.missing_eos
         )  # [D9]
 
-        # 3. Rewards: the score at the last real token [D7], and -kl_coef * k1 at all, if not in the loss [D1].
+        # 3. Rewards: the score at the last real token [D7]; -kl_coef * k1 at all, if not in the loss [D1].
         k1_coef = kl_coef if algorithm.kl == "reward" else 0.0
         token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, k1_coef)
         if config.whiten_rewards:

@@ -48,7 +48,7 @@ class Algorithm:
             )
 
 
-#                 group   baseline         scale      objective   clip  high  average      kl        equal groups
+#                 group   baseline         scale      objective   clip  high  average      kl        equal
 ALGORITHMS = {
   "ppo":     Algorithm(1, "critic",        "rollout", "clip",     .2,   .2,   "tokens",    "reward", "keep"),
   "rloo":    Algorithm(8, "leave-one-out", "none",    "clip",     .2,   .2,   "tokens",    "reward", "keep"),

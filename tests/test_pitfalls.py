@@ -1,4 +1,4 @@
-"""Every pitfall of docs/algorithms.md by its number, against our own code, with the numbers that tell it.
+"""Every pitfall of docs/conformance.md by its number, against our own code, with the numbers that tell it.
 
 test_conformance.py asks the same of anybody's functions. Here are the exact numbers, and the rows that concern
 a loop rather than a function.

@@ -2,7 +2,7 @@
 
 TRL's code is called, not copied: GRPOTrainer._compute_loss and RLOOTrainer._compute_loss on a stand-in for the
 trainer, and the statements of _generate_and_score_completions that make advantages (benchmarks/conformance.py).
-Where the two differ, a test says how; docs/algorithms.md lists it.
+Where the two differ, a test says how; docs/conformance.md lists it.
 """
 
 import math

@@ -50,7 +50,7 @@ class Kind:
 class Property:
     """What must hold of every function of a kind."""
 
-    number: str  # P1..P30 of docs/algorithms.md, or D1.. of docs/details.md
+    number: str  # P1..P30 of docs/conformance.md, or D1.. of docs/details.md
     title: str
     check: Callable[[Subject], str | None]  # raises Broken or NotAsked; may return a remark
     consequence: str  # what training does where it does not hold
