@@ -30,7 +30,7 @@ import torch
 
 from kernels import gae
 from minirlhf import UserError, checkpoint, data, optim, ppo
-from minirlhf.algorithms import Cells
+from minirlhf.algorithms import AlgorithmOptions
 from minirlhf.masked import whiten
 from minirlhf.rewards import RewardReader, Scorer, load_rewards, make_critic
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
@@ -43,7 +43,7 @@ from minirlhf.support.ragged import send
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Cells, RunConfig):
+class Config(AlgorithmOptions, RunConfig):
     preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/ppo")

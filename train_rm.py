@@ -154,6 +154,20 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
     return model
 
 
+def schedule_of(config: Config, lengths: list[int]) -> tuple[Schedule, list[tuple[int, int]]]:
+    """Every optimiser step of the run, (pass, its items), and the (member, epoch) of each pass.
+
+    One member is trained after the other.  Items are places in a list of texts with these lengths.
+    """
+    passes = [(member, epoch) for member in range(config.members) for epoch in range(config.epochs)]
+
+    def batches(i: int) -> list[list[int]]:
+        member, epoch = passes[i]
+        return data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=member)
+
+    return Schedule([len(lengths)] * len(passes), config.batch, batches), passes
+
+
 def loss_of(
     run: Run, config: Config, kind: str, step: int, batch: list, rows: list[int], scores: Tensor
 ) -> Tensor:
@@ -221,13 +235,7 @@ def main() -> None:
         policy = checkpoint.resolve(config.reference or own, remedy)
         reference = Reference.load(policy, [item.record for item in judged.val], context, config)
 
-    lengths = [len(item.ids) for item in judged.train]
-
-    def batches(turn: int) -> list[list[int]]:  # places in judged.train
-        member, epoch = divmod(turn, config.epochs)
-        return data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=member)
-
-    schedule = Schedule([len(lengths)] * (config.members * config.epochs), config.batch, batches)
+    schedule, passes = schedule_of(config, [len(item.ids) for item in judged.train])
     per_member = len(schedule) // config.members
     rated = source.kind == "rated"
     mean_rating = float(np.mean([target_of(item) for item in judged.train])) if rated else None
@@ -242,8 +250,8 @@ def main() -> None:
 
     # The loop: one optimiser step per iteration; validation four times per member.
     for step in run.loop(len(schedule)):
-        turn, picks, _ = schedule[step]
-        k = turn // config.epochs
+        which, picks, _ = schedule[step]
+        k, _ = passes[which]
         step_of_member = step - k * per_member
         optimizer = optimizers[k]
         lr = config.lr * optim.warmup_linear(step_of_member, per_member, config.warmup)

@@ -23,7 +23,7 @@ EqualGroups = Literal["keep", "drop"]
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A row of the table.  `Cells` says what each field means."""
+    """A row of the table.  `AlgorithmOptions` says what each field means."""
 
     group: int
     baseline: Baseline
@@ -60,7 +60,7 @@ ALGORITHMS = {
 
 
 @dataclass(frozen=True)
-class Cells:
+class AlgorithmOptions:
     """Options that pick a row of the table and override its cells."""
 
     algorithm: Name = "ppo"

@@ -135,11 +135,11 @@ def policy_loss(
     # Off the mask 0 goes in BEFORE exp: exp(NaN) would poison the gradient even of what is dropped later.
     log_ratio = torch.where(response_mask, new_logprobs - logprobs, 0.0)
     advantages = torch.where(response_mask, advantages, 0.0)
+    exponent = log_ratio
     if objective == "sequence":
         mean = log_ratio.sum(1, keepdim=True) / response_mask.sum(1, keepdim=True).clamp(min=1)
-        ratio = torch.where(response_mask, mean, 0.0).exp()
-    else:
-        ratio = log_ratio.exp()
+        exponent = torch.where(response_mask, mean, 0.0)
+    ratio = exponent.clamp(max=20).exp()  # an infinite one would make even a clipped token's gradient NaN
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - low, 1 + high)
     losses, was_clipped = torch.maximum(plain, clipped), clipped > plain  # off the mask both are 0
@@ -179,7 +179,7 @@ def kl_loss(
     new, old, ref = (torch.where(response_mask, x, 0.0) for x in (new_logprobs, logprobs, ref_logprobs))
     _, k2, _ = kl_estimates(new, ref)
     _, _, k3 = kl_estimates(new, torch.minimum(ref, new + 20))
-    losses = {"k2": k2, "k3": k3, "k3-ratio": k3 * (new - old).exp()}[kind]
+    losses = {"k2": k2, "k3": k3, "k3-ratio": k3 * (new - old).clamp(max=20).exp()}[kind]
     total = _total(response_mask, denominator)
     return (losses if weights is None else losses * weights).sum() / total
 

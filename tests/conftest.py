@@ -15,6 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 FRONTS = {f"minirlhf.{name}": f"minirlhf.tools.{name}" for name in ("chat", "evaluate", "report", "estimate")}
+FRONTS["minirlhf.conformance"] = "minirlhf.tools.conformance.__main__"
 sys.path.insert(0, str(ROOT))  # the stage scripts belong to no package
 
 

@@ -8,7 +8,7 @@ import torch
 
 import train_ppo
 from minirlhf import UserError, checkpoint, ppo
-from minirlhf.algorithms import ALGORITHMS, Algorithm, Cells
+from minirlhf.algorithms import ALGORITHMS, Algorithm, AlgorithmOptions
 from tests.gradients import agree, gradients
 
 SMALL = ["--preset", "smoke", "--precision", "fp32", "--iterations", "2"]
@@ -36,15 +36,15 @@ def test_every_cell_of_the_table_can_be_overridden():
     }
     assert others.keys() == {field.name for field in dataclasses.fields(Algorithm)}
     for name, value in others.items():
-        row = Cells(algorithm="grpo", **{name: value}).choose()
+        row = AlgorithmOptions(algorithm="grpo", **{name: value}).choose()
         changed = {k for k, v in dataclasses.asdict(row).items() if v != getattr(ALGORITHMS["grpo"], k)}
         assert changed == ({name, "clip_range_high"} if name == "clip_range" else {name})
 
 
 def test_a_clip_range_alone_is_of_both_sides():
-    row = Cells(algorithm="dapo", clip_range=0.1).choose()
+    row = AlgorithmOptions(algorithm="dapo", clip_range=0.1).choose()
     assert (row.clip_range, row.clip_range_high) == (0.1, 0.1)
-    row = Cells(algorithm="dapo").choose()
+    row = AlgorithmOptions(algorithm="dapo").choose()
     assert (row.clip_range, row.clip_range_high) == (0.2, 0.28)
 
 

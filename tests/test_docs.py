@@ -362,7 +362,7 @@ def test_reading_order_knows_the_files():
         count = sum(len((ROOT / name).read_text().splitlines()) for name in names)
         if not 0.9 * count <= int(lines) <= 1.1 * count:
             wrong.append(f"{files}: {count} lines, README says {lines}")
-    fronts = {"__init__", "chat", "evaluate", "report", "estimate"}
+    fronts = {"__init__", "chat", "evaluate", "report", "estimate", "conformance"}
     path = {f"minirlhf/{f.name}" for f in (ROOT / "minirlhf").glob("*.py") if f.stem not in fronts} | set(
         SCRIPTS
     )
@@ -381,7 +381,8 @@ def test_every_metric_is_explained(script, smoke):
     explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     lines = (smoke / METRICS[script] / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step"}
-    other_data = {"val/accuracy", "objective/rm_cut"}  # of choices; of a reward model with another tokenizer
+    # Of choices; of a reward model with another tokenizer; of groups.
+    other_data = {"val/accuracy", "objective/rm_cut", "frac_reward_zero_std"}
     if script == "train_dpo.py":  # of --online
         other_data |= {"objective/scores", "objective/kl", "val/response_length", "val/eos_rate"}
     assert logged <= explained, sorted(logged - explained)

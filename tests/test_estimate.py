@@ -161,6 +161,16 @@ def test_the_command_counts_what_ppo_holds(run, smoke, capsys):
     assert found["an epoch over it"].startswith("2 optimiser steps, ")
 
 
+def test_without_a_critic_there_is_none_to_hold(run, smoke, capsys):
+    said = []
+    for algorithm in ("ppo", "grpo"):
+        assert run("minirlhf.estimate", smoke / "sft", "--algorithm", algorithm) == 0
+        said.append(capsys.readouterr().out)
+    assert "critic" in said[0] and "critic" not in said[1]
+    weights = [float(re.search(r"weights +([\d.]+) MB", text)[1]) for text in said]
+    assert weights[1] < 0.7 * weights[0]  # policy and reference, of three models of one size
+
+
 def test_what_saves_memory_is_seen_to(run, smoke, capsys):
     plain = told(run, capsys, smoke / "sft", *SMALL, "--response-tokens", 60)
     for options, less, same in (

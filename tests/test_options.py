@@ -33,6 +33,7 @@ OF_CONFIGS = {
 OF_PARSERS = [
     "minirlhf.tools.chat",
     "minirlhf.tools.estimate",
+    "minirlhf.tools.conformance.__main__",
     "minirlhf.tools.report",
     "minirlhf.tools.inspect",
     "minirlhf.interop.command",
@@ -290,6 +291,7 @@ def test_F15_tools_refuse_in_one_line_what_is_no_number(name, parser_of, capsys,
     assert numbers >= {
         "minirlhf.tools.report": 0,
         "minirlhf.interop.command": 0,
+        "minirlhf.tools.conformance.__main__": 1,
         "kernels.tools.audit": 0,
     }.get(name, 2)
 

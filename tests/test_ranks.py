@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import train_ppo
 from minirlhf import checkpoint, data, optim
 from minirlhf import run as stage_run
+from minirlhf.algorithms import ALGORITHMS
 from minirlhf.rollout import Texts
 from minirlhf.support import hardware
 from tests.gradients import agree, gradients
@@ -44,7 +45,10 @@ CASES = {
     "ppo": ("train_ppo", SMALL),
     "ppo, whitened rewards": ("train_ppo", [*SMALL, "--whiten-rewards", "--kl-target", "0.05", "--kl-horizon", "50",
                                             "--iterations", "3", "--max-approxkl", "0.001"]),
-}  # fmt: skip
+} | {name: ("train_ppo", [*SMALL, "--iterations", "2", "--algorithm", name]) for name in ALGORITHMS if name != "ppo"}  # fmt: skip
+CASES["gspo"][1].extend(
+    ["--clip-range", "0.2"]
+)  # at its own, this learning rate leaves no gradient in the second pass
 
 
 def choices(path: Path) -> Path:
@@ -58,12 +62,13 @@ def choices(path: Path) -> Path:
 
 @contextlib.contextmanager
 def same_tokens(world: int):
-    """In train_ppo.py: responses that depend on their prompts alone, and steps on the same texts for any number of ranks.
+    """In train_ppo.py: responses that depend on their prompts and places in a group alone, and steps on the same texts for any
+    number of ranks.
 
     Sampling is a function of (seed, stage, step, rank), so that real ranks draw other tokens than one process."""
 
     def generate(policy, queries, query_mask, sampling):
-        seeds = (queries * query_mask).sum(1, keepdim=True)
+        seeds = (queries * query_mask).sum(1, keepdim=True) + torch.arange(len(queries))[:, None] % 8
         places = torch.arange(sampling.max_new)
         responses = (seeds * 7 + places * 13 + seeds * places) % 300
         lengths = 1 + seeds % sampling.max_new
@@ -232,7 +237,10 @@ def test_the_cases_are_what_they_are_called(two_ranks, metrics):
 
 def test_sizes_that_ranks_do_not_divide_are_refused(two_ranks):
     home, _, said, _ = two_ranks
-    assert all("--batch over 2 processes: 15 does not divide by 2" in messages["odd"] for messages in said)
+    assert all(
+        "--batch over 2 processes, in groups of 1: 15 does not divide by 2" in messages["odd"]
+        for messages in said
+    )
     assert not (home / "odd").exists()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import minirlhf
-from minirlhf.algorithms import Cells
+from minirlhf.algorithms import AlgorithmOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["train_sft", "train_rm", "train_ppo", "train_dpo"]
@@ -199,8 +199,8 @@ def test_every_field_of_the_config_is_read(name):
     fields = {f.name for f in dataclasses.fields(module.Config)} - {
         "preset"
     }  # preset is read by parse_config
-    if issubclass(module.Config, Cells):  # which choose() reads by the names of the table's cells
-        fields -= {f.name for f in dataclasses.fields(Cells)}
+    if issubclass(module.Config, AlgorithmOptions):  # which choose() reads by the names of the table's cells
+        fields -= {f.name for f in dataclasses.fields(AlgorithmOptions)}
     assert fields - read == set()
 
 

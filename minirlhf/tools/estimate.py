@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import UserError, checkpoint, optim
+from minirlhf.algorithms import ALGORITHMS
 from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from, zero_critic
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
@@ -99,9 +100,10 @@ def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) ->
     return blocks + (2 + gpt.head_weight.requires_grad) * logits
 
 
-def update_operations(policy: GPT, critic: ValueModel, lengths: Tensor, predicted: float) -> float:
-    """Operations of an epoch of PPO over texts of these lengths, with `predicted` response tokens."""
-    of_critic = training_operations(critic.backbone, lengths, predicted, False)
+def update_operations(policy: GPT, critic: ValueModel | None, lengths: Tensor, predicted: float) -> float:
+    """Operations of an epoch over texts of these lengths, with `predicted` response tokens; critic None: GRPO
+    and its like."""
+    of_critic = training_operations(critic.backbone, lengths, predicted, False) if critic else 0
     return training_operations(policy, lengths, predicted, True) + of_critic
 
 
@@ -138,13 +140,13 @@ def needs(
 ) -> dict[str, int]:
     """{what: bytes} that PPO holds, and its peak, for the models as they are to be trained.
 
-    models            policy, critic, and those that are only read
+    models            policy, critic if there is one, and those that are only read
     prompt, response  their longest lengths, in tokens
     rows              texts per microbatch
     batch             texts per rollout, on this rank
     fused             whether the logits are never held
     """
-    policy, critic, weights = models["policy"], models["critic"], parameters(models.values())
+    policy, critic, weights = models["policy"], models.get("critic"), parameters(models.values())
     device = policy.wte.weight.device
     sampling = Sampling(response, temperature=1.0, eos=0, pad=0, fused_head=fused)
 
@@ -154,13 +156,13 @@ def needs(
 
     # The policy steps, then the critic: only one model's gradients and activations are in memory at a time.
     of_policy = activation_bytes(lambda n: response_logprobs(policy, texts(n), sampling), rows, weights)
-    of_critic = activation_bytes(lambda n: response_values(critic, texts(n)), rows, weights)
+    of_critic = critic and activation_bytes(lambda n: response_values(critic, texts(n)), rows, weights)
     logits = 0 if fused else 4 * rows * response * policy.config.vocab_size  # their gradient
     found = {
         "weights": stored_bytes(weights),
         "Adam's moments": 2 * trained_bytes(weights),
-        "gradients": max(trained_bytes(model.parameters()) for model in (policy, critic)),
-        "a microbatch": max(of_policy, of_critic) + logits,
+        "gradients": max(trained_bytes(model.parameters()) for model in (policy, critic) if model),
+        "a microbatch": max(of_policy, of_critic or 0) + logits,
         "keys and values of a rollout": cache_bytes(policy.config, batch, prompt + response),
     }
     before = resident_bytes() if device.type == "cpu" else found["weights"]
@@ -181,6 +183,8 @@ def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module
     if args.monitor is not None:
         frozen["judge"] = RewardReader.load(args.monitor, "train one with train_rm.py").model
     models = {"policy": policy, "critic": critic} | frozen
+    if ALGORITHMS[args.algorithm].baseline != "critic":
+        del models["critic"]
     device, dtype = hardware.setup_machine().device, hardware.frozen_dtype(precision)
     for name, model in models.items():
         model.to(device)
@@ -188,7 +192,7 @@ def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module
             train_last(model, 0 if name in frozen else args.train_layers, dtype)
         if name in frozen:
             store_blocks(model.requires_grad_(False), dtype)
-    run_blocks([policy, critic], args.gradient_checkpointing, False)
+    run_blocks([m for m in models.values() if m not in frozen.values()], args.gradient_checkpointing, False)
     return models
 
 
@@ -197,6 +201,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser("python -m minirlhf.estimate", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("checkpoint", type=Path, metavar="CKPT", help="SFT checkpoint that PPO starts from.")
+    add(
+        "--algorithm",
+        choices=ALGORITHMS,
+        default="ppo",
+        help="As in train_ppo.py (%(default)s); all but ppo have no critic.",
+    )
     add("--reward-model", type=Path, metavar="CKPT", help="Reward model, from which the critic starts, too.")
     add("--monitor", type=Path, metavar="CKPT", help="Second reward model whose scores are only logged.")
     add("--batch", type=number(Count), default=128, help="Responses per rollout (%(default)s).")
@@ -230,7 +240,7 @@ def main() -> None:
     args = parse()
     precision = hardware.pick_precision(args.precision)
     models = load_models(args, precision)
-    policy, critic = models["policy"], models["critic"]
+    policy, critic = models["policy"], models.get("critic")
     prompt = 1 + args.prompt_tokens  # the beginning-of-text token
     length = prompt + args.response_tokens
     for name, model in models.items():

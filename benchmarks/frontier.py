@@ -1,0 +1,281 @@
+"""How much reward a nat of KL buys: every algorithm of the family at several KL coefficients, beside best-of-n.
+
+    python benchmarks/demo.py --seeds 1 2 3                        # the SFT, reward and judge models: runs/seed-1 ...
+    python benchmarks/frontier.py --seeds 1 2 3                    # everything, hours on two cores
+    python benchmarks/frontier.py --seeds 1 --algorithms rloo --kl-coefs 0.2
+    python benchmarks/frontier.py --tables                         # trains nothing: the table and the figure again
+
+All start from the same SFT model, practise on the same prompts with the same number of sampled responses, and maximise
+the same reward model (RUN/rm-a). What differs is a row of minirlhf/algorithms.py, and the learning rate, which was chosen
+among RATES on the practice prompts. The KL stands in the reward for all of them, or coefficients could not be compared.
+Each policy then continues 256 test prompts that no stage has seen, SAMPLES times, and is scored by
+- score: the reward model that was maximised;
+- judge: a reward model of the same kind on the other half of the ratings (RUN/judge);
+- strong: with --strong, a reward model on pretrained weights.
+
+Best-of-n picks by `score` among N samples of the SFT model. Its means are expectations over all subsets of n of them, and its
+KL is the bound ln n - (n - 1) / n [D20], which holds for each prompt.
+
+Each policy's result is kept in OUT/ALGORITHM-KL-SEED/frontier.json, so that several processes may share the work. The table
+and the figure are made of what is there, and written to benchmarks/results/frontier.json and frontier.png.
+"""
+
+import argparse
+import json
+import math
+import sys
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.demo import command, table  # noqa: E402
+from minirlhf import checkpoint, data, ppo  # noqa: E402
+from minirlhf.algorithms import ALGORITHMS  # noqa: E402
+from minirlhf.rewards import RewardReader  # noqa: E402
+from minirlhf.rollout import Texts  # noqa: E402
+from minirlhf.support import cli  # noqa: E402
+from minirlhf.support.files import write_atomically  # noqa: E402
+from minirlhf.tokenizer import Tokenizer  # noqa: E402
+from minirlhf.tools import evaluate  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/frontier.json"
+PROMPTS, SAMPLES = 256, 4  # test prompts, and how often each policy continues each
+BEST_OF, DRAWS = (2, 4, 8, 16, 32, 64, 128), 128
+RATES = {name: 2e-4 for name in ALGORITHMS}
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+class Reader:
+    """What is fixed for a seed: the test prompts, the SFT model, and those that score."""
+
+    def __init__(self, run: Path, strong: Path | None):
+        self.run = run
+        sft = checkpoint.resolve(run / "sft")
+        self.sft, self.tokenizer = checkpoint.load_gpt(sft).eval(), Tokenizer.load(sft)
+        folders = {"score": run / "rm-a", "judge": run / "judge"} | ({"strong": strong} if strong else {})
+        self.readers = {name: RewardReader.load(folder, "train it first") for name, folder in folders.items()}
+        settings = {
+            "response_tokens": 24,
+            "temperature": 1.0,
+            "stop": True,
+        }  # those of train_ppo.py's demo preset
+        self.sampling = evaluate.sampling_of(settings, self.tokenizer)
+        source = data.load("vader")
+        part = source.select("test", source.genres_among(["movies"]))
+        room = self.sft.config.context - self.sampling.max_new
+        prompts = data.encode_prompts(self.tokenizer, part.records, 4, room)
+        self.prompts = [prompts[i] for i in data.cursor(len(prompts), PROMPTS, 1, 0)]
+
+    @torch.no_grad()
+    def scores(self, texts: Texts) -> dict[str, np.ndarray]:
+        return {name: r.scores(texts, self.tokenizer, 128)[0].numpy() for name, r in self.readers.items()}
+
+    def of_policy(self, folder: Path) -> dict[str, float]:
+        """Means over prompts and samples, each with its standard error over prompts."""
+        policy = checkpoint.load_gpt(folder).eval()
+        found, distinct, ended = [], [], []
+        for k in range(SAMPLES):
+            texts = evaluate.write(policy, self.prompts, self.sampling, 1000 + k)
+            kl = evaluate.nats(texts, policy, self.sft, self.sampling)[0].numpy()
+            found.append(self.scores(texts) | {"kl": kl})
+            looks = evaluate.text_measures(texts, self.tokenizer.eot)
+            distinct.append(looks["distinct_2"])
+            ended.append(looks["eos_rate"])
+        row = {"distinct_2": mean(distinct), "eos_rate": mean(ended)}
+        for name in found[0]:
+            by_prompt = np.mean([part[name] for part in found], 0)
+            row |= {
+                name: float(by_prompt.mean()),
+                f"{name}_se": float(by_prompt.std() / math.sqrt(len(by_prompt))),
+            }
+        return row
+
+    def best_of_n(self) -> dict[str, dict[str, float]]:
+        drawn = [self.scores(evaluate.write(self.sft, self.prompts, self.sampling, k)) for k in range(DRAWS)]
+        by_name = {
+            name: np.stack([part[name] for part in drawn]) for name in self.readers
+        }  # [DRAWS, PROMPTS]
+        return {str(n): {"kl": ppo.best_of_n_kl(n)} | best_of(by_name, n) for n in (1, *BEST_OF)}
+
+
+def best_of(scores: dict[str, np.ndarray], n: int) -> dict[str, float]:
+    """Expected scores of the sample with the highest `score` among n of the DRAWS, all subsets alike: {name: mean, name_se}.
+
+    The k-th best of N samples is the best of a random subset of n with probability C(N - k, n - 1) / C(N, n)."""
+    N = len(scores["score"])
+    order = np.argsort(-scores["score"], 0)  # [N, PROMPTS]
+    chance = np.array([math.comb(N - 1 - k, n - 1) / math.comb(N, n) for k in range(N)])
+    row = {}
+    for name, values in scores.items():
+        by_prompt = chance @ np.take_along_axis(values, order, 0)
+        row |= {
+            name: float(by_prompt.mean()),
+            f"{name}_se": float(by_prompt.std() / math.sqrt(len(by_prompt))),
+        }
+    return row
+
+
+def train(args: argparse.Namespace, algorithm: str, kl_coef: float, seed: int, out: Path) -> None:
+    run = args.runs / f"seed-{seed}"
+    models = ("--init", run / "sft", "--reward-model", run / "rm-a", "--monitor", run / "judge")
+    how = (
+        "--algorithm",
+        algorithm,
+        "--kl",
+        "reward",
+        "--kl-coef",
+        kl_coef,
+        "--lr",
+        args.lr or RATES[algorithm],
+    )
+    size = ("--iterations", args.iterations, "--save-every", args.iterations, "--seed", seed)
+    command("train_ppo.py", *models, *how, *size, *args.options.split(), "--out", out, "--resume")
+
+
+def measure(reader: Reader, out: Path) -> dict:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["time/rollout"] + line["time/score"] + line["time/update"] for line in lines]
+    about = checkpoint.load_config(out)
+    used = {name: about["training"][name] for name in ("lr", "iterations", "batch", "minibatch", "kl_coef")}
+    row = reader.of_policy(out) | used | {"row": about["algorithm"], "seconds": float(np.median(seconds))}
+    write_atomically(out / "frontier.json", json.dumps(row, indent=1).encode())
+    return row
+
+
+def fit(points: list[dict], name: str, of_rl: bool) -> tuple[float, float]:
+    """(a, b) of Gao et al. 2022: best-of-n d (a - b d), RL d (a - b log d), with d = sqrt(KL); least squares."""
+    points = [p for p in points if p["kl"] > 0]
+    d = np.sqrt([p["kl"] for p in points])
+    columns = np.stack([d, -d * (np.log(d) if of_rl else d)], 1)
+    (a, b), *_ = np.linalg.lstsq(
+        columns, np.array([p[name] - p.get("base", 0.0) for p in points]), rcond=None
+    )
+    return float(a), float(b)
+
+
+def at(curve: list[dict], kl: float, name: str) -> float:
+    """The value of a curve at this KL, on straight lines between its points."""
+    points = sorted(curve, key=lambda p: p["kl"])
+    return float(np.interp(kl, [p["kl"] for p in points], [p[name] for p in points]))
+
+
+def summary(results: dict) -> str:
+    """In Markdown: a row per algorithm and KL coefficient, means over seeds, with the standard error over seeds in brackets."""
+    rows = []
+    for arm, seeds in results["policies"].items():
+        ps = list(seeds.values())
+        spread = lambda name, ps=ps: (
+            f" ({stdev(p[name] for p in ps) / math.sqrt(len(ps)):.2f})" if len(ps) > 1 else ""
+        )
+        beside = [
+            p["judge"] - at([*results["best_of_n"][seed].values()], p["kl"], "judge")
+            for seed, p in seeds.items()
+        ]
+        cells = [f"{mean(p[name] for p in ps):.2f}{spread(name)}" for name in ("kl", "score", "judge")]
+        rows.append([arm, str(len(ps)), *cells, f"{mean(beside):+.2f}", f"{mean(p['distinct_2'] for p in ps):.2f}",
+                     f"{mean(p['seconds'] for p in ps):.2f}"])  # fmt: skip
+    for n in BEST_OF:
+        ps = [seed[str(n)] for seed in results["best_of_n"].values()]
+        cells = [f"{mean(p[name] for p in ps):.2f}" for name in ("kl", "score", "judge")]
+        rows.append([f"best of {n}", str(len(ps)), *cells, "", "", ""])
+    head = ["seeds", "KL, nats", "score", "judge", "judge - best-of-n's", "distinct-2", "s per iteration"]
+    return table(head, rows)
+
+
+def plot(results: dict, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    pool = lambda rows, name: mean(row[name] for row in rows)
+    for axis, (name, title) in zip(axes, (("score", "reward model"), ("judge", "judge")), strict=True):
+        ns = [str(n) for n in (1, *BEST_OF)]
+        line = [[seed[n] for seed in results["best_of_n"].values()] for n in ns]
+        axis.plot(
+            [pool(p, "kl") for p in line],
+            [pool(p, name) for p in line],
+            color="#707070",
+            ls="--",
+            label="best of n",
+        )
+        for colour, algorithm in zip(COLOURS, ALGORITHMS, strict=False):
+            arms = [
+                [*seeds.values()]
+                for arm, seeds in results["policies"].items()
+                if arm.split(" ")[0] == algorithm
+            ]
+            points = sorted((pool(ps, "kl"), pool(ps, name)) for ps in arms)
+            if points:
+                axis.plot(*zip(*points, strict=True), color=colour, marker=".", lw=1, label=algorithm)
+        axis.set(xlabel="KL, nats", ylabel=f"{title}'s score")
+    axes[0].legend(fontsize=8)
+    figure.savefig(target, dpi=110)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("runs"), help="Folder of seed-1, seed-2, ...")
+    add("--out", type=Path, default=Path("runs/frontier"), help="Folder for the policies.")
+    add("--seeds", type=cli.number(cli.Seed), nargs="+", default=[1], help="Seeds.")
+    add(
+        "--algorithms",
+        choices=ALGORITHMS,
+        nargs="+",
+        default=[*ALGORITHMS],
+        help="Rows of the family's table.",
+    )
+    add(
+        "--kl-coefs",
+        type=cli.number(cli.AtLeast0),
+        nargs="+",
+        default=[0.05, 0.1, 0.2, 0.3, 0.5],
+        help="Coefficients.",
+    )
+    add("--iterations", type=cli.number(cli.Count), default=150, help="Iterations of 128 responses.")
+    add("--lr", type=cli.number(cli.Above0), help="Learning rate. Default: the algorithm's in RATES.")
+    add("--options", default="", help="More options for train_ppo.py, in one string.")
+    add("--label", default="", help="Stands behind the name of the row in the table.")
+    add("--strong", type=Path, help="A reward model on pretrained weights that scores, too.")
+    add("--tables", action="store_true", help="Train nothing: print the table of the committed results.")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"best_of_n": {}, "policies": {}}
+    for seed in [] if args.tables else args.seeds:
+        reader = Reader(args.runs / f"seed-{seed}", args.strong)
+        line = args.out / f"best-of-n-{seed}.json"
+        if not line.exists():
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(line, json.dumps(reader.best_of_n(), indent=1).encode())
+        known["best_of_n"][str(seed)] = json.loads(line.read_text())
+        for algorithm, kl_coef in product(args.algorithms, args.kl_coefs):
+            arm = " ".join([algorithm, f"{kl_coef:g}", *[args.label] * bool(args.label)])
+            out = args.out / f"{arm.replace(' ', '-')}-{seed}"
+            train(args, algorithm, kl_coef, seed, out)
+            row = out / "frontier.json"
+            found = json.loads(row.read_text()) if row.exists() else measure(reader, out)
+            latest = (
+                json.loads(RESULTS.read_text()) if RESULTS.exists() else known
+            )  # of another process, perhaps
+            known = {"best_of_n": latest["best_of_n"] | known["best_of_n"], "policies": latest["policies"]}
+            known["policies"].setdefault(arm, {})[str(seed)] = found
+            write_atomically(RESULTS, json.dumps(known, indent=1).encode())
+    print(summary(known))
+    if not args.tables:
+        plot(known, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
