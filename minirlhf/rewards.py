@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minirlhf import UserError, checkpoint, data
+from minirlhf import UserError, checkpoint
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
 from minirlhf.model import GPT, RewardEnsemble, RewardModel, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
-from minirlhf.support import functions, implicit
+from minirlhf.support import functions, implicit, retokenize
 from minirlhf.support.functions import Reward, load_rewards
 from minirlhf.support.implicit import ImplicitReward
 from minirlhf.tokenizer import Tokenizer
@@ -36,24 +36,6 @@ __all__ = [
     "repetition",
     "sameness",
 ]
-
-
-def encode_for(
-    model: RewardEnsemble, model_tokenizer: Tokenizer, texts: Texts, tokenizer: Tokenizer
-) -> tuple[Tensor, Tensor, Tensor]:
-    """texts in the model's own tokens: tokens, mask [B, T], and which of them were cut [B].
-
-    Texts of another tokenizer are decoded and encoded again, and cut at the end where they exceed the model's
-    context, as in its training."""
-    tokens, mask = texts.tokens, texts.mask
-    if model_tokenizer.hash == tokenizer.hash:
-        return tokens, mask, torch.zeros(len(texts), device=tokens.device)
-    context = model.members[0].backbone.config.context
-    rows = [row[real].tolist() for row, real in zip(tokens.cpu(), mask.cpu(), strict=True)]
-    rows = [data.translate(row, tokenizer, model_tokenizer) for row in rows]
-    cut = torch.tensor([float(len(row) > context) for row in rows])
-    found = *data.collate([row[:context] for row in rows], model_tokenizer.pad), cut
-    return tuple(x.to(tokens.device) for x in found)
 
 
 @dataclass
@@ -96,9 +78,9 @@ class RewardReader:
 
         def read(model: RewardEnsemble | ImplicitReward, rows: Texts) -> tuple[Tensor, Tensor]:
             if isinstance(model, ImplicitReward):
-                own, cut = implicit.encode_for(model, self.tokenizer, rows, tokenizer)
+                own, cut = retokenize.apart(rows, tokenizer, self.tokenizer, self.context)
                 return model(own)[:, None], cut
-            tokens, mask, cut = encode_for(model, self.tokenizer, rows, tokenizer)
+            tokens, mask, cut = retokenize.whole(rows, tokenizer, self.tokenizer, self.context)
             return model.each(tokens, mask).T, cut
 
         return by_microbatch(read, self.model, texts, microbatch)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train_ppo
-from benchmarks import estimate, ppo, rollout, scaling, sft, variants
+from benchmarks import dpo, estimate, ppo, rollout, scaling, sft, variants
 from minirlhf import checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
@@ -67,6 +67,28 @@ def test_the_work_of_ppo(tmp_path, metrics):
             "benchmarks/ppo.py",
             job | {"work": TINY | {"end": 0.5}, "out": str(tmp_path / "other")},
         )
+
+
+def test_the_work_of_dpo(tmp_path):
+    """All texts have the promised number of tokens, and each step all of its pairs; or `measure` says so."""
+    work = {key: TINY[key] for key in dpo.KEYS} | {"pairs": 4}
+    dpo.prepare(work, tmp_path, 5)
+    job = {
+        "work": work,
+        "threads": 1,
+        "steps": 5,
+        "folder": str(tmp_path),
+        "out": str(tmp_path / "out"),
+        "options": [],
+    }
+    found = dpo.measure(sys.executable, "benchmarks/dpo.py", job)
+    assert len(found["steps"]) == 5 - dpo.WARM_UP and found["steps"][0]["reference"] > 0
+    runs = {"TRL": [found], "fp32": [found]}
+    text, missed = dpo.report({"small": runs})
+    assert missed == [] and text.splitlines()[-1].count("| 1.00 |") == 2
+    with pytest.raises(AssertionError):
+        other = job | {"work": work | {"response": 13}, "out": str(tmp_path / "other")}
+        dpo.measure(sys.executable, "benchmarks/dpo.py", other)
 
 
 def row(seconds: float, peak: float) -> list[dict]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from minirlhf import UserError, checkpoint, data, preference
+from minirlhf import UserError, checkpoint, preference
 from minirlhf.model import GPT
 from minirlhf.rollout import Sampling, Texts, response_logprobs
 from minirlhf.tokenizer import Tokenizer
@@ -80,25 +79,3 @@ def reference_of(folder: Path) -> Path:
             f"put it back, or name a model of train_rm.py"
         )
     return same[0]
-
-
-def encode_for(
-    model: ImplicitReward, own: Tokenizer, texts: Texts, tokenizer: Tokenizer
-) -> tuple[Texts, Tensor]:
-    """texts in the tokens of `own`, and which of them were cut [B].
-
-    Prompts and responses of another tokenizer are translated apart, as in training, so that the boundary
-    stays where it is.  What exceeds the context is cut on the right."""
-    device, context = texts.tokens.device, model.policy.config.context
-    if own.hash == tokenizer.hash:
-        return texts, torch.zeros(len(texts), device=device)
-    ended = texts.ended(tokenizer.eot).tolist()
-    prompts, responses = [], []
-    for prompt, response, end in zip(*texts.decode(tokenizer), ended, strict=True):
-        prompts.append([own.bos, *own.encode(prompt)][: context - 1])
-        responses.append([*own.encode(response), *[own.eot] * end] or [own.eot])
-    rooms = [context - len(prompt) for prompt in prompts]
-    cut = torch.tensor([float(len(r) > room) for r, room in zip(responses, rooms, strict=True)])
-    responses = [response[:room] for response, room in zip(responses, rooms, strict=True)]
-    parts = *data.collate(prompts, own.pad, "left"), *data.collate(responses, own.pad)
-    return Texts(*(x.to(device) for x in parts)), cut.to(device)
