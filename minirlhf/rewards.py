@@ -21,7 +21,7 @@ from minirlhf import UserError, checkpoint
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
 from minirlhf.model import GPT, RewardEnsemble, RewardModel, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
-from minirlhf.support import functions, implicit, reencode
+from minirlhf.support import functions, implicit, retokenize
 from minirlhf.support.functions import Reward, load_rewards
 from minirlhf.support.implicit import ImplicitReward
 from minirlhf.tokenizer import Tokenizer
@@ -74,9 +74,9 @@ class RewardReader:
         texts: encoded by `tokenizer`, and encoded again where the model has another one.
         """
         if isinstance(self.model, ImplicitReward):
-            own, cut = reencode.apart(texts, tokenizer, self.tokenizer, self.context)
+            own, cut = retokenize.apart(texts, tokenizer, self.tokenizer, self.context)
             return self.model(own)[:, None], cut
-        tokens, mask, cut = reencode.whole(texts, tokenizer, self.tokenizer, self.context)
+        tokens, mask, cut = retokenize.whole(texts, tokenizer, self.tokenizer, self.context)
         return self.model.each(tokens, mask).T, cut
 
     def scores(

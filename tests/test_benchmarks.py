@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train_ppo
-from benchmarks import estimate, ppo, rollout, scaling, sft, variants
+from benchmarks import dpo, estimate, ppo, rollout, scaling, sft, variants
 from minirlhf import algorithms, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
@@ -100,6 +100,28 @@ def test_the_peer_of_grpo(tmp_path):
     job = {"work": TINY | ppo.GRPO | {"group": 4}, "threads": 1, "iterations": 3, "bf16": False}
     found = ppo.measure(python, ppo.PEERS["grpo"][0], job | {"folder": "", "out": str(tmp_path / "out")})
     assert found["versions"]["trl"] == "1.16.0" and found["rows"] == {"read": 3 * 2 * 8, "trained": 3 * 8}
+
+
+def test_the_work_of_dpo(tmp_path):
+    """All texts have the promised number of tokens, and each step all of its pairs; or `measure` says so."""
+    work = {key: TINY[key] for key in dpo.KEYS} | {"pairs": 4}
+    dpo.prepare(work, tmp_path, 5)
+    job = {
+        "work": work,
+        "threads": 1,
+        "steps": 5,
+        "folder": str(tmp_path),
+        "out": str(tmp_path / "out"),
+        "options": [],
+    }
+    found = dpo.measure(sys.executable, "benchmarks/dpo.py", job)
+    assert len(found["steps"]) == 5 - dpo.WARM_UP and found["steps"][0]["reference"] > 0
+    runs = {"TRL": [found], "fp32": [found]}
+    text, missed = dpo.report({"small": runs})
+    assert missed == [] and text.splitlines()[-1].count("| 1.00 |") == 2
+    with pytest.raises(AssertionError):
+        other = job | {"work": work | {"response": 13}, "out": str(tmp_path / "other")}
+        dpo.measure(sys.executable, "benchmarks/dpo.py", other)
 
 
 def row(seconds: float, peak: float) -> list[dict]:

@@ -8,6 +8,7 @@ import torch
 
 from minirlhf import UserError, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.rewards import RewardReader
 from minirlhf.rollout import response_logprobs
 from minirlhf.support.bpe import BYTES
 from minirlhf.tokenizer import Tokenizer
@@ -113,9 +114,10 @@ def test_several_models_answer_and_say_why(smoke, talk):
 def test_what_is_explained_adds_up(smoke):
     speaker = chat.Speaker(smoke / "ppo", response_tokens=8, temperature=0.7)
     assert speaker.layout == "text"
-    reference, (judge, _) = checkpoint.load_gpt(smoke / "sft").eval(), checkpoint.load_reward(smoke / "rm")
+    reference, reader = checkpoint.load_gpt(smoke / "sft").eval(), RewardReader.load(smoke / "rm", "")
+    judge = reader.model.eval()
     texts, _ = speaker.answer("the")
-    columns, probabilities = chat.explain(speaker, texts, reference, judge.eval())
+    columns, probabilities = chat.explain(speaker, texts, reference, reader)
     begun, written = texts.prompts.shape[1], texts.responses[0].tolist()
     with torch.no_grad():
         ours, theirs = (

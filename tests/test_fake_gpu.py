@@ -216,7 +216,7 @@ STAGES = {
     "feedback": ["-m", "minirlhf.feedback", "sample", "{run}/sft", "--store", "{run}/feedback.db", "--prompts", "toy",
                  "--limit", 4, "--response-tokens", RESPONSE, "--reward-model", "{run}/rm", "--by", "score", "--keep", 2],
 }  # fmt: skip
-TRAINING = ["sft", "rm", "ppo", "dpo", "online"]
+TRAINING = ["sft", "rm", "ppo", "dpo"]  # online DPO takes one step per rollout, whose waits are counted above
 SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py")  # a checkpoint is copied to the host
 
 

@@ -412,7 +412,7 @@ EDGES = [
     ),
     (
         "train_dpo",
-        f"--beta 1e3 --lr 1e-300 --warmup {LONG} --pairs {LONG} --batch {LONG} --microbatch {LONG}",
+        f"--beta 1e3 --lr 1e-300 --warmup {LONG} --pairs 2 --batch {LONG} --microbatch {LONG}",
     ),
     ("train_dpo", "--loss ipo --beta 1e-3 --temperature 0.001 --train-layers 1 --max-grad-norm 1e-300"),
     ("train_dpo", "--loss ipo --temperature 1000 --fused-head on --gradient-checkpointing --seed 4294967295"),

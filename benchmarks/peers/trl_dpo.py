@@ -61,6 +61,9 @@ class Clock(transformers.TrainerCallback):
 class Trainer(DPOTrainer):
     reference = 0.0
 
+    def _prepare_dataset(self, dataset, *args, **options):
+        return dataset  # its rows are token ids already
+
     def _precompute_ref_logps(self, *args, **options):
         start = time.perf_counter()
         found = super()._precompute_ref_logps(*args, **options)
