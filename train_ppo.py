@@ -229,7 +229,7 @@ def main() -> None:
         queries, query_mask = data.collate([prompts[i] for i in mine for _ in range(G)], pad, side="left")
         with run.autocast():
             texts = generate(policy, queries, query_mask, sampling)
-        response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R], [B]
+        response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R], [B] [D9]
 
         # 2. Score: all models read the texts, by the update's own forwards: the first ratio is 1 [D4] [D18].
         run.phase("score")
@@ -239,9 +239,7 @@ def main() -> None:
             values = by_microbatch(response_values, critic, texts, microbatch) if critic else None  # [D8]
             scores, per_text = run.together(scorer, texts)  # [B]; a failure on one rank stops all
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
-        scores = ppo.apply_missing_eos(
-            scores, has_eos, config.missing_eos_penalty, config.missing_eos
-        )  # [D9]
+        scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
 
         # 3. Rewards: the score at the last real token [D7]; -kl_coef * k1 at all, if not in the loss [D1].
         k1_coef = kl_coef if algorithm.kl == "reward" else 0.0

@@ -134,24 +134,59 @@ def worst(*measures: str) -> Callable[[dict[str, Any]], float]:
 
 ROWS = "^token_(logprobs|kl) "
 BOUNDS = [  # the bound; the calls (and, of kernels, targets) that it is about; the measure; its largest value
-    ("bytes requested, forward and backward, V >= 1031: <= 1.01 x the minimum",
-     "calls", ROWS, lambda row: row["requested"] / row["minimum"], 1.01),
+    (
+        "bytes requested, forward and backward, V >= 1031: <= 1.01 x the minimum",
+        "calls",
+        ROWS,
+        lambda row: row["requested"] / row["minimum"],
+        1.01,
+    ),
     ("load/store width at V=50257: 128-bit, edges aside", "kernels", ROWS + ".*V=50257", worst("narrow"), 0),
-    ("instructions per byte in the inner loop, log-prob + entropy forward: <= 6",
-     "kernels", "^token_logprobs bf.*forward cuda", worst("instructions_per_byte"), 6),
-    ("instructions per byte in the inner loop, KL forward: <= 8",
-     "kernels", "^token_kl bf.*forward cuda", worst("instructions_per_byte"), 8),
-    ("instructions per byte in the inner loop, backward: <= 6",
-     "kernels", ROWS + "bf.*backward cuda", worst("instructions_per_byte"), 6),
+    (
+        "instructions per byte in the inner loop, log-prob + entropy forward: <= 6",
+        "kernels",
+        "^token_logprobs bf.*forward cuda",
+        worst("instructions_per_byte"),
+        6,
+    ),
+    (
+        "instructions per byte in the inner loop, KL forward: <= 8",
+        "kernels",
+        "^token_kl bf.*forward cuda",
+        worst("instructions_per_byte"),
+        8,
+    ),
+    (
+        "instructions per byte in the inner loop, backward: <= 6",
+        "kernels",
+        ROWS + "bf.*backward cuda",
+        worst("instructions_per_byte"),
+        6,
+    ),
     ("barriers + shuffles in the inner loop: 0", "kernels", ROWS, worst("barrier", "shuffle"), 0),
-    ("stack and spills, sm_80, sm_90, sm_100, gfx942: 0",
-     "kernels", "", lambda row: row["stack"] + row["spills"], 0),
-    ("linear-fused forward, extra memory at N=8192, V=151936: <= 10 MiB",
-     "calls", "^linear.* forward", lambda row: row["extra"] / 2**20, 10),
-    ("linear-fused backward, extra memory besides the gradients: <= 64 MiB",
-     "calls", "^linear.* backward", lambda row: row["extra"] / 2**20, 64),
+    (
+        "stack and spills, sm_80, sm_90, sm_100, gfx942: 0",
+        "kernels",
+        "",
+        lambda row: row["stack"] + row["spills"],
+        0,
+    ),
+    (
+        "linear-fused forward, extra memory at N=8192, V=151936: <= 10 MiB",
+        "calls",
+        "^linear.* forward",
+        lambda row: row["extra"] / 2**20,
+        10,
+    ),
+    (
+        "linear-fused backward, extra memory besides the gradients: <= 64 MiB",
+        "calls",
+        "^linear.* backward",
+        lambda row: row["extra"] / 2**20,
+        64,
+    ),
     ("GAE, distinct bytes: 1.0 x", "calls", "^gae", lambda row: row["distinct"] / row["minimum"], 1.0),
-]  # fmt: skip
+]
 
 
 def missed(report: dict[str, Any]) -> list[str]:
