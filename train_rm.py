@@ -155,7 +155,8 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
 
 
 def schedule_of(config: Config, lengths: list[int]) -> tuple[Schedule, list[tuple[int, int]]]:
-    """Every optimiser step of the run, (pass, its items), and the (member, epoch) of each pass.
+    """Every optimiser step of the run, (pass, its items, whether it is the pass's last), and the (member,
+    epoch) of each pass.
 
     One member is trained after the other.  Items are places in a list of texts with these lengths.
     """
