@@ -57,7 +57,7 @@ class Config(RunConfig):
     """Genre to validate and test on, and of the prompts of --online."""
     part: Literal["all", "a", "b"] = "all"
     """Half of the training rows (by a hash of the prompt or text), as in train_rm.py."""
-    pairs: Count = 2
+    pairs: Count = 1
     """Pairs drawn per rated text, among the texts that answer the same prompt.  Choices are pairs already."""
     epochs: Count = 1
     """Passes over the training pairs.  DPO overfits soon: more than 3 rarely help."""
@@ -107,9 +107,9 @@ class Config(RunConfig):
 
 PRESETS = {
     "demo": Config(),
-    "smoke": Config(preset="smoke", out=Path("runs/smoke/dpo"), data="toy", iterations=4, batch=64, warmup=2,
-                    response_tokens=12),
-    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/dpo"), train_layers=14, lr=2e-5, pairs=1),
+    "smoke": Config(preset="smoke", out=Path("runs/smoke/dpo"), data="toy", pairs=2, iterations=4, batch=64,
+                    warmup=2, response_tokens=12),
+    "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/dpo"), train_layers=14, lr=2e-5),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/dpo"), lr=2e-6, batch=64, microbatch=8, warmup=150,
                    response_tokens=48),
 }  # fmt: skip
