@@ -250,3 +250,9 @@ def test_the_list_is_a_table_of_every_property(run, capsys):
     titles = {(p.number, p.title.replace("||", "\\|\\|")) for ps in PROPERTIES.values() for p in ps}
     assert {tuple(row.split(" | ", 2)[:2]) for row in rows} == {(f"| {n}", title) for n, title in titles}
     assert all(row.count(" | ") == 4 for row in rows)
+
+
+def test_the_page_lists_the_properties(run, capsys):
+    """docs/conformance.md's table is what --list prints."""
+    assert run("minirlhf.conformance", "--list") == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "docs/conformance.md").read_text()
