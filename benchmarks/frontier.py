@@ -160,10 +160,11 @@ def fit(points: list[dict], name: str, of_rl: bool) -> tuple[float, float]:
     return float(a), float(b)
 
 
-def at(curve: list[dict], kl: float, name: str) -> float:
-    """The value of a curve at this KL, on straight lines between its points."""
+def at(curve: list[dict], kl: float, name: str) -> float | None:
+    """The value of a curve at this KL, on straight lines between its points; None beyond its last one."""
     points = sorted(curve, key=lambda p: p["kl"])
-    return float(np.interp(kl, [p["kl"] for p in points], [p[name] for p in points]))
+    inside = points[0]["kl"] <= kl <= points[-1]["kl"]
+    return float(np.interp(kl, [p["kl"] for p in points], [p[name] for p in points])) if inside else None
 
 
 def summary(results: dict) -> str:
@@ -174,12 +175,13 @@ def summary(results: dict) -> str:
         spread = lambda name, ps=ps: (
             f" ({stdev(p[name] for p in ps) / math.sqrt(len(ps)):.2f})" if len(ps) > 1 else ""
         )
-        beside = [
-            p["judge"] - at([*results["best_of_n"][seed].values()], p["kl"], "judge")
-            for seed, p in seeds.items()
-        ]
+        lines = {
+            seed: at([*results["best_of_n"][seed].values()], p["kl"], "judge") for seed, p in seeds.items()
+        }
+        known = [p["judge"] - lines[seed] for seed, p in seeds.items() if lines[seed] is not None]
+        beside = f"{mean(known):+.2f}" if len(known) == len(ps) else "-"
         cells = [f"{mean(p[name] for p in ps):.2f}{spread(name)}" for name in ("kl", "score", "judge")]
-        rows.append([arm, str(len(ps)), *cells, f"{mean(beside):+.2f}", f"{mean(p['distinct_2'] for p in ps):.2f}",
+        rows.append([arm, str(len(ps)), *cells, beside, f"{mean(p['distinct_2'] for p in ps):.2f}",
                      f"{mean(p['seconds'] for p in ps):.2f}"])  # fmt: skip
     for n in BEST_OF:
         ps = [seed[str(n)] for seed in results["best_of_n"].values()]
@@ -207,15 +209,14 @@ def plot(results: dict, target: Path) -> None:
             ls="--",
             label="best of n",
         )
-        for colour, algorithm in zip(COLOURS, ALGORITHMS, strict=False):
-            arms = [
-                [*seeds.values()]
-                for arm, seeds in results["policies"].items()
-                if arm.split(" ")[0] == algorithm
-            ]
-            points = sorted((pool(ps, "kl"), pool(ps, name)) for ps in arms)
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, marker=".", lw=1, label=algorithm)
+        curves: dict[str, list] = {}  # {"ppo" or "ppo long": its points, one per KL coefficient}
+        for arm, seeds in results["policies"].items():
+            algorithm, _, *label = arm.split(" ")
+            ps = [*seeds.values()]
+            curves.setdefault(" ".join([algorithm, *label]), []).append((pool(ps, "kl"), pool(ps, name)))
+        for colour, (label, points) in zip(COLOURS, sorted(curves.items()), strict=False):
+            xs, ys = zip(*sorted(points), strict=True)
+            axis.plot(xs, ys, color=colour, marker=".", lw=1, label=label)
         axis.set(xlabel="KL, nats", ylabel=f"{title}'s score")
     axes[0].legend(fontsize=8)
     figure.savefig(target, dpi=110)
