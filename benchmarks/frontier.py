@@ -151,15 +151,6 @@ def measure(reader: Reader, out: Path) -> dict:
     return row
 
 
-def fit(points: list[dict], name: str, of_rl: bool) -> tuple[float, float]:
-    """(a, b) of Gao et al. 2022: best-of-n d (a - b d), RL d (a - b log d), with d = sqrt(KL); least squares."""
-    points = [p for p in points if p["kl"] > 0]
-    d = np.sqrt([p["kl"] for p in points])
-    columns = np.stack([d, -d * (np.log(d) if of_rl else d)], 1)
-    (a, b), *_ = np.linalg.lstsq(columns, np.array([p[name] for p in points]), rcond=None)
-    return float(a), float(b)
-
-
 def at(curve: list[dict], kl: float, name: str) -> float | None:
     """The value of a curve at this KL, on straight lines between its points; None beyond its last one."""
     points = sorted(curve, key=lambda p: p["kl"])
