@@ -36,6 +36,7 @@ from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Rea
 from minirlhf.support.history import Sums
 from minirlhf.support.pairs import JudgedPairs, Pairs, SampledPairs, judged_pairs, response_logps
 from minirlhf.support.prepare import prepare
+from minirlhf.support.schedule import ends_a_quarter
 
 REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
 LOGGED = ("train/loss", *REWARDS, "logps/chosen", "logps/rejected")
@@ -178,7 +179,7 @@ def main() -> None:
     run.print(f"{config.loss} loss; {len(pairs)} steps of {config.batch} pairs; {run.where}")
 
     # The loop: one optimiser step per iteration; four validations.
-    total, quarter = len(pairs), max(1, len(pairs) // 4)
+    total = len(pairs)
     for step in run.loop(total):
         lr = config.lr * optim.warmup_linear(step, total, config.warmup)
         optim.set_lr(optimizer, lr)
@@ -200,7 +201,7 @@ def main() -> None:
         metrics = sums.over_ranks(run.machine) | {"train/grad_norm": norm, "lr": lr}
 
         # 4. Validation, on pairs that people judged.
-        due = step + 1 == total or (step + 1) % quarter == 0 and total - step > quarter
+        due = ends_a_quarter(step, total)
         if due and held_out:
             run.phase("validate")
             found = validate(config, run, policy, held_out["val"], sampling)

@@ -37,7 +37,7 @@ from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Sha
 from minirlhf.support.judgements import choose_loss, load_judgements, rating_pairs_loss, target_of
 from minirlhf.support.prepare import run_blocks, train_last
 from minirlhf.support.ragged import send
-from minirlhf.support.schedule import Schedule
+from minirlhf.support.schedule import Schedule, ends_a_quarter
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -154,19 +154,17 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
     return model
 
 
-def schedule_of(config: Config, lengths: list[int]) -> tuple[Schedule, list[tuple[int, int]]]:
-    """Every optimiser step of the run, (pass, its items, whether it is the pass's last), and the (member,
-    epoch) of each pass.
+def schedule_of(config: Config, lengths: list[int]) -> Schedule:
+    """Every optimiser step of the run, (pass, its items, whether it is the pass's last).
 
     One member is trained after the other.  Items are places in a list of texts with these lengths.
     """
-    passes = [(member, epoch) for member in range(config.members) for epoch in range(config.epochs)]
 
     def batches(i: int) -> list[list[int]]:
-        member, epoch = passes[i]
+        member, epoch = divmod(i, config.epochs)
         return data.batches(len(lengths), config.batch, config.seed, epoch, lengths, stream=member)
 
-    return Schedule([len(lengths)] * len(passes), config.batch, batches), passes
+    return Schedule([len(lengths)] * (config.members * config.epochs), config.batch, batches)
 
 
 def loss_of(
@@ -215,7 +213,7 @@ def main() -> None:
         policy = checkpoint.resolve(config.reference or own, remedy)
         reference = Reference.load(policy, [item.record for item in judged.val], context, config)
 
-    schedule, passes = schedule_of(config, [len(item.ids) for item in judged.train])
+    schedule = schedule_of(config, [len(item.ids) for item in judged.train])
     per_member = len(schedule) // config.members
     rated = source.kind == "rated"
     mean_rating = float(np.mean([target_of(item) for item in judged.train])) if rated else None
@@ -230,9 +228,8 @@ def main() -> None:
 
     # The loop: one optimiser step per iteration; validation four times per member.
     for step in run.loop(len(schedule)):
-        which, picks, _ = schedule[step]
-        k, _ = passes[which]
-        step_of_member = step - k * per_member
+        _, picks, _ = schedule[step]
+        k, step_of_member = divmod(step, per_member)
         optimizer = optimizers[k]
         lr = config.lr * optim.warmup_linear(step_of_member, per_member, config.warmup)
         optim.set_lr(optimizer, lr)
@@ -265,15 +262,13 @@ def main() -> None:
         metrics = {"train/loss": run.sum_(total).item(), "train/grad_norm": norm, "lr": lr, "member": k}
 
         # 3. Validation, of the members trained so far.
-        last = step_of_member + 1 == per_member
-        quarter = max(1, per_member // 4)
-        validate = last or (step_of_member + 1) % quarter == 0 and per_member - step_of_member > quarter
+        validate = ends_a_quarter(step_of_member, per_member)
         if validate:
             predictions = score_items(run, model.members[: k + 1], judged.val, tokenizer.pad)
             metrics |= reward_report.validation_measure(source.kind, predictions, judged.records["val"])
             measured = ", ".join(f"{n} {v:.3f}" for n, v in metrics.items() if n.startswith("val/"))
             run.print(f"step {step + 1}: {measured}")
-        if last:
+        if step_of_member + 1 == per_member:
             optimizer.state.clear()  # this member is done: its moments need no memory
         run.log(step + 1, metrics, "loss {train/loss:.3f}")
         run.checkpoint(step + 1, due=validate)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from minirlhf.support import cli  # noqa: E402
 
 PEER = "benchmarks/peers/requirements.txt"
-PEER_GRPO = "benchmarks/peers/requirements-1.16.txt"
+PEER_116 = "benchmarks/peers/requirements-1.16.txt"
 
 
 def child(python: str, script: str, job: dict) -> dict:

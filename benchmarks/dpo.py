@@ -172,7 +172,7 @@ def report(known: dict[str, dict]) -> tuple[str, list[str]]:
 
 
 def main() -> None:
-    parser = beside.parser(__doc__, RESULTS, rounds=3)
+    parser = beside.parser(__doc__, RESULTS, rounds=3, peer=beside.PEER_116)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
     parser.add_argument("--variants", choices=OURS, nargs="+", default=[*OURS])
     parser.add_argument(

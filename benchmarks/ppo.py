@@ -267,7 +267,7 @@ def report(known: dict[str, dict], algorithm: str = "ppo") -> tuple[str, list[st
 
 
 def main() -> None:
-    peer = f"{beside.PEER} (GRPO: {beside.PEER_GRPO})"
+    peer = f"{beside.PEER} (GRPO: {beside.PEER_116})"
     parser = beside.parser(__doc__, RESULTS, rounds=3, peer=peer)
     parser.add_argument(
         "--algorithm", choices=PEERS, default="ppo", help="What to measure (default: %(default)s)."

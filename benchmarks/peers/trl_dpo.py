@@ -4,21 +4,13 @@ Texts are random tokens of fixed lengths and so are the weights.  With `precompu
 computed before the first step, as ours are; else the reference reads the pairs again in every step, TRL's default.
 """
 
-import json
-import re
 import sys
 import time
 from contextlib import redirect_stdout
 from copy import deepcopy
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-
-job = json.loads(sys.argv[2])
-work = SimpleNamespace(**job["work"])
-torch.set_num_threads(job["threads"])
-torch.manual_seed(0)
+from common import EOS, PAD, job, shape, tell, work
 
 with redirect_stdout(sys.stderr):
     import tokenizers
@@ -26,18 +18,13 @@ with redirect_stdout(sys.stderr):
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-PAD, EOS = work.vocab - 2, work.vocab - 1
 words = tokenizers.Tokenizer(
     tokenizers.models.WordLevel({f"w{i}": i for i in range(work.vocab)}, unk_token="w0")
 )
 tokenizer = transformers.PreTrainedTokenizerFast(
     tokenizer_object=words, pad_token=f"w{PAD}", eos_token=f"w{EOS}", bos_token=f"w{EOS}"
 )
-shape = transformers.GPT2Config(
-    vocab_size=work.vocab, n_positions=1024, n_embd=work.n_embd, n_layer=work.n_layer, n_head=work.n_head, bos_token_id=EOS,
-    eos_token_id=EOS, pad_token_id=PAD,
-)  # fmt: skip
-policy = transformers.GPT2LMHeadModel(shape)
+policy = transformers.GPT2LMHeadModel(shape())
 steps, begun, took, tokens = job["steps"], [0.0], [], []
 draw = lambda n: torch.randint(0, PAD, (steps * work.pairs, n)).tolist()
 rows = {"prompt_ids": draw(work.prompt)}
@@ -87,8 +74,4 @@ found = [
     {"reference": Trainer.reference / steps, "update": update, "tokens": count}
     for update, count in zip(took, tokens, strict=True)
 ]
-peak = (
-    int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-)  # (ru_maxrss may be the parent's)
-versions = {name: __import__(name).__version__ for name in ("trl", "transformers", "torch")}
-print(json.dumps({"steps": found, "peak_mb": peak, "cpu_seconds": cpu, "versions": versions}))
+tell({"steps": found, "cpu_seconds": cpu})

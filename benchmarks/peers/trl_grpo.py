@@ -9,25 +9,17 @@ for several optimiser steps (steps_per_generation), as in ours, so TRL, too, rea
 log-probabilities, once by the reference, once to learn from it.
 """
 
-import json
 import math
 import os
-import re
 import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from pathlib import Path
-from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
-
-job = json.loads(sys.argv[2])
-work = SimpleNamespace(**job["work"])
-torch.set_num_threads(job["threads"])
-torch.manual_seed(0)
+from common import EOS, PAD, job, shape, tell, work
 
 with redirect_stdout(sys.stderr):
     import tokenizers
@@ -36,12 +28,7 @@ with redirect_stdout(sys.stderr):
     from torch.optim.optimizer import register_optimizer_step_post_hook
     from trl import GRPOConfig, GRPOTrainer
 
-PAD, EOS = work.vocab - 2, work.vocab - 1
-shape = transformers.GPT2Config(
-    vocab_size=work.vocab, n_positions=1024, n_embd=work.n_embd, n_layer=work.n_layer, n_head=work.n_head, bos_token_id=EOS,
-    eos_token_id=EOS, pad_token_id=PAD, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-)  # fmt: skip
-policy = transformers.GPT2LMHeadModel(shape)
+policy = transformers.GPT2LMHeadModel(shape(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
 logit = math.log(work.end * work.vocab / (1 - work.end)) if work.end else -30.0
 with torch.no_grad():
     policy.transformer.ln_f.bias.fill_(1 / math.sqrt(work.n_embd))
@@ -123,19 +110,4 @@ for i in range(job["iterations"]):
     (_, a), (_, b), (_, c), (name, d) = marks[4 * i : 4 * i + 4]
     assert name == "end", marks
     found.append({"rollout": b - a, "score": c - b, "update": d - c, "seconds": d - a, "tokens": lengths[i]})
-peak = (
-    int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-)  # (ru_maxrss may be the parent's)
-versions = {name: __import__(name).__version__ for name in ("trl", "transformers", "torch")}
-print(
-    json.dumps(
-        {
-            "iterations": found,
-            "optimizer_steps": rows.pop("steps"),
-            "rows": rows,
-            "peak_mb": peak,
-            "cpu_seconds": cpu,
-            "versions": versions,
-        }
-    )
-)
+tell({"iterations": found, "optimizer_steps": rows.pop("steps"), "rows": rows, "cpu_seconds": cpu})

@@ -32,3 +32,9 @@ class Schedule:
             self.current = i, self.batches(i)
         left = int(self.ends[i]) - step
         return i, self.current[1][-left], left == 1
+
+
+def ends_a_quarter(step: int, total: int) -> bool:
+    """Whether to validate after this step, from 0: at each quarter, but not just before the last step."""
+    quarter = max(1, total // 4)
+    return step + 1 == total or (step + 1) % quarter == 0 and total - step > quarter
