@@ -35,7 +35,7 @@ from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
 from minirlhf.support.judgements import choose_loss, load_judgements, rating_pairs_loss, target_of
-from minirlhf.support.prepare import run_blocks, train_last
+from minirlhf.support.prepare import choose_trained, run_blocks
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule, ends_a_quarter
 from minirlhf.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
         if mean_rating is not None:  # start at the average rating, so that only differences are left to learn
             member.out.bias.data.fill_(mean_rating)
     model.to(run.device).train()
-    train_last(model, config.train_layers, run.frozen_dtype)
+    choose_trained(model, config, run.frozen_dtype)
     run_blocks([model], config.gradient_checkpointing, config.compile)
     return model
 

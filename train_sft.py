@@ -31,7 +31,7 @@ from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
-from minirlhf.support.prepare import run_blocks, train_last
+from minirlhf.support.prepare import choose_trained, run_blocks
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
@@ -135,7 +135,7 @@ def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: lis
         shape = (config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
         model = GPT(GPTConfig(tokenizer.vocab_size, *shape))
     model.to(run.device)
-    train_last(model, config.train_layers, run.frozen_dtype)
+    choose_trained(model, config, run.frozen_dtype)
     run_blocks([model], config.gradient_checkpointing, config.compile)
     return model, tokenizer
 

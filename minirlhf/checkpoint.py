@@ -5,6 +5,8 @@ step-000120/    model.safetensors, config.json, tokenizer.*, metrics.jsonl so fa
 latest, best    links to whole step folders; `latest` is flipped last
 config.json ... links through `latest`: OUT itself reads as a checkpoint folder
 
+support/weights.py reads these files.  With adapters (lora.py) a checkpoint holds what is not its base's.
+
 python -m minirlhf.checkpoint import SRC OUT     real weights become a checkpoint
 python -m minirlhf.checkpoint export CKPT OUT    a checkpoint becomes a folder that transformers loads
 """
@@ -18,8 +20,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import Module
 
@@ -27,10 +27,16 @@ from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.support import steps
 from minirlhf.support.about import LAYOUT, describe, settings_of  # noqa: F401
-from minirlhf.support.files import read_json, sha256_of
+from minirlhf.support.weights import (  # noqa: F401
+    DAMAGED,
+    base_of,
+    fingerprint,
+    load_config,
+    load_state,
+    load_trainer,
+    resolve,
+)
 from minirlhf.tokenizer import Tokenizer
-
-DAMAGED = "take another step folder or train again"
 
 
 def save(
@@ -61,61 +67,6 @@ def save(
             shutil.copyfile(Path(out) / "metrics.jsonl", new / "metrics.jsonl")
 
     return steps.write_step(Path(out), step, write, best)
-
-
-def resolve(path: str | Path, remedy: str = "train that stage first or fix the path") -> Path:
-    """The folder of one checkpoint: where `latest` leads if `path` is a run's folder, else `path` itself."""
-    for folder in Path(path) / "latest", Path(path):
-        if (folder / "config.json").is_file():
-            folder = folder.resolve()
-            if "model_type" in read_json(folder / "config.json", DAMAGED):
-                raise UserError(
-                    f"{path}: a Hugging Face folder: python -m minirlhf.checkpoint import {path} OUT"
-                )
-            return folder
-    if found := steps.whole_steps(Path(path)):
-        raise UserError(
-            f"{path}: holds {found[-1]} but no link `latest`: name {path}/{found[-1]}, or make the link"
-        )
-    raise UserError(f"{path}: no checkpoint here (no config.json, no latest): {remedy}")
-
-
-def load_config(path: str | Path) -> dict:
-    """config.json of the checkpoint at `path`: a run's folder, a step folder or a link to one."""
-    return read_json(resolve(path) / "config.json", DAMAGED)
-
-
-def load_state(path: str | Path) -> dict[str, Tensor]:
-    """Weights of the checkpoint at `path`, on the CPU, after their checksum was compared."""
-    folder = resolve(path)
-    return _tensors(folder / "model.safetensors", read_json(folder / "config.json", DAMAGED).get("sha256"))
-
-
-def load_trainer(path: str | Path) -> tuple[dict[str, Tensor], dict] | None:
-    """The tensors and the state that `save` was given as `trainer`; None if it was given none."""
-    file = resolve(path) / "trainer.json"
-    if not file.exists():
-        return None
-    state = read_json(file, DAMAGED)
-    return _tensors(file.with_suffix(".safetensors"), state.get("sha256")), state
-
-
-def _tensors(file: Path, sha256: str | None) -> dict[str, Tensor]:
-    try:
-        if sha256 is not None and sha256_of(file) != sha256:
-            raise UserError(f"{file}: damaged: its checksum is not the one recorded beside it: {DAMAGED}")
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = (
-            str(error).splitlines()[0] if file.exists() else "missing (a pickle, .bin or .pt, is never read)"
-        )
-        raise UserError(f"{file}: {reason}: {DAMAGED}") from error
-
-
-def fingerprint(path: str | Path) -> str:
-    """The checksum of a checkpoint's weights, by which a later stage knows what it started from."""
-    folder = resolve(path)
-    return load_config(folder).get("sha256") or sha256_of(folder / "model.safetensors")
 
 
 def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minirlhf import UserError
+from minirlhf import UserError, lora
 from minirlhf.support import ragged, shape
 from minirlhf.support.cache import KVCache
 from minirlhf.support.ragged import Layout
@@ -59,6 +59,8 @@ class GPTConfig:
     causal: bool = True  # False: an encoder
     n_bidirectional: int = 0  # so many last blocks of a causal model are not causal (Dukic and Snajder 2024)
     pre_norm: bool = True  # False: norms after the residual sums, and ln_f after the embeddings
+    lora_rank: int = 0  # of the adapters beside the blocks' linear layers; 0: none
+    lora_alpha: float = 32.0
 
     def __post_init__(self):
         shape.check(self)
@@ -185,6 +187,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if into_residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+        if config.lora_rank:
+            lora.attach(self, config.lora_rank, config.lora_alpha)
 
     def forward(
         self,

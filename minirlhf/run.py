@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, optim
+from minirlhf.support import cli
 from minirlhf.support.folder import LOWER_LR, Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -41,6 +42,8 @@ class Run(Folder):
 
     def __init__(self, stage: str, config: RunConfig):
         """Raises UserError where OUT holds another run, cannot be resumed, or is in use."""
+        cli.refuse_unread(["--lora-alpha"], "without --lora", config.lora is None)
+        cli.refuse_unread(["--train-layers", "--embedding-lr"], "with --lora", config.lora is not None)
         self.machine = setup_machine()
         super().__init__(stage, config, self.machine)
         self.device = self.machine.device

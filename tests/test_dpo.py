@@ -17,7 +17,7 @@ from minirlhf import UserError, checkpoint, data, preference
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, response_logprobs
-from minirlhf.support import implicit
+from minirlhf.support import implicit, origin
 from minirlhf.support import pairs as pair_sources
 from minirlhf.support.hardware import Machine
 from minirlhf.tokenizer import Tokenizer
@@ -478,7 +478,7 @@ def test_without_its_reference_a_policy_cannot_score(trained, tmp_path):
     about = json.loads(about_of().read_text())
     gone = {"init_path": str(tmp_path / "gone" / "sft")}
     about_of().write_text(json.dumps(about | {"inputs": about["inputs"] | gone}))
-    found = implicit.reference_of(checkpoint.resolve(moved / "dpo"))
+    found = origin.find(checkpoint.resolve(moved / "dpo"), "init", checkpoint.fingerprint, "")
     assert found.resolve().parent == (moved / "sft").resolve()
     RewardReader.load(moved / "dpo", "")
     weights = load_file(checkpoint.resolve(moved / "sft") / "model.safetensors")
@@ -488,11 +488,11 @@ def test_without_its_reference_a_policy_cannot_score(trained, tmp_path):
     (moved / "sft" / "best").unlink()
     checkpoint.save(moved / "sft", 999, {k: v + 1e-3 for k, v in weights.items()}, config, tokenizer)
     with pytest.raises(
-        UserError, match="trained again since, or replaced .* without its reference a policy cannot score"
+        UserError, match="trained again since, or replaced .* a policy's score is relative to its reference"
     ):
         RewardReader.load(moved / "dpo", "")
     shutil.rmtree(moved / "sft")
-    with pytest.raises(UserError, match="is not here .* cannot score: put it back"):
+    with pytest.raises(UserError, match="is not here .* relative to its reference: put it back"):
         RewardReader.load(moved / "dpo", "")
     for damage in ({"inputs": {}}, {"inputs": None}, {"training": {"beta": "x"}}, {"training": None}):
         about_of().write_text(json.dumps(about | damage))

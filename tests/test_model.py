@@ -663,6 +663,8 @@ DAMAGED = {
     "causal": [0, None],
     "n_bidirectional": [-1, 0.0, None, True, 3],
     "pre_norm": ["yes", 1],
+    "lora_rank": [-1, 1.0, None, True],
+    "lora_alpha": [0, -1.0, math.nan, None],
 }
 
 

@@ -101,7 +101,7 @@ def test_claim(tmp_path):
     assert claim() == claim(resume=True) == "complete"
     assert claim(overwrite=True) == "start"
     assert (
-        claim(tensorboard=True, data_dir=tmp_path, out=Path("elsewhere")) == "complete"
+        claim(track="tensorboard", data_dir=tmp_path, out=Path("elsewhere")) == "complete"
     )  # they change no result
     for resume in (False, True):
         change = r"another batch \(8, now 9\), lr \(0\.1, now 1\.0\), seed \(1, now 3\): choose a new --out, or --overwrite$"
@@ -474,14 +474,14 @@ def test_texts_are_recorded_at_the_steps_that_were_asked_for(tmp_path, capsys):
 def test_D21_logger_drops_what_is_done_again(tmp_path, keep):
     tmp_path.joinpath("sft").mkdir()
     out = tmp_path / "sft"
-    first = MetricLogger(out, 0, tensorboard=False, keep_until=0)
+    first = MetricLogger(out, 0, keep_until=0)
     for step in range(1, 6):
         first.log(step, {"loss": torch.tensor(step / 2), "n": step})
         first.write("samples", step, [{"response": "a\u2028b"}, {"response": "c}"}])
     for name in ("metrics", "samples"):
         with open(out / f"{name}.jsonl", "a") as file:
             file.write('{"step": 6, "lo": "f(x) {}')  # killed while it wrote; a brace is no end
-    again = MetricLogger(out, 0, tensorboard=False, keep_until=keep)
+    again = MetricLogger(out, 0, keep_until=keep)
     again.log(keep + 1, {"loss": 0.25, "n": 1})
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [*range(1, keep + 1), keep + 1]
@@ -500,7 +500,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("moment", ["write", "rename"])
 def test_F2_metrics_are_never_cut_in_place(tmp_path, monkeypatch, moment):
     """A run that is killed, or finds the disk full, while it resumes keeps its whole history."""
-    first = MetricLogger(tmp_path, 0, tensorboard=False, keep_until=0)
+    first = MetricLogger(tmp_path, 0, keep_until=0)
     for step in range(1, 6):
         first.log(step, {"loss": step})
         first.write("samples", step, [{"response": "a"}])
@@ -512,7 +512,7 @@ def test_F2_metrics_are_never_cut_in_place(tmp_path, monkeypatch, moment):
     where, name = {"write": (Path, "write_bytes"), "rename": (files.os, "replace")}[moment]
     monkeypatch.setattr(where, name, die)
     with pytest.raises(Killed):
-        MetricLogger(tmp_path, 0, tensorboard=False, keep_until=3)
+        MetricLogger(tmp_path, 0, keep_until=3)
     assert {name: (tmp_path / f"{name}.jsonl").read_bytes() for name in before} == before
 
 
@@ -524,9 +524,9 @@ def test_F2_lost_metrics_come_back_from_the_checkpoint(tmp_path):
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
         if damaged is not None:
             (tmp_path / "metrics.jsonl").write_bytes(damaged)
-        MetricLogger(tmp_path, 0, tensorboard=False, keep_until=3)
+        MetricLogger(tmp_path, 0, keep_until=3)
         assert (tmp_path / "metrics.jsonl").read_text() == lines
-    MetricLogger(tmp_path, 0, tensorboard=False, keep_until=0)  # a new run takes nothing from the old one
+    MetricLogger(tmp_path, 0, keep_until=0)  # a new run takes nothing from the old one
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

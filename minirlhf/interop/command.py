@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from minirlhf.interop import convert
+from minirlhf.interop import adapters, convert
 from minirlhf.support.cli import Parser, run_script
 
 
@@ -22,9 +22,14 @@ def main() -> None:
     exporting.add_argument(
         "--backbone", action="store_true", help="of a reward model, export the model under its head"
     )
+    exporting.add_argument(
+        "--adapters", action="store_true", help="write the adapters alone, as the peft library stores them"
+    )
     args = parser.parse_args()
     if args.command == "import":
         print(f"{args.out}: {convert.import_model(args.source, args.out)}")
+    elif args.adapters:
+        print(f"{args.out}: {adapters.export(args.source, args.out)}")
     else:
         print(f"{args.out}: loads as {convert.export_model(args.source, args.out, args.backbone)}")
 

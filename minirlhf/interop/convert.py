@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minirlhf import UserError, checkpoint
+from minirlhf import UserError, checkpoint, lora
 from minirlhf.interop import chat_template, convert_tokenizer
 from minirlhf.interop.convert_tokenizer import read_json
 from minirlhf.interop.families import (
@@ -397,14 +397,9 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     about, config = checkpoint.load_config(source), checkpoint.shape_of(source)
     tokenizer = Tokenizer.load(checkpoint.resolve(source))
     checkpoint.check_tokenizer(about, tokenizer)
-    fits = lambda f: (
-        all(resolved(config)[key] == value for key, value in f.fixed.items())
-        and config.mlp in f.activation[1].values()
-    )
-    family = next(filter(fits, FAMILIES), None)
-    if family is None:
-        raise UserError(f"{source}: no architecture of transformers' is shaped like this: {about['model']}")
+    family = family_of(source, about, config)
     state, more, name = checked_state(source, about, config), {}, family.classes[0]
+    config = dataclasses.replace(config, lora_rank=0)  # the adapters are merged
     if "head" in about:
         prefix = "members.0."
         member = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
@@ -439,9 +434,21 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     return name
 
 
+def family_of(source: Path, about: dict, config: GPTConfig) -> Family:
+    """The first of transformers' architectures that a model of this shape is."""
+    fits = lambda f: (
+        all(resolved(config)[key] == value for key, value in f.fixed.items())
+        and config.mlp in f.activation[1].values()
+    )
+    family = next(filter(fits, FAMILIES), None)
+    if family is None:
+        raise UserError(f"{source}: no architecture of transformers' is shaped like this: {about['model']}")
+    return family
+
+
 def checked_state(source: Path, about: dict, config: GPTConfig) -> dict[str, Tensor]:
-    """The weights of a checkpoint; UserError unless they are exactly those of the model in its
-    config.json."""
+    """The weights of a checkpoint, its adapters merged; UserError unless they are exactly those of the model
+    in its config.json."""
     try:
         with torch.device("meta"):
             model = RewardEnsemble(config, **about["head"]) if "head" in about else GPT(config)
@@ -452,7 +459,7 @@ def checked_state(source: Path, about: dict, config: GPTConfig) -> dict[str, Ten
     found = {name: tuple(t.shape) for name, t in state.items()}
     if odd := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         raise UserError(f"{source}: weights do not fit config.json: {odd[0]}: take another step folder")
-    return state
+    return lora.merged_state(state, config.lora_alpha)
 
 
 def their_config(family: Family, config: GPTConfig, name: str) -> dict:

@@ -14,7 +14,7 @@ NOT_SETTINGS = {
     "out",
     "resume",
     "overwrite",
-    "tensorboard",
+    "track",
     "data_dir",
     "save_samples",
 }  # they change no result

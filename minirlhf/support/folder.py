@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minirlhf import UserError, checkpoint, data
 from minirlhf.rollout import Texts
-from minirlhf.support import claims, ledger, logs, steps
+from minirlhf.support import adapters, claims, ledger, logs, steps, track
 from minirlhf.support.about import LAYOUT
 from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
@@ -69,6 +69,10 @@ class Folder:
         Raises UserError where the run in OUT was made from others.
         """
         self.inputs = {"data": source.sha256}
+        if self.config.lora and checkpoints["init"] is None:
+            raise UserError("--lora trains adapters beside the weights of a model: name it with --init")
+        if self.config.lora:
+            checkpoints |= {"base": checkpoint.base_of(checkpoints["init"])}
         for name, path in checkpoints.items():
             if path is not None:
                 claims.refuse_inside(self.out, name, checkpoint.resolve(path))
@@ -110,10 +114,9 @@ class Folder:
             model.load_state_dict(checkpoint.load_state(self.out))
             for name, part in parts.items():
                 if isinstance(part, nn.Module):
-                    prefix = f"{name}."
-                    part.load_state_dict(
-                        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                    )
+                    prefix, (_, of_base) = f"{name}.", adapters.split_state(part)
+                    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                    part.load_state_dict(of_base | own)
                 else:
                     unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
             self.counters |= state["counters"]
@@ -121,7 +124,11 @@ class Folder:
             self.seconds = state["seconds"]
         elif self.rank == 0:
             steps.forget(self.out)
-        self.logger = MetricLogger(self.out, self.rank, self.config.tensorboard, self.step)
+        tracker = None
+        if self.rank == 0:
+            settings = checkpoint.settings_of(self.config)
+            tracker = track.start(self.config.track, self.out, settings, self.step > 0)
+        self.logger = MetricLogger(self.out, self.rank, self.step, tracker)
         return self.counters
 
     def save(self, step: int, complete: bool = False, best: bool = False, **about: Any) -> None:
@@ -134,7 +141,7 @@ class Folder:
         optimizers: dict[str, dict] = {}
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
-                tensors |= {f"{name}.{k}": v for k, v in part.state_dict().items()}
+                tensors |= {f"{name}.{k}": v for k, v in adapters.split_state(part)[0].items()}
             else:
                 packed, optimizers[name] = pack_optimizer(part, f"{name}.")
                 tensors |= packed
@@ -146,7 +153,10 @@ class Folder:
         )
         if self.rank == 0:
             trainer = {"tensors": tensors, "state": state}
-            checkpoint.save(self.out, step, self.model.state_dict(), described, self.tokenizer, trainer, best)
+            own, _ = adapters.split_state(self.model)
+            checkpoint.save(self.out, step, own, described, self.tokenizer, trainer, best)
+            if complete:
+                self.logger.finish(about.get("results", {}))
         self.saved_step = step
 
     def record_texts(
@@ -164,7 +174,7 @@ class Folder:
         if self.rank == 0 and (show or write):
             rows = logs.sample_rows(*texts.decode(self.tokenizer), per_text)
             if write:
-                self.logger.write("samples", step, rows)
+                self.logger.samples(step, rows)
             if show:
                 self.print(logs.show_rows(rows[:3], kl_coef))
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minirlhf import UserError, checkpoint, preference
 from minirlhf.model import GPT
 from minirlhf.rollout import Sampling, Texts, response_logprobs
+from minirlhf.support import origin
 from minirlhf.tokenizer import Tokenizer
 
 
@@ -51,31 +52,8 @@ def load(path: str | Path) -> tuple[ImplicitReward, Tokenizer]:
     numbers = all(isinstance(x, int | float) and 0 < x < 1e9 for x in (beta, temperature))
     if not numbers or loss not in ("dpo", "ipo"):
         raise UserError(f"{path}/config.json: training: beta, temperature or loss is missing or damaged")
-    models = (checkpoint.load_gpt(place, dropout=0.0).eval() for place in (folder, reference_of(folder)))
+    remedy = "a policy's score is relative to its reference: put it back, or name a model of train_rm.py"
+    reference = origin.find(folder, "init", checkpoint.fingerprint, remedy)
+    models = (checkpoint.load_gpt(place, dropout=0.0).eval() for place in (folder, reference))
     sampling = Sampling(1, float(temperature), tokenizer.eot, tokenizer.pad)
     return ImplicitReward(*models, float(beta), loss, sampling), tokenizer
-
-
-def reference_of(folder: Path) -> Path:
-    """The checkpoint that the policy in a step folder was trained from, told by its checksum.
-
-    It is where it was then, where it was as seen from the policy (runs that were copied together), or beside.
-    """
-    inputs = checkpoint.load_config(folder).get("inputs")
-    inputs = inputs if isinstance(inputs, dict) else {}
-    checksum, recorded, relative = (inputs.get(f"init{end}") for end in ("", "_path", "_relative_path"))
-    if not all(isinstance(value, str) and value for value in (checksum, recorded, relative)):
-        raise UserError(f"{folder}/config.json: names no checkpoint that the policy was trained from")
-    step, out = Path(recorded), folder.parent
-    run = step.parent if step.name.startswith("step-") else step
-    places = [step, out / relative, run, out.parent / run.name]
-    there = [place for place in places if (place / "config.json").is_file()]
-    same = [place for place in there if checkpoint.fingerprint(place) == checksum]
-    if not same:
-        why = "was trained again since, or replaced" if there else "is not here"
-        raise UserError(
-            f"{folder}: its score is relative to {recorded!r:.100}, which {why} "
-            f"(want sha256 {checksum[:12]}): without its reference a policy cannot score: "
-            f"put it back, or name a model of train_rm.py"
-        )
-    return same[0]

@@ -1,4 +1,4 @@
-"""A run's logs: metrics and samples as lines of JSON, TensorBoard if asked."""
+"""A run's logs: metrics and samples as lines of JSON, and in a tracker if asked."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from typing import Any
 
 from torch import Tensor
 
-from minirlhf import UserError
 from minirlhf.support.files import write_atomically
+from minirlhf.support.track import Tracker
+
+TRACKED_ROWS = 20  # of a rollout's texts: a tracker's page is for looking, and OUT/samples.jsonl has them all
 
 
 class MetricLogger:
-    """OUT/metrics.jsonl, one JSON object per step; OUT/samples.jsonl and TensorBoard if asked.  Rank 0 alone
-    writes."""
+    """OUT/metrics.jsonl, one JSON object per step, and OUT/samples.jsonl; what is tracked goes there as well.
+    Rank 0 alone writes."""
 
-    def __init__(self, out: Path, rank: int, tensorboard: bool, keep_until: int):
+    def __init__(self, out: Path, rank: int, keep_until: int, tracker: Tracker | None = None):
         """keep_until: lines of later steps belong to work that a resumed run does again, and are dropped
         [D21].
 
         The files are replaced, never cut in place: killed at any moment, a run keeps its history.
         """
-        self.out, self.board = None if rank else out, None
+        self.out, self.tracker = None if rank else out, tracker
         if rank:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
@@ -33,12 +35,6 @@ class MetricLogger:
                 write_atomically(out / name, "".join(line + "\n" for line in kept))
             else:
                 (out / name).unlink(missing_ok=True)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs a package: pip install 'minirlhf[track]'") from None
-            self.board = SummaryWriter(str(out / "tensorboard"))
 
     def write(self, name: str, step: int, rows: list[dict]) -> None:
         """Append rows to OUT/NAME.jsonl, all with this step."""
@@ -51,10 +47,17 @@ class MetricLogger:
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in metrics.items()}
         self.write("metrics", step, [plain])
-        if self.board is not None:
-            for name, value in plain.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, step)
+        if self.tracker:
+            self.tracker.scalars(step, {k: v for k, v in plain.items() if isinstance(v, int | float)})
+
+    def samples(self, step: int, rows: list[dict]) -> None:
+        self.write("samples", step, rows)
+        if self.tracker:
+            self.tracker.table(step, "samples", rows[:TRACKED_ROWS])
+
+    def finish(self, results: dict[str, Any]) -> None:
+        if self.tracker:
+            self.tracker.finish(results)
 
 
 def lines_until(path: Path, step: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a stage does to a model before using it: freeze, store in bf16, recompute, compile, no dropout."""
+"""What a stage does to a model before using it: freeze or adapt, store in bf16, recompute, compile."""
 
 from __future__ import annotations
 
@@ -9,13 +9,26 @@ import torch
 from torch import nn
 
 from minirlhf import UserError
+from minirlhf.support import adapters
 
 
-def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None:
-    """Train only the last `layers` blocks of every GPT in `model`, and what follows them; None trains all.
+def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
+    """Train adapters (--lora), the last blocks (--train-layers) or everything; and in any case the heads.
 
     Frozen matrices are stored in `dtype`, which saves memory, and under autocast the time to round them.
     """
+    for gpt in gpts_in(model):
+        adapters.adapt(gpt, config.lora, config.lora_alpha)
+    if not config.lora:
+        train_last(model, config.train_layers, dtype)
+        return
+    disable_dropout(model)
+    store(model, dtype)
+    share_frozen([model])
+
+
+def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None:
+    """Train only the last `layers` blocks of every GPT in `model`, and what follows them; None trains all."""
     if layers is None:
         return
     for gpt in gpts_in(model):
@@ -38,6 +51,32 @@ def store_blocks(model: nn.Module, dtype: torch.dtype) -> None:
     Embeddings are not multiplied, and stay as they are.
     """
     _store([block for gpt in gpts_in(model) for block in gpt.blocks], dtype)
+
+
+def store(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store all matrices of the GPTs in `model` in `dtype`, but for adapters."""
+    _store(gpts_in(model), dtype)
+
+
+def share_frozen(models: Iterable[nn.Module]) -> None:
+    """Hold frozen weights that are equal once: of models that grew from one base, there is one trunk."""
+    kept: dict[str, list[nn.Parameter]] = {}
+    for gpt in [gpt for model in models for gpt in gpts_in(model)]:
+        for prefix, module in gpt.named_modules():
+            for name, p in module.named_parameters(recurse=False):
+                if p.requires_grad:
+                    continue
+                others = kept.setdefault(f"{prefix}.{name}", [])
+                same = next((q for q in others if _equal(p, q)), None)
+                if same is None:
+                    others.append(p)
+                else:
+                    setattr(module, name, same)
+
+
+def _equal(p: nn.Parameter, q: nn.Parameter) -> bool:
+    same_kind = p.shape == q.shape and p.dtype == q.dtype and p.device == q.device
+    return p is q or same_kind and torch.equal(p, q)
 
 
 def run_blocks(models: Iterable[nn.Module], recompute: bool, compiled: bool) -> None:
@@ -63,17 +102,22 @@ def gpts_in(model: nn.Module) -> list[nn.Module]:
 
 def _store(modules: list[nn.Module], dtype: torch.dtype) -> None:
     for module in modules:
-        for p in module.parameters():
-            if p.dim() == 2:
+        for name, p in module.named_parameters():
+            if p.dim() == 2 and ".lora_" not in name:
                 p.data = p.data.to(dtype)
 
 
 def prepare(config: Any, run: Any, trained: list[nn.Module], frozen: list[nn.Module]) -> None:
-    """Move all models to the device, without dropout [D5]; freeze what is not trained."""
-    for model in (*trained, *frozen):
-        disable_dropout(model.to(run.device))
-        if config.train_layers is not None:
-            train_last(model, config.train_layers if model in trained else 0, run.frozen_dtype)
+    """Move all models to the device, without dropout [D5]; freeze what is not trained, and hold it once."""
+    dtype = run.frozen_dtype
+    for model in trained:
+        choose_trained(disable_dropout(model.to(run.device)), config, dtype)
     for model in frozen:
-        store_blocks(model.requires_grad_(False), run.frozen_dtype)
+        disable_dropout(model.to(run.device)).requires_grad_(False)
+        if config.lora:
+            store(model, dtype)
+        elif config.train_layers is not None:
+            train_last(model, 0, dtype)
+        store_blocks(model, dtype)
+    share_frozen([*trained, *frozen])
     run_blocks(trained, config.gradient_checkpointing, config.compile)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from minirlhf import UserError
-from minirlhf.support.cli import Count, Seed, check_ranges
+from minirlhf.support.cli import Above0, Count, Seed, check_ranges
+from minirlhf.support.track import Track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class RunConfig:
     """Continue from the newest checkpoint in OUT, bit for bit [D21]; start where there is none."""
     overwrite: bool = False
     """Start again even if OUT holds a run, which is lost."""
-    tensorboard: bool = False
-    """Write TensorBoard events, too."""
+    track: Track = "none"
+    """Show metrics, samples and results in TensorBoard (files in OUT) or Weights & Biases, too."""
     seed: Seed = 1
     """Random seed, 0 or larger."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -39,6 +40,11 @@ class RunConfig:
     train_layers: Count | None = None
     """Train only this many last blocks and what follows them.  Default: everything.  What is frozen is kept
     in --precision and has no dropout."""
+    lora: Count | None = None
+    """Train adapters of this rank beside the blocks' linear layers, and heads, not the weights.  They want
+    about ten times the learning rate."""
+    lora_alpha: Above0 = 32.0
+    """Adapters are scaled by this over their rank."""
     gradient_checkpointing: bool = False
     """Keep only each block's input for backward and compute the rest again: far less memory, a third more
     time."""

@@ -95,4 +95,6 @@ RULES: dict[str, Rule] = {
     "causal": _one_of(True, False),
     "n_bidirectional": (lambda x: type(x) is int and x >= 0, "a whole number, 0 or larger"),
     "pre_norm": _one_of(True, False),
+    "lora_rank": (lambda x: type(x) is int and 0 <= x < 2**31, "a whole number, 0 or larger"),
+    "lora_alpha": (_is_positive, "a number above 0"),
 }

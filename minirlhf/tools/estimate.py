@@ -2,6 +2,7 @@
 
     python -m minirlhf.estimate runs/demo/sft --reward-model runs/demo/rm
     python -m minirlhf.estimate runs/smollm2/base --train-layers 14 --batch 64 --microbatch 8
+    python -m minirlhf.estimate runs/smollm2/base --lora 16
 
 Nothing is trained.  The bytes that autograd keeps are not a formula here: trial forwards of a few rows tell
 what a row costs, for every architecture and option.  Operations are counted as they must be done: two for a
@@ -25,7 +26,7 @@ from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
 from minirlhf.support import cli, hardware
 from minirlhf.support.cli import Count, number
-from minirlhf.support.prepare import run_blocks, store_blocks, train_last
+from minirlhf.support.prepare import prepare
 
 MOST_ROWS = 2**14  # of a product whose rate is measured: more do not make it faster
 
@@ -93,8 +94,12 @@ def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> 
 
 
 def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> float:
-    """Operations of forward and backward: backward takes twice the forward of what is trained."""
+    """Operations of forward and backward: backward takes twice the forward of what is trained.
+
+    Beside adapters it takes the forward once more: gradients pass through the weights, which have none."""
     block, last, logits = forward_operations(gpt, lengths, wanted, head)
+    if gpt.config.lora_rank:
+        return 2 * ((len(gpt.blocks) - 1) * block + last + logits)
     trained = sum(b.qkv.weight.requires_grad for b in gpt.blocks)
     blocks = (len(gpt.blocks) - 1 + 2 * max(0, trained - 1)) * block + (1 + 2 * (trained > 0)) * last
     return blocks + (2 + gpt.head_weight.requires_grad) * logits
@@ -185,14 +190,10 @@ def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module
     models = {"policy": policy, "critic": critic} | frozen
     if ALGORITHMS[args.algorithm].baseline != "critic":
         del models["critic"]
-    device, dtype = hardware.setup_machine().device, hardware.frozen_dtype(precision)
-    for name, model in models.items():
-        model.to(device)
-        if args.train_layers is not None:
-            train_last(model, 0 if name in frozen else args.train_layers, dtype)
-        if name in frozen:
-            store_blocks(model.requires_grad_(False), dtype)
-    run_blocks([m for m in models.values() if m not in frozen.values()], args.gradient_checkpointing, False)
+    dtype = hardware.frozen_dtype(precision)
+    run = argparse.Namespace(device=hardware.setup_machine().device, frozen_dtype=dtype)
+    trained = [model for name, model in models.items() if name not in frozen]
+    prepare(args, run, trained, [*frozen.values()])
     return models
 
 
@@ -219,6 +220,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--train-layers", type=number(Count), metavar="N", help="Train only the last N blocks.  Default: all."
     )
+    add("--lora", type=number(Count), metavar="R", help="Train adapters of this rank instead.")
+    add("--lora-alpha", type=number(cli.Above0), default=32.0, help="As in train_ppo.py (%(default)s).")
     add(
         "--precision",
         choices=["auto", "fp32", "bf16"],
@@ -226,7 +229,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="Precision of matrix products (%(default)s).",
     )
     add("--gradient-checkpointing", action="store_true", help="Keep only each block's input for backward.")
+    parser.set_defaults(compile=False)
     args = parser.parse_args(argv)
+    if args.lora and args.train_layers:
+        raise UserError("--train-layers has no effect with --lora: drop one of them")
     args.microbatch = args.microbatch or args.minibatch
     for big, small in ("batch", "minibatch"), ("minibatch", "microbatch"):
         if getattr(args, big) % getattr(args, small):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from minirlhf import UserError
-from minirlhf.support import cli, files
+from minirlhf.support import cli, files, track
 
 Row = dict[str, Any]  # measured numbers by name; the interval of NAME is NAME_interval
 
@@ -422,7 +422,11 @@ reward model {validation["rm"] or "–"}.</p>
 def main() -> None:
     parser = cli.Parser("python -m minirlhf.report", description="Write report.html and reward_kl.png.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run, such as runs/demo")
-    run = parser.parse_args().run
+    parser.add_argument(
+        "--track", choices=track.TRACKERS, help="show it in this program, too, beside the metrics of RUN/ppo"
+    )
+    args = parser.parse_args()
+    run = args.run
     results = load_results(run / "results.json")
     metrics = {stage: load_metrics(run / stage / "metrics.jsonl") for stage in ("sft", "rm", "ppo")}
     png = draw(results["writers"], metrics["ppo"], results["reward"])
@@ -431,6 +435,8 @@ def main() -> None:
         run / "report.html", html.encode("utf-8", "replace")
     )  # half a surrogate pair becomes ?
     files.write_output(run / "reward_kl.png", png)
+    if args.track:
+        track.start(args.track, run / "ppo", {}, goes_on=True).report(html, png)
     for stage, number, what, time in stage_lines(results):
         print(f"{stage:22s}{number:>12s}{time:>14s}  {what}")
     print(f"written to {run}/report.html and {run}/reward_kl.png")
