@@ -1,6 +1,7 @@
 """Memory per GPU and seconds per PPO iteration that larger models would need, on 1 to 64 GPUs: computed, not measured.
 
     python benchmarks/estimate.py                                  # 124M, 1.5B and 7B on H100s
+    python benchmarks/estimate.py --one-gpu                        # 0.5B to 8B, what fits 24 GB and 80 GB, with LoRA or not
     python benchmarks/estimate.py --gpu-gb 141 --gpu-tb-s 4.8      # the same on H200s
     python benchmarks/estimate.py --batch 1024 --prompt 512 --response 256
 
@@ -27,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.demo import table  # noqa: E402
 from minirlhf.model import GPT, GPTConfig, ValueModel  # noqa: E402
 from minirlhf.support import cli  # noqa: E402
-from minirlhf.support.prepare import store_blocks, train_last  # noqa: E402
+from minirlhf.support.prepare import store, store_blocks, train_last  # noqa: E402
 from minirlhf.tools import estimate  # noqa: E402
 
 LLAMA = {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}
@@ -36,10 +37,23 @@ SHAPES = {
     "1.5B (GPT-2 XL)": GPTConfig(50257, 1024, 48, 25, 1600),
     "7B (Llama 2)": GPTConfig(32000, 4096, 32, 32, 4096, n_inner=11008, **LLAMA),
 }
-VARIANTS = {  # gradient checkpointing, share of the layers that is trained
-    "all layers": (False, None),
-    "all layers, checkpointing": (True, None),
-    "a quarter of the layers, checkpointing": (True, 0.25),
+QWEN = LLAMA | {"qkv_bias": True, "tied": True}
+PEOPLES = {  # what people tune on one GPU
+    "0.5B (Qwen2.5)": GPTConfig(151936, 32768, 24, 14, 896, n_kv_head=2, n_inner=4864, **QWEN),
+    "1B (Llama 3.2)": GPTConfig(
+        128256, 131072, 16, 32, 2048, n_kv_head=8, n_inner=8192, **LLAMA | {"tied": True}
+    ),
+    "3B (Llama 3.2)": GPTConfig(
+        128256, 131072, 28, 24, 3072, n_kv_head=8, n_inner=8192, **LLAMA | {"tied": True}
+    ),
+    "8B (Llama 3.1)": GPTConfig(128256, 131072, 32, 32, 4096, n_kv_head=8, n_inner=14336, **LLAMA),
+}
+VARIANTS = {  # gradient checkpointing, share of the layers that is trained, rank of adapters
+    "all layers": (False, None, 0),
+    "all layers, checkpointing": (True, None, 0),
+    "a quarter of the layers, checkpointing": (True, 0.25, 0),
+    "LoRA 16": (False, None, 16),
+    "LoRA 16, checkpointing": (True, None, 16),
 }
 WIDTH = 2  # bytes of bf16
 
@@ -47,15 +61,27 @@ WIDTH = 2  # bytes of bf16
 @functools.cache
 def block_bytes(shape: GPTConfig, again: bool) -> float:
     """Bytes per token that autograd keeps in a block in bf16, measured in fp32 on a model of one block."""
-    model, tokens = GPT(dataclasses.replace(shape, n_layer=1, vocab_size=8)), 16
+    model, tokens = GPT(dataclasses.replace(shape, n_layer=1, vocab_size=8, lora_rank=0)), 16
     model.recompute = again
     forward = lambda n: model(model.wte.weight.new_zeros(n, tokens, dtype=torch.long))
     return estimate.activation_bytes(forward, 8, model.parameters()) / 8 / tokens * WIDTH / 4
 
 
+def held_beside(policy: GPT, other: GPT | ValueModel) -> list[torch.nn.Parameter]:
+    """What a model holds that is not the policy's: where both are frozen they are one tensor."""
+    frozen = {
+        f"{place}{name}"
+        for name, p in policy.named_parameters()
+        if not p.requires_grad
+        for place in ("", "backbone.")
+    }
+    return [p for name, p in other.named_parameters() if name not in frozen]
+
+
 def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int) -> tuple[float, float]:
     """(bytes per GPU, seconds per iteration)."""
-    again, layers = variant
+    again, layers, rank = variant
+    shape = dataclasses.replace(shape, lora_rank=rank)
     with torch.device("meta"):
         policy, ref, reward, critic = GPT(shape), GPT(shape), ValueModel(shape), ValueModel(shape)
     for model in (policy, critic):
@@ -63,11 +89,18 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
             train_last(model, round(layers * shape.n_layer), torch.bfloat16)
     for model in (ref, reward):
         store_blocks(model.requires_grad_(False), torch.bfloat16)
+    if rank:
+        store(policy, torch.bfloat16)
     batch, length = args.batch // gpus, args.prompt + args.response
     rows = min(args.microbatch, batch)
 
-    known = estimate.parameters([policy, ref, reward, critic])
-    trained = estimate.trained_bytes(known)
+    known = [
+        *policy.parameters(),
+        *held_beside(policy, ref),
+        *held_beside(policy, reward),
+        *held_beside(policy, critic),
+    ]
+    trained = estimate.trained_bytes(estimate.parameters([policy, critic]))
     blocks = sum(p.numel() for p in policy.blocks.parameters() if p.requires_grad)
     rounded = WIDTH * blocks  # autocast's copies
     activations = shape.n_layer * rows * length * block_bytes(shape, again)
@@ -96,6 +129,20 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
     steps = args.epochs * args.batch // args.minibatch
     exchange = steps * 2 * (gpus - 1) / gpus * trained / (args.link_gb_s * 1e9)
     return held, rollout + score + update + exchange
+
+
+def one_gpu(args: argparse.Namespace) -> str:
+    """A row per model and way of training it: what it holds, where it fits, and tokens per second."""
+    rows = []
+    for name, shape in PEOPLES.items():
+        for variant, options in VARIANTS.items():
+            held, seconds = needs(shape, options, args, 1)
+            fits = ["yes" if held <= 0.9 * gb * 1e9 else "no" for gb in (24, 80)]
+            rate = args.batch * (args.prompt + args.response) / seconds
+            rows.append(
+                [name, variant, f"{held / 1e9:.0f} GB", *fits, f"{rate:,.0f}" if "yes" in fits else "-"]
+            )
+    return table(["model", "trained", "holds", "24 GB", "80 GB", "tokens per s, computed"], rows)
 
 
 def main() -> None:
@@ -135,7 +182,11 @@ def main() -> None:
         default=[1, 8, 64],
         help="Numbers of GPUs, one column each.",
     )
+    parser.add_argument("--one-gpu", action="store_true", help="What fits one GPU of 24 GB and of 80 GB.")
     args = parser.parse_args()
+    if args.one_gpu:
+        print(one_gpu(args))
+        return
     rows = []
     for name, shape in SHAPES.items():
         for variant, options in VARIANTS.items():

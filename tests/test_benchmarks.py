@@ -194,7 +194,9 @@ def test_estimates_of_larger_models():
               "gpu_tflop_s": 989, "gpu_tb_s": 3.35, "link_gb_s": 100}  # fmt: skip
     args = type("Args", (), parser)
     shape = estimate.SHAPES["124M (GPT-2)"]
-    whole, again, few = (estimate.needs(shape, variant, args, 1) for variant in estimate.VARIANTS.values())
+    whole, again, few, lora, lora_again = (
+        estimate.needs(shape, variant, args, 1) for variant in estimate.VARIANTS.values()
+    )
     n = 124_439_808  # GPT-2's parameters
     assert 2 * n * 16 < whole[0] < 2 * n * 16 + 2e9
     assert few[0] < again[0] <= whole[0] and 0 < few[1] < whole[1] < again[1]
