@@ -54,9 +54,7 @@ def measure(base: Path, home: Path, arm: str, iterations: int) -> dict:
     told = ("--data", "toy", "--iterations", iterations, "--init", base, "--reward-model", reward)
     peak = train("train_ppo.py", *told, *ARMS[arm], "--out", out, "--overwrite")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
-    times = {
-        name: median(line[f"time/{name}"] for line in lines) for name in ("rollout", "score", "update")
-    }
+    times = {name: median(line[f"time/{name}"] for line in lines) for name in ("rollout", "score", "update")}
     size = sum(file.stat().st_size for file in (out / "latest").glob("*.safetensors"))
     return {"peak": peak, "checkpoint": size, "seconds": sum(times.values())} | times
 

@@ -3,8 +3,9 @@
     y = W x + b + (alpha / r) B A x        A [r, in] random, B [out, r] zero at first
 
 W and b belong to the base, the model before tuning, and stay as they are.  Only A, B and a head are trained.
-A new adapter changes nothing: the base is the policy without its adapters, and so the reference.  Models that
-grew from one base hold its weights once (support/prepare.py), and a checkpoint holds what is not the base's.
+A new adapter changes nothing: the base is the policy without its adapters, and so the reference [D31].
+Models that grew from one base hold its weights once (support/prepare.py), and a checkpoint holds what is not
+the base's.
 
 The factor 1 / r keeps the size of an update, and so the best learning rate, about the same for every rank.
 That rate is some ten times the one for training all weights.

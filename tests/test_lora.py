@@ -74,7 +74,7 @@ def test_a_layer_is_the_formula(rank, alpha, bias, seed):
     torch.testing.assert_close(layer(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
-def test_a_is_drawn_as_uniform_as_the_width_says():
+def test_D31_a_is_drawn_as_uniform_as_the_width_says():
     layer = lora.LoRALinear(nn.Linear(400, 8), 50, 1.0)
     bound = 1 / 400**0.5
     assert layer.lora_a.abs().max() <= bound
@@ -82,7 +82,7 @@ def test_a_is_drawn_as_uniform_as_the_width_says():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_new_adapters_change_no_bit_and_merged_ones_compute_the_same(shape):
+def test_D31_new_adapters_change_no_bit_and_merged_ones_compute_the_same(shape):
     plain, model = gpt(shape), adapted(shape)
     hidden = plain(TOKENS, MASK)
     assert torch.equal(model(TOKENS, MASK), hidden)
@@ -151,7 +151,7 @@ def bytes_of(models: list[nn.Module]) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_models_of_one_base_hold_its_weights_once(dtype):
+def test_D31_models_of_one_base_hold_its_weights_once(dtype):
     trained, frozen = models_of_ppo(dtype, lora=2)
     gpts = [g for model in (*trained, *frozen) for g in prepare.gpts_in(model)]
     assert len(gpts) == 4
