@@ -182,6 +182,36 @@ def summary(results: dict) -> str:
     return table(head, rows)
 
 
+def fit(kls: list[float], gains: list[float], best_of_n: bool) -> tuple[float, float, float]:
+    """(alpha, beta, root mean square residual) of what Gao et al. 2023 (arXiv 2210.10760) fit, with d = sqrt(KL).
+
+    The judge's gain over the SFT model is d (alpha - beta d) for best-of-n, and d (alpha - beta log d) for RL."""
+    d, gain = np.sqrt(kls), np.array(gains)
+    features = np.stack([d, -(d**2) if best_of_n else -d * np.log(d)], 1)
+    (alpha, beta), *_ = np.linalg.lstsq(features, gain, rcond=None)
+    return float(alpha), float(beta), float(np.sqrt(np.mean((features @ [alpha, beta] - gain) ** 2)))
+
+
+def fits(results: dict) -> str:
+    """In Markdown: Gao's two forms on all seeds' points, for best-of-n and for each algorithm with three points."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for seed, line in results["best_of_n"].items():
+        start = line["1"]["judge"]
+        points.setdefault("best of n", []).extend(
+            (line[str(n)]["kl"], line[str(n)]["judge"] - start) for n in BEST_OF
+        )
+        for arm, seeds in results["policies"].items():
+            if seed in seeds:
+                row = seeds[seed]
+                points.setdefault(arm.split(" ")[0], []).append((row["kl"], row["judge"] - start))
+    rows = []
+    for name, pairs in points.items():
+        if len(pairs) > 2:
+            alpha, beta, residual = fit(*map(list, zip(*pairs, strict=True)), name == "best of n")
+            rows.append([name, str(len(pairs)), f"{alpha:.2f}", f"{beta:.2f}", f"{residual:.2f}"])
+    return table(["", "points", "alpha", "beta", "residual"], rows)
+
+
 def plot(results: dict, target: Path) -> None:
     import matplotlib
 
@@ -265,6 +295,10 @@ def main() -> None:
             known["policies"].setdefault(arm, {})[str(seed)] = found
             write_atomically(RESULTS, json.dumps(known, indent=1).encode())
     print(summary(known))
+    print(
+        "\nThe judge's gain is d (alpha - beta d) for best-of-n, d (alpha - beta log d) for the others, d = sqrt(KL):"
+    )
+    print(fits(known))
     if not args.tables:
         plot(known, RESULTS.with_suffix(".png"))
 

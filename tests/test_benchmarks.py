@@ -1,6 +1,7 @@
 """Benchmarks beside a peer: the work that they set up, and that --check says what is below its bound.  Nothing is timed."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -8,11 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train_ppo
-from benchmarks import dpo, estimate, ppo, rollout, scaling, sft, variants
+from benchmarks import dpo, estimate, frontier, ppo, rollout, scaling, sft, variants
 from minirlhf import algorithms, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
@@ -221,3 +223,25 @@ def test_tables_without_results_say_so(tmp_path):
     done = subprocess.run([sys.executable, "benchmarks/ppo.py", "--tables", "--out", tmp_path / "none.json"], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 2 and "no results yet" in done.stderr
+
+
+@pytest.mark.parametrize("best_of_n", [True, False])
+def test_the_forms_of_gao_are_found_again(best_of_n):
+    kls = [0.3, 1.0, 2.5, 4.0, 9.0]
+    d = [math.sqrt(kl) for kl in kls]
+    gains = [x * (0.8 - 0.1 * (x if best_of_n else math.log(x))) for x in d]
+    assert frontier.fit(kls, gains, best_of_n) == pytest.approx((0.8, 0.1, 0), abs=1e-9)
+
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    rng = np.random.default_rng(0)
+    scores = {"score": rng.normal(size=(6, 2)), "judge": rng.normal(size=(6, 2))}
+    for n in (1, 2, 4, 6):
+        want = {name: [] for name in scores}
+        for subset in itertools.combinations(range(6), n):
+            for prompt in range(2):
+                best = max(subset, key=lambda i, prompt=prompt: scores["score"][i, prompt])
+                for name, values in scores.items():
+                    want[name].append(values[best, prompt])
+        found = frontier.best_of(scores, n)
+        assert all(found[name] == pytest.approx(np.mean(values)) for name, values in want.items())
