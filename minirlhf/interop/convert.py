@@ -34,6 +34,7 @@ from minirlhf.interop.convert_tokenizer import read_json
 from minirlhf.interop.families import (
     BERT,
     FAMILIES,
+    FEATURES,
     GGUF_KEYS,
     GGUF_NEEDS,
     GGUF_TENSORS,
@@ -41,13 +42,16 @@ from minirlhf.interop.families import (
     GPT2,
     LLAMA,
     QWEN2,
+    QWEN3,
     ROPE_KEYS,
+    SMOLLM3,
     TOKEN_TYPES,
     Family,
 )
 from minirlhf.interop.wordpiece import WordPiece
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble, rotary
 from minirlhf.support.files import sha256_of
+from minirlhf.support.shape import MAX_LAYERS
 from minirlhf.support.text import escaped, one_line
 from minirlhf.tokenizer import Tokenizer
 
@@ -63,7 +67,7 @@ PICKLE = (
     "safetensors: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW). Or look for them at the source"
 )
 # What Python raises where a file holds another type, or less, than it should.
-ODD_FILE = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+ODD_FILE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -148,7 +152,9 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
     if family is None:
         known = ", ".join(f.classes[0] for f in FAMILIES)
         found = name or model.get("model_type")
-        raise UserError(f"{file}: architecture {found} is not supported: only {known} are")
+        has = lambda key: model.get(key) not in (None, False, 0, 1)
+        why = next((f" (it has {what})" for key, what in FEATURES.items() if has(key)), "")
+        raise UserError(f"{file}: architecture {found}{why} is not supported: only {known} are")
 
     def refuse(key: str, value: object) -> None:
         kind = family.classes[0]
@@ -156,20 +162,22 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
             f"{file}: {key} = {value!r:.200} is not supported for {kind}: this model cannot be imported"
         )
 
+    window = model.get("sliding_window", 4096)  # what transformers takes where the key is missing
     model = family.defaults | {key: value for key, value in model.items() if value is not None}
     for key, wanted in family.needs.items():
         if model.get(key, wanted) != wanted:
             refuse(key, model[key])
-    for kind in model.get("layer_types", []):
-        if kind != "full_attention":
-            refuse("layer_types", kind)
+    if model.get("quantization_config"):
+        refuse("quantization_config", model["quantization_config"])
     if family.fixed["positions"] == "rotary":
+        _check_window(family, model, window, file, refuse)
         rope = (model["rope_scaling"] or {}) | model.get("rope_parameters", {})
         model["rope_theta"] = rope.get("rope_theta", model["rope_theta"])
         kind, model["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None
+        by_layer = any(isinstance(value, dict) for value in rope.values())
         if kind == "llama3" and rope.keys() >= {*ROPE_KEYS}:
             model["rope_scaling"] = {key: rope[key] for key in ROPE_KEYS}
-        elif kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        elif kind != "default" or by_layer or rope.get("partial_rotary_factor", 1.0) != 1.0:
             refuse("rope_parameters", rope)
     if missing := [key for key in family.keys.values() if key not in model]:
         raise UserError(f"{file}: no {missing[0]}: take the config.json that came with the weights")
@@ -177,13 +185,39 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
     if model[key] not in names:
         refuse(key, model[key])
     values = {ours: model[theirs] for ours, theirs in family.keys.items()}
+    if family is SMOLLM3:
+        values["nope_layers"] = _nope_layers(model)
     try:
         config = our_config(family, values, names[model[key]])
     except UserError as error:
         raise UserError(f"{file}: {error}: take the config.json that came with the weights") from None
-    if model.get("head_dim", config.head_dim) != config.head_dim:
-        refuse("head_dim", model["head_dim"])
     return family, config
+
+
+def _check_window(family: Family, model: dict, window: int | None, file: Path, refuse: Callable) -> None:
+    """Refuse a model whose attention does not reach the beginning of every text that fits its context.
+
+    A window as long as the context cuts nothing, and layers are then computed as if they had none."""
+    context, kinds = model["max_position_embeddings"], model.get("layer_types", [])
+    on = window is not None and (family.window or model.get("use_sliding_window", False))
+    if on and window < context and (family.window or {*kinds} != {"full_attention"}):
+        raise UserError(
+            f"{file}: sliding_window = {window}, but texts may have {context} tokens, and sliding windows "
+            f"are not supported: with max_position_embeddings = {window} in this file it cuts nothing"
+        )
+    for kind in kinds:
+        if kind != "full_attention" and not (on and kind == "sliding_attention"):
+            refuse("layer_types", kind)
+
+
+def _nope_layers(model: dict) -> list[int] | None:
+    """SmolLM3's layers without positions: in its `no_rope_layers`, 1 is a layer with positions."""
+    layers = range(min(model["num_hidden_layers"], MAX_LAYERS))  # of a damaged file, a billion
+    step = model.get("no_rope_layer_interval", 4)
+    uses = model.get("no_rope_layers", [int((i + 1) % step > 0) for i in layers])
+    if odd := [uses[i] for i in layers if uses[i] not in (0, 1)]:
+        raise ValueError(f"no_rope_layers holds {odd[0]!r:.40}, not 0 or 1")
+    return [i for i in layers if not uses[i]] or None
 
 
 def our_config(family: Family, values: dict, mlp: str) -> GPTConfig:
@@ -276,7 +310,7 @@ def from_gguf(file: Path) -> Imported:
     except Exception as error:  # whatever a damaged header makes of offsets and counts
         raise UserError(f"{file}: {one_line(error)}: no GGUF file, or truncated: fetch it again") from None
     arch = fields.get("general.architecture")
-    families = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2}
+    families = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
     family = families.get(arch) if isinstance(arch, str) else None
     if family is None:
         raise UserError(
@@ -400,6 +434,7 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     fits = lambda f: (
         all(resolved(config)[key] == value for key, value in f.fixed.items())
         and config.mlp in f.activation[1].values()
+        and ("head_dim" in f.keys or config.n_head * config.head_dim == config.n_embd)
     )
     family = next(filter(fits, FAMILIES), None)
     if family is None:
@@ -463,6 +498,9 @@ def their_config(family: Family, config: GPTConfig, name: str) -> dict:
     model[key] = next(theirs for theirs, ours in names.items() if ours == config.mlp)
     if config.rope_scaling:
         model["rope_scaling"] = config.rope_scaling | {"rope_type": "llama3"}
+    if family is SMOLLM3:
+        model["no_rope_layers"] = [int(i not in config.nope_layers) for i in range(config.n_layer)]
+        model["layer_types"] = ["full_attention"] * config.n_layer
     if family is GPT2:  # dropout belongs to a training run, not to the weights
         model |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return model
