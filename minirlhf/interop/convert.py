@@ -1,7 +1,7 @@
 """Real models in and out: Hugging Face folders and GGUF files -> checkpoints, checkpoints -> Hugging Face
 folders.
 
-    python -m minirlhf.checkpoint import SRC OUT      SRC: a folder, a .gguf file, smollm2 or minilm
+    python -m minirlhf.checkpoint import SRC OUT      SRC: a folder, a .gguf file, org/name, smollm2
     python -m minirlhf.checkpoint export CKPT OUT
 
 What is called how is in families.py, the tokenizers are in convert_tokenizer.py. Every tensor becomes
@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf import UserError, checkpoint
-from minirlhf.interop import chat_template, convert_tokenizer
+from minirlhf.interop import chat_template, convert_tokenizer, hub
 from minirlhf.interop.convert_tokenizer import read_json
 from minirlhf.interop.families import (
     BERT,
@@ -65,6 +65,18 @@ PACKAGES = {  # name on the command line -> package, its version, the weights in
 PICKLE = (
     "{} is a pickle, which can run code and is never read. Where you trust it, transformers writes "
     "safetensors: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW). Or look for them at the source"
+)
+FETCHED = (  # of a model on the hub, besides its weights; others of its files are not read
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
 )
 # What Python raises where a file holds another type, or less, than it should.
 ODD_FILE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
@@ -269,22 +281,57 @@ def odd_files(source: Path | str) -> Iterator[None]:
         ) from error
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The names of a folder's safetensors files: those in its index, or the one that needs none."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    where = read_json(index).get("weight_map")
+    plain = lambda name: isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+    if not isinstance(where, dict) or not where or not all(map(plain, where.values())):
+        raise UserError(f"{index}: weight_map names no files of this folder: fetch it again")
+    return sorted({*where.values()})
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, which are all inside it."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        where = read_json(index).get("weight_map")
-        plain = lambda name: isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
-        if not isinstance(where, dict) or not where or not all(map(plain, where.values())):
-            raise UserError(f"{index}: weight_map names no files of this folder: fetch it again")
-        names = sorted({*where.values()})
-    pickles = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))]
+    names = weight_names(folder)
+    found = pickles(path.name for path in sorted(folder.iterdir()))
     for name in names:
         if not os.path.isfile(folder / name):
-            remedy = PICKLE.format(pickles[0]) if pickles and not index.is_file() else "fetch it again"
+            remedy = PICKLE.format(found[0]) if found and names == ["model.safetensors"] else "fetch it again"
             raise UserError(f"{folder / name}: no such file: {remedy}")
     return [folder / name for name in names]
+
+
+def pickles(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are pickles by their suffix."""
+    return [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+
+
+def from_hub(source: str) -> tuple[Imported, str]:
+    """What from_folder says of a model on the hub, with all its files that were fetched; and its commit."""
+    repository = hub.open_model(source)
+    names = [name for name in repository.names if "/" not in name]
+    index = "model.safetensors.index.json"
+    if "config.json" not in names:
+        gguf = [name for name in repository.names if name.endswith(".gguf")]
+        remedy = f"`hf download {repository.name} {gguf[0]}` fetches a file" if gguf else "name another"
+        raise UserError(f"{source}: holds no config.json, so it is no model of transformers': {remedy}")
+    if not {"model.safetensors", index} & {*names}:
+        found = pickles(names)
+        remedy = PICKLE.format(found[0]) if found else "name another repository of this model"
+        raise UserError(f"{source}: holds no model.safetensors: {remedy}")
+    fetched = [name for name in FETCHED if name in names]
+    folder = repository.fetch(fetched)
+    weights = weight_names(folder) if index in names else ["model.safetensors"]
+    if missing := [name for name in weights if name not in names or not name.endswith(".safetensors")]:
+        raise UserError(
+            f"{source}: {missing[0]} is in its index, but is no safetensors file of it: name another"
+        )
+    folder = repository.fetch(fetched + weights)
+    config, state, tokenizer, _ = from_folder(folder)
+    return (config, state, tokenizer, [folder / name for name in fetched + weights]), repository.commit
 
 
 def open_safetensors(file: Path) -> Load:
@@ -401,19 +448,24 @@ class Import:
 @printable_errors()
 def import_model(source: str, out: Path) -> str:
     """Make OUT a checkpoint of SRC's model; returns what it is, in words."""
-    path = find(source)
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+    path, origin = find(source), {"name": source}
+    if not os.path.exists(path) and hub.is_model(source):  # a local folder of that name comes first
+        (config, state, tokenizer, files), origin["revision"] = from_hub(source)
+        path = f"the hub, {source} at commit {origin['revision'][:12]}"
+    elif not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise UserError(
             f"{source}: no such file or folder: give a Hugging Face folder, a .gguf file, "
-            f"{' or '.join(PACKAGES)}"
+            f"org/name for a model on the hub, {' or '.join(PACKAGES)}"
         )
-    config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
+    else:
+        config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
+        path = f"the local {'folder' if path.is_dir() else 'file'} {path}"
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model"
         )
     about = checkpoint.describe("import", config, Import(source), 0, True, tokenizer)
-    about["source"] = {"name": source, "sha256": {file.name: sha256_of(file) for file in files}}
+    about["source"] = origin | {"sha256": {file.name: sha256_of(file) for file in files}}
     with new_folder(out) as new:
         checkpoint.save(new, 0, state, about, tokenizer)
     millions = sum(t.numel() for t in state.values()) / 1e6
