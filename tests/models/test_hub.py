@@ -36,7 +36,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.repositories, self.branches, self.refuse, self.asked = {}, {}, {}, []
+        self.repositories, self.branches, self.refuse, self.gated, self.asked = {}, {}, {}, set(), []
         threading.Thread(target=self.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -94,6 +94,8 @@ class Handler(BaseHTTPRequestHandler):
             tree = [{"type": "file", "path": file, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for file, content in files.items()]  # fmt: skip
             return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+        if name in self.server.gated:
+            return self.answer(403, X_Error_Code="GatedRepo")
         content = files.get("/".join(rest[2:]))
         if content is None:
             return self.answer(404, X_Error_Code="EntryNotFound")
@@ -247,6 +249,24 @@ def test_errors_of_the_hub_are_one_line(server, tmp_path, monkeypatch, answer, p
         parts[-1].replace("model", "dataset").replace("/org/tiny,", "/datasets/org/tiny,"),
     )
     assert not (tmp_path / "none").exists()
+
+
+def test_a_gated_model_shows_what_it_holds_but_gives_none_of_it(server, files, tmp_path):
+    """As the hub does: anybody may list the files."""
+    server.put("models", "org/tiny", files[0])
+    server.gated.add("org/tiny")
+    with pytest.raises(UserError) as refused:
+        convert.import_model("org/tiny", tmp_path / "none")
+    one_line(refused, "org/tiny: is gated: ask for access at http", "hf auth login", "HF_TOKEN")
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(server, files, tmp_path, monkeypatch):
+    server.put("models", "org/tiny", files[0])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError) as refused:
+        convert.import_model("org/tiny", tmp_path / "none")
+    one_line(refused, "org/tiny: ", "cannot be written", "set HF_HOME")
 
 
 def test_without_a_network_the_cache_is_taken(server, files, tmp_path, monkeypatch, capsys):
