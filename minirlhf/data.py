@@ -2,7 +2,7 @@
 
     python -m minirlhf.data inspect vader|toy|PATH [--tokenizer CHECKPOINT] [--skip-bad]
 
-PATH is a .jsonl, .jsonl.gz or .txt file or a folder of them; the keys of a row tell what it is.  See
+PATH is a .jsonl, .jsonl.gz or .txt file, a folder of them or hub:org/name; a row's keys tell what it is.  See
 docs/data.md, and minirlhf/support/formats.py, which reads the rows.
 """
 

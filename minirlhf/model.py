@@ -1,7 +1,7 @@
 """A transformer in PyTorch, and the models with a scalar head that are built on it.
 
 Dimension key: B sequences, T tokens, N real tokens of a batch, V vocabulary, C channels, H heads, G key-value
-heads, D = C / H channels per head.
+heads, D channels per head (C / H in most models).
 
 Padding is not computed.  A batch is [N, C] everywhere but in attention, for which its Layout makes rows
 [B, T, C] and flattens them again.  support/ragged.py does that; a reader of this page may skip it.
@@ -12,9 +12,11 @@ that project into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other 
 
     Llama (Touvron et al. 2023)   norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
     Qwen2 (Yang et al. 2024)      the same, with biases on q, k and v
+    Qwen3 (Yang et al. 2025)      without biases; each head's q and k are normed, and D is a width of its own
+    SmolLM3 (Bakouch et al. 2025) Llama, with every fourth layer seeing no positions
     BERT (Devlin et al. 2019)     an encoder, not causal: norms after residual sums, one after the embeddings
 
-Not supported: mixtures of experts, sliding windows, a head width other than C / H.
+Not supported: mixtures of experts, sliding windows, rotary positions of a part of the channels.
 """
 
 from __future__ import annotations
@@ -46,12 +48,15 @@ class GPTConfig:
     n_embd: int = 192
     dropout: float = 0.0
     n_kv_head: int | None = None  # heads of keys and values, shared by groups of queries; None: n_head
+    head_dim: int | None = None  # D; None becomes n_embd / n_head
+    qk_norm: bool = False  # an RMS norm of each head's queries and keys, before they are rotated
     n_inner: int | None = None  # width of the MLP; None: 4 * n_embd
     norm: Literal["layer", "rms"] = "layer"
     norm_eps: float = 1e-5
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
     rope_scaling: dict | None = None  # Llama 3.1's: see support/shape.py
+    nope_layers: list[int] | None = None  # layers whose queries and keys are not rotated
     mlp: Literal["gelu_tanh", "gelu", "swiglu"] = "gelu_tanh"
     bias: bool = True  # in the blocks' linear layers
     qkv_bias: bool | None = None  # None: as `bias`
@@ -64,10 +69,7 @@ class GPTConfig:
 
     def __post_init__(self):
         shape.check(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
+        object.__setattr__(self, "head_dim", self.head_dim or self.n_embd // self.n_head)
 
     @property
     def kv_heads(self) -> int:
@@ -125,7 +127,9 @@ class Block(nn.Module):
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         self.ln_1, self.ln_2 = norm(config), norm(config)
         self.qkv = nn.Linear(C, (config.n_head + 2 * config.kv_heads) * D, bias=qkv_bias)
-        self.attn_out = nn.Linear(C, C, bias=config.bias)
+        self.attn_out = nn.Linear(config.n_head * D, C, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(D, eps=config.norm_eps) for _ in "qk")
         self.fc, self.mlp_out = nn.Linear(C, inner, bias=config.bias), nn.Linear(inner, C, bias=config.bias)
         if config.mlp == "swiglu":
             self.gate = nn.Linear(C, inner, bias=config.bias)
@@ -143,15 +147,18 @@ class Block(nn.Module):
         return self.ln_2(x + drop(self.mlp(x)))
 
     def attention(self, x: Tensor, layout: Layout) -> Tensor:
-        """[N, C] -> [N, C], before the output projection."""
+        """[N, C] -> [N, H D], before the output projection."""
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
         heads = layout.to_rows(self.qkv(x)).unflatten(2, (-1, D)).permute(2, 0, 1, 3)  # [H + 2 G, B, T, D]
         with torch.autocast(x.device.type, enabled=False):
             if x.device.type == "cpu":  # bf16 attention's backward is many times slower there than fp32's
                 heads = heads.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
-            q, k, v = heads.split([H, G, G])
-            if layout.angles is not None:
-                q, k = rotate(heads[: H + G], *layout.angles).to(heads.dtype).split([H, G])
+            qk, v = heads[: H + G], heads[H + G :]
+            if self.config.qk_norm:
+                qk = torch.cat([self.q_norm(qk[:H].float()), self.k_norm(qk[H:].float())])
+            if layout.angles is not None and self.layer not in (self.config.nope_layers or ()):
+                qk = rotate(qk, *layout.angles)
+            q, k = qk.to(heads.dtype).split([H, G])
             if layout.cache is not None:
                 k, v = layout.cache.append(self.layer, k, v, layout)
             y = attend(q, k, v, layout.masks[self.causal], self.causal)

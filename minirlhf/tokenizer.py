@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import json
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ import tiktoken
 
 from minirlhf import UserError
 from minirlhf.support import bpe, vocabulary
+from minirlhf.support.added import AddedTokens
 from minirlhf.support.bpe import BYTES
 from minirlhf.support.files import write_atomically
 from minirlhf.support.text import escaped, utf8
@@ -49,13 +49,15 @@ class Tokenizer:
         normalize: str | None = None,
         hf: dict | None = None,
         added: dict[str, bool] | None = None,
+        flags: dict[str, list[str]] | None = None,
     ):
         """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what only an export needs.
         added: those of `specials` that are recognised in texts too -> whether only after normalising.
+        flags: how they are recognised, in the words of support/added.py, which finds them.
         Raises ValueError for ids, names or a pattern that make no tokenizer."""
         self.ranks, self.pattern, self.normalize, n = ranks, pattern, normalize, len(ranks)
         self.specials = {"<|endoftext|>": n, "<|pad|>": n + 1} if specials is None else specials
-        self.added, self.hf = added or {}, hf or {}
+        self.added, self.flags, self.hf = added or {}, flags or {}, hf or {}
         self.eot = n if eot is None else eot
         self.bos = self.eot if bos is None else bos
         # [D6] Two ids: were pad eot, masking by id would mask the end, and no model would learn to stop.
@@ -65,14 +67,14 @@ class Tokenizer:
         ids = [*ranks.values(), *self.specials.values()]
         self.vocab_size = max(ids) + 1 if vocab_size is None else vocab_size
         vocabulary.check(self, ids)
-        self._tokens, self._silent = {*ids}, {self.pad, self.eot, self.bos}
-        self._early = {name: self.specials[name] for name, after in self.added.items() if not after}
-        self._late = {self._normal(name): self.specials[name] for name, after in self.added.items() if after}
+        self._tokens, names = {*ids}, AddedTokens(self)
+        self.cut, self._special = names.cut, names.special
 
         self.about = {name: getattr(self, name) for name in ("eot", "bos", "pad", "vocab_size", "normalize")}
         trained = {"eot": n, "bos": n, "pad": n + 1, "vocab_size": n + 2, "normalize": None}
         identity = [pattern, self.specials]
-        identity += [self.about] * (self.about != trained) + [self.added] * bool(self.added)
+        identity += [self.about] * (self.about != trained)
+        identity += [self.added] * bool(self.added) + [self.flags] * bool(self.flags)
         self.hash = hashlib.sha256(bpe.dump(ranks) + json.dumps(identity).encode()).hexdigest()
         # A vocabulary may lack bytes that its corpus never had. tiktoken wants all 256: they get unused ids.
         absent = {byte: self.vocab_size + i for i, byte in enumerate(BYTES) if byte not in ranks}
@@ -83,15 +85,9 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, never a special one: a '<|pad|>' in it is plain characters. `decode` gives the text
         back, but lone surrogates become U+FFFD, and an imported tokenizer may normalise or lack bytes."""
-        pieces = bpe.cut([text], self._early)
-        if self.normalize:
-            pieces = [self._normal(piece) if isinstance(piece, str) else piece for piece in pieces]
-        pieces = bpe.cut(pieces, self._late)
+        pieces = self.cut(text)  # names of added tokens, as ids, and the text between them
         encoded = ([piece] if isinstance(piece, int) else self._encode_words(piece) for piece in pieces)
         return [i for ids in encoded for i in ids]
-
-    def _normal(self, text: str) -> str:
-        return unicodedata.normalize(self.normalize, text) if self.normalize else text
 
     def _encode_words(self, text: str) -> list[int]:
         ids = self.encoding.encode_ordinary(text)
@@ -99,9 +95,11 @@ class Tokenizer:
             return ids
         return bpe.encode_known(text, self.pattern, self.ranks)  # some of its bytes have no token
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without pad, bos, eot and unused ids. Half a character shows as U+FFFD."""
-        return self.encoding.decode([i for i in ids if i in self._tokens and i not in self._silent])
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids` without unused ids and (by default) special ones: pad, bos, eot and their like, but
+        not added tokens that texts may contain. Half a character shows as U+FFFD."""
+        silent = self._special if skip_special_tokens else ()
+        return self.encoding.decode([i for i in ids if i in self._tokens and i not in silent])
 
     def token_str(self, token: int) -> str:
         """One token to look at: control characters and broken UTF-8 as escapes, special tokens by name."""
@@ -124,7 +122,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.tiktoken and tokenizer.json, each atomically. `load` refuses a mix of two saves."""
         meta = {"format": FORMAT, "pattern": self.pattern, "specials": self.specials, "hash": self.hash}
-        meta |= self.about | {"added": self.added, "hf": self.hf}
+        meta |= self.about | {"added": self.added, "flags": self.flags, "hf": self.hf}
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_atomically(Path(folder, "tokenizer.tiktoken"), bpe.dump(self.ranks))
         write_atomically(Path(folder, "tokenizer.json"), json.dumps(meta, indent=1))

@@ -39,6 +39,10 @@ SHAPES = {
     "llama": LLAMA | {"tied": False},
     "llama 3.1, tied": LLAMA | {"rope_scaling": SCALING, "rope_theta": 5e5},
     "qwen2": LLAMA | {"qkv_bias": True, "tied": False, "norm_eps": 1e-6},
+    "qwen3": LLAMA | {"qk_norm": True, "head_dim": 12, "norm_eps": 1e-6},
+    "qwen3, untied": LLAMA | {"qk_norm": True, "head_dim": 6, "n_embd": 30, "tied": False},
+    "llama, heads of their own width": LLAMA | {"head_dim": 16, "tied": False},
+    "smollm3": LLAMA | {"n_layer": 4, "nope_layers": [0, 3]},
 }
 
 
@@ -175,12 +179,35 @@ def test_the_command_line(folders, tmp_path, run, capsys):
     ("llama", {"architectures": None, "model_type": "mamba"}, "architecture mamba is not supported"),
     ("llama", {"attention_bias": True}, "attention_bias = True is not supported for LlamaForCausalLM"),
     ("llama", {"mlp_bias": True}, "mlp_bias = True"),
-    ("llama", {"head_dim": 16}, "head_dim = 16 is not supported"),
+    ("llama", {"head_dim": 16}, r"q_proj.weight has shape \(32, 32\), its config says \(64, 32\)"),
+    ("llama", {"head_dim": 7}, "rotary positions need an even number of channels per head, not 7"),
+    ("gpt2", {"head_dim": 16, "n_head": 5}, "n_embd 32 is not divisible by n_head 5"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported for LlamaForCausalLM"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor.* is not"),
+    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "rope_parameters = .*full_attention.* is not"),
+    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters = .*dynamic.* is not supported"),
+    ("llama", {"rope_scaling": {"rope_type": "longrope"}}, "rope_parameters = .*longrope.* is not supported"),
+    ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config = .*fp8.* is not supported"),
+    ("llama", {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+     r"config.json: architecture MixtralForCausalLM \(it has a mixture of experts\) is not supported: only GPT2"),
+    ("qwen3", {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 128}, "it has a mixture of experts"),
+    ("llama", {"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": 30.0}, "it has logit soft-capping"),
+    ("llama", {"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}, "it has rotary positions of a part"),
+    ("qwen3", {"head_dim": 10}, r"q_proj.weight has shape \(48, 32\), its config says \(40, 32\)"),
+    ("qwen3", {"head_dim": "ABSENT"}, r"its config says \(512, 32\)"),  # 128 is transformers' default
+    ("qwen3", {"attention_bias": True}, "attention_bias = True is not supported for Qwen3ForCausalLM"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 16}, "sliding_window = 16, but texts may have 48 tokens"),
+    ("llama", {"architectures": ["MistralForCausalLM"], "sliding_window": 47},
+     "sliding_window = 47, but texts may have 48 .*with max_position_embeddings = 47 in this file it cuts nothing"),
+    ("llama", {"architectures": ["MistralForCausalLM"], "max_position_embeddings": 4097}, "sliding_window = 4096, but"),
+    ("smollm3", {"no_rope_layers": [1, 1, 0]}, "config.json: IndexError"),
+    ("smollm3", {"no_rope_layers": "nope"}, "no_rope_layers holds 'n', not 0 or 1"),
+    ("smollm3", {"num_hidden_layers": 2**40, "no_rope_layers": "ABSENT"}, "n_layer must be a whole number from 1 to 1000"),
     ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
     ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_parameters = .*yarn.* is not supported"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters = .*linear"),
     ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters = .*llama3.* is not supported"),
-    ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 47}, "sliding_window = 47, but texts may have 48 tokens"),
     ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = 'sliding_attention'"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True"),
     ("llama", {"intermediate_size": 64}, r"gate_proj.weight|up_proj.weight has shape \(72, 32\), its config says \(64, 32\)"),
@@ -188,7 +215,7 @@ def test_the_command_line(folders, tmp_path, run, capsys):
     ("llama", {"num_hidden_layers": 1}, "layers.1.* has no place in this architecture"),
     ("llama", {"hidden_size": "ABSENT"}, "no hidden_size: take the config.json that came with the weights"),
     ("llama", {"hidden_size": "wide"}, "config.json: .*: take the config.json"),
-    ("llama", {"num_attention_heads": 5}, "n_embd 32 is not divisible by n_head 5"),
+    ("llama", {"num_attention_heads": 5, "head_dim": "ABSENT"}, "n_embd 32 is not divisible by n_head 5"),
     ("llama", {"vocab_size": 100}, r"embed_tokens.weight has shape \(290, 32\), its config says \(100, 32\)"),
 ])  # fmt: skip
 def test_what_we_do_not_compute_is_refused(folder, tmp_path, name, changes, message):
@@ -197,6 +224,50 @@ def test_what_we_do_not_compute_is_refused(folder, tmp_path, name, changes, mess
     with pytest.raises(UserError, match=message) as error:
         convert.import_model(str(hf), tmp_path / "ours")
     assert "\n" not in str(error.value) and not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", {"architectures": ["MistralForCausalLM"], "sliding_window": None}),
+    ("llama", {"architectures": ["MistralForCausalLM"], "sliding_window": 48}),
+    ("llama", {"architectures": ["MistralForCausalLM"]}),  # 4096, which is longer than these 48 tokens
+    ("llama", {"sliding_window": 5}),  # Llama has no windows, whatever the file says
+    ("qwen3", {"use_sliding_window": False, "sliding_window": 5, "max_window_layers": 1}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention"] * 2}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 48,
+               "layer_types": ["full_attention", "sliding_attention"]}),
+])  # fmt: skip
+def test_windows_that_cut_nothing_are_none(folder, tmp_path, name, changes):
+    hf = folder(name)
+    convert.import_model(str(hf), tmp_path / "before")
+    change(hf / "config.json", **changes)
+    convert.import_model(str(hf), tmp_path / "ours")
+    before, after = (checkpoint.shape_of(tmp_path / name) for name in ("before", "ours"))
+    assert after == before
+
+
+def test_smollm3_has_no_positions_in_every_fourth_layer_unless_its_file_says_otherwise(folder, tmp_path):
+    hf = folder("smollm3")
+    for i, (changes, layers) in enumerate([
+        ({}, [0, 3]), ({"no_rope_layers": "ABSENT"}, [3]), ({"no_rope_layer_interval": 2}, [1, 3]),
+        ({"no_rope_layers": [True, 1, False, 1, 0, 0]}, [2]), ({"no_rope_layers": [1, 1, 1, 1]}, None),
+    ]):  # fmt: skip
+        change(hf / "config.json", **changes)
+        convert.import_model(str(hf), tmp_path / f"ours {i}")
+        assert checkpoint.shape_of(tmp_path / f"ours {i}").nope_layers == layers
+
+
+def test_a_checkpoint_of_before_these_fields_still_loads(tokenizer, tmp_path):
+    """Its config.json has no head_dim, qk_norm and nope_layers; the model is the same."""
+    save(tmp_path / "ours", tokenizer, **LLAMA)
+    file = checkpoint.resolve(tmp_path / "ours") / "config.json"
+    about = json.loads(file.read_text())
+    assert about["model"]["head_dim"] == 8
+    for name in "head_dim", "qk_norm", "nope_layers":
+        del about["model"][name]
+    before = checkpoint.shape_of(tmp_path / "ours")
+    file.write_text(json.dumps(about))
+    assert checkpoint.shape_of(tmp_path / "ours") == before
+    checkpoint.load_gpt(tmp_path / "ours")
 
 
 def test_damaged_folders_are_told_and_nothing_is_written(folder, tmp_path):
@@ -235,13 +306,17 @@ def test_an_index_that_names_no_files_of_the_folder_is_refused(folder, tmp_path,
 
 ODD = [5, -2, 0, "x", [], {}, [5], {"a": {}}, True, 1e99, 2**40, "x" * 5000, None, "a\nb\x1b[31m"]
 KEYS = ("architectures", "vocab_size", "rope_scaling", "rope_parameters", "rope_theta", "num_hidden_layers", "hidden_act",
-        "num_key_value_heads", "head_dim", "layer_types", "tie_word_embeddings", "rms_norm_eps", "model_type",
+        "num_key_value_heads", "head_dim", "layer_types", "sliding_window", "use_sliding_window", "quantization_config", "tie_word_embeddings", "rms_norm_eps", "model_type",
         "eos_token_id", "max_position_embeddings")  # fmt: skip
 
 
-@pytest.mark.parametrize("key", KEYS)
-def test_odd_values_in_a_config_are_one_line(folder, tmp_path, key):
-    hf = folder()
+@pytest.mark.parametrize("name, key", [("llama", key) for key in KEYS] + [
+    ("qwen3", "head_dim"), ("qwen3", "sliding_window"), ("smollm3", "no_rope_layers"), ("smollm3", "num_hidden_layers"),
+    ("smollm3", "no_rope_layer_interval")])  # fmt: skip
+def test_odd_values_in_a_config_are_one_line(folder, tmp_path, name, key):
+    hf = folder(name)
+    if key == "no_rope_layer_interval":
+        change(hf / "config.json", no_rope_layers="ABSENT")
     whole = (hf / "config.json").read_text()
     for i, value in enumerate(ODD):
         change(hf / "config.json", **{key: value})

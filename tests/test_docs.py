@@ -258,7 +258,8 @@ def test_python_in_the_pages_compiles(page):
 
 SKIPPED = (  # parsed, but not run: they train for minutes, wait for a browser, or need weights that are not here
     "make", "torchrun", "pip", "pytest", "python -m pytest", "python -m venv", "python -m kernels", "python benchmarks",
-    "python -m minirlhf.feedback serve", "python -m minirlhf.checkpoint import", "python train_sft.py --init runs/llama",
+    "python -m minirlhf.feedback serve", "python -m minirlhf.checkpoint import", "python train_sft.py --init runs/qwen",
+    "python -m minirlhf.checkpoint export runs/qwen",
     "python -m minirlhf.conformance mypackage",  # which holds a reward function here
 )  # fmt: skip
 

@@ -18,7 +18,8 @@ GPT2 = GPTConfig(vocab_size=50, context=64, n_layer=3, n_head=4, n_embd=32)
 LLAMA = GPTConfig(
     50, 64, 3, 4, 32, n_kv_head=2, n_inner=40, norm="rms", positions="rotary", mlp="swiglu", bias=False
 )
-SHAPES = {"gpt2": GPT2, "llama": LLAMA}
+QWEN3 = dataclasses.replace(LLAMA, head_dim=12, qk_norm=True)
+SHAPES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3}
 
 
 def whole(rows: int, width: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +83,8 @@ def test_operations_are_those_that_torch_counts(shape, layers):
     with FlopCounterMode(display=False) as backward:
         logprobs.sum().backward()
     lengths, predicted = batch.mask[:, 1:].sum(1), 16 * 13
-    more = 4 * 32 * 16 * (20**2 - 20 * 21 / 2)  # of a block's forward
+    width = shape.n_head * shape.head_dim
+    more = 4 * width * 16 * (20**2 - 20 * 21 / 2)  # of a block's forward
     block, last, head = estimate.forward_operations(model, lengths, predicted, True)
     assert 2 * block + last + head + 3 * more == forward.get_total_flops()
     both = estimate.training_operations(model, lengths, predicted, True) + (3 + 2 * (layers or 3)) * more
@@ -101,6 +103,7 @@ def test_a_causal_token_looks_back_and_an_encoders_everywhere():
 def test_bytes_of_the_cache_and_of_what_is_trained():
     model = GPT(LLAMA)
     assert estimate.cache_bytes(LLAMA, 5, 20) == 2 * 4 * 3 * 2 * 8 * 5 * 20
+    assert estimate.cache_bytes(QWEN3, 5, 20) == 2 * 4 * 3 * 2 * 12 * 5 * 20
     assert estimate.trained_bytes(model.parameters()) == 4 * sum(p.numel() for p in model.parameters())
     train_last(model, 0, torch.bfloat16)
     assert estimate.trained_bytes(model.parameters()) == 4 * LLAMA.n_embd  # of the last norm

@@ -45,6 +45,8 @@ SHAPES = {
     "llama": LLAMA,
     "encoder": ENCODER,
     "upper": dataclasses.replace(LLAMA, n_bidirectional=1),
+    "qwen3": dataclasses.replace(LLAMA, rope_scaling=None, qkv_bias=False, qk_norm=True, head_dim=6),
+    "smollm3": dataclasses.replace(LLAMA, qkv_bias=False, nope_layers=[1]),
 }
 
 
@@ -65,8 +67,9 @@ def plain_transformer(model: GPT, tokens: list[int]) -> torch.Tensor:
     def linear(x, name):
         return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
 
-    def turned(x, position):
-        if c.positions == "learned":
+    def turned(x, position, which):
+        x = norm(x, f"{name}.{which}_norm") if c.qk_norm else x
+        if c.positions == "learned" or layer in (c.nope_layers or ()):
             return x
         cos, sin = (angle.double() for angle in rotary(c, torch.tensor(position)))
         return torch.cat([x[: D // 2] * cos - x[D // 2 :] * sin, x[D // 2 :] * cos + x[: D // 2] * sin])
@@ -96,8 +99,8 @@ def plain_transformer(model: GPT, tokens: list[int]) -> torch.Tensor:
             parts = []
             for h in range(c.n_head):
                 g = c.n_head + h // share
-                q = turned(heads[t][h], t)
-                scores = torch.stack([q @ turned(heads[s][g], s) for s in keys]) / math.sqrt(D)
+                q = turned(heads[t][h], t, "q")
+                scores = torch.stack([q @ turned(heads[s][g], s, "k") for s in keys]) / math.sqrt(D)
                 values = torch.stack([heads[s][g + c.kv_heads] for s in keys])
                 parts.append(scores.softmax(0) @ values)
             seen.append(linear(torch.cat(parts), f"{name}.attn_out"))
@@ -294,7 +297,7 @@ def test_the_future_can_be_seen_by_an_encoder_only(shape):
     tokens = torch.randint(50, (1, 8))
     changed = tokens.clone()
     changed[:, 5:] = (changed[:, 5:] + 1) % 50
-    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5]) == (shape in ("gpt2", "llama"))
+    assert torch.equal(model(tokens)[:, :5], model(changed)[:, :5]) == (shape not in ("encoder", "upper"))
 
 
 @pytest.mark.parametrize("shape", [SMALL, LLAMA])
@@ -665,6 +668,21 @@ DAMAGED = {
     "pre_norm": ["yes", 1],
     "lora_rank": [-1, 1.0, None, True],
     "lora_alpha": [0, -1.0, math.nan, None],
+    "head_dim": [0, -8, 8.0, True, "8", 2**31],
+    "qk_norm": [1, None, "true"],
+    "nope_layers": [
+        [],
+        [1, 0],
+        [0, 0],
+        [-1],
+        [2],
+        [True],
+        [0.0],
+        "0",
+        0,
+        {},
+        [0],
+    ],  # [0]: SMALL's are learned
 }
 
 
@@ -690,7 +708,7 @@ def test_F10_an_ensemble_of_an_impossible_size_is_refused(members):
 
 def test_rotary_positions_need_pairs_of_channels():
     with pytest.raises(UserError, match="even number of channels per head, not 5"):
-        dataclasses.replace(LLAMA, n_embd=20, n_head=4)
+        dataclasses.replace(LLAMA, n_embd=20, n_head=4, head_dim=None)
 
 
 def test_errors_name_the_remedy():

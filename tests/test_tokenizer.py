@@ -281,6 +281,14 @@ WRONG = {
     "pad": [{}, 10**30],
     "hf": [5, ["x"], {"unreached": 5}, {"bos_token": "x"}, {"pad_token": 5}, {"bos_token": []}],
     "added": [{"x": True}, 5, ["<|pad|>"]],
+    "flags": [
+        5,
+        ["<|pad|>"],
+        {"x": []},
+        {"<|pad|>": "lstrip"},
+        {"<|pad|>": ["strip"]},
+        {"<|pad|>": [["lstrip"]]},
+    ],
     "more": [1],
 }
 
@@ -429,6 +437,32 @@ def test_H5_added_tokens_are_recognised_in_texts():
         "": [],
     }.items():
         assert found.encode(text) == ids and found.decode(ids) == text, text
+
+
+def test_H5_flags_of_added_tokens():
+    """lstrip and rstrip take white space, single_word wants none but letters, digits and marks away from it."""
+    names = {"<l>": False, "<r>": True, "word": False}
+    found = with_added(names, flags={"<l>": ["lstrip"], "<r>": ["rstrip"], "word": ["single_word"]})
+    left, right, word = (found.specials[name] for name in names)
+    e = imported().encode
+    for text, ids in {
+        "a \n\u2003<l> b": [*e("a"), left, *e(" b")],
+        "a <r> \t b": [*e("a "), right, *e("b")],
+        "<r>  <l>": [right, left],
+        "a word, words": [*e("a "), word, *e(", words")],
+        "aword word\u0301 word_ word": [*e("aword word\u0301 word_ "), word],
+        "<l>": [left],
+    }.items():
+        assert found.encode(text) == ids, text
+    assert found.hash != with_added(names).hash
+
+
+def test_special_tokens_are_left_out_of_a_text_unless_asked_for():
+    found = with_added({"<tool>": False})
+    unk, opens, closes = (found.specials[name] for name in ("<|unk|>", "<|open|>", "<|close|>"))
+    ids = [opens, unk, *found.encode("a<tool>b"), closes, 305]
+    assert found.decode(ids) == "a<tool>b"
+    assert found.decode(ids, skip_special_tokens=False) == "<|open|><|unk|>a<tool>b<|close|>"
 
 
 def test_H5_added_tokens_and_normalising():

@@ -25,7 +25,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from minirlhf import UserError
-from minirlhf.support import bpe
+from minirlhf.support import added
 from minirlhf.support.formats import ROLES, TURN
 from minirlhf.support.text import one_line
 from minirlhf.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def encode(tokenizer: Tokenizer, messages: Messages, answer: bool) -> list[int]:
 
     pieces: list[str | int] = []
     for text, by_template in parts:
-        for piece in bpe.cut([text], specials) if by_template else [text]:
+        for piece in added.cut([text], specials, tokenizer.flags) if by_template else [text]:
             if pieces and isinstance(piece, str) and isinstance(pieces[-1], str):
                 pieces[-1] += piece  # no special token stands between the two: they are encoded together
             else:

@@ -10,10 +10,12 @@ def main() -> None:
     parser = Parser("python -m minirlhf.checkpoint", description="Real models in and out.")
     commands = parser.add_subparsers(dest="command", required=True)
     importing = commands.add_parser(
-        "import", help="a Hugging Face folder or a .gguf file becomes a checkpoint"
+        "import", help="a Hugging Face folder, a model on the hub or a .gguf file becomes a checkpoint"
     )
     importing.add_argument(
-        "source", help="folder, .gguf file, smollm2 or minilm (inside the packages of those extras)"
+        "source",
+        help="folder, .gguf file, org/name[@revision] on the Hugging Face hub (extra hub), smollm2 or minilm "
+        "(inside the packages of those extras)",
     )
     importing.add_argument("out", type=Path, help="the checkpoint's folder, which must not exist")
     exporting = commands.add_parser("export", help="a checkpoint becomes a folder that transformers loads")

@@ -1,7 +1,7 @@
 """Real models in and out: Hugging Face folders and GGUF files -> checkpoints, checkpoints -> Hugging Face
 folders.
 
-    python -m minirlhf.checkpoint import SRC OUT      SRC: a folder, a .gguf file, smollm2 or minilm
+    python -m minirlhf.checkpoint import SRC OUT      SRC: a folder, a .gguf file, org/name, smollm2
     python -m minirlhf.checkpoint export CKPT OUT
 
 What is called how is in families.py, the tokenizers are in convert_tokenizer.py. Every tensor becomes
@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +29,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf import UserError, checkpoint, lora
-from minirlhf.interop import chat_template, convert_tokenizer
+from minirlhf.interop import chat_template, convert_tokenizer, hub
 from minirlhf.interop.convert_tokenizer import read_json
 from minirlhf.interop.families import (
     BERT,
     FAMILIES,
+    FEATURES,
     GGUF_KEYS,
     GGUF_NEEDS,
     GGUF_TENSORS,
@@ -41,13 +42,16 @@ from minirlhf.interop.families import (
     GPT2,
     LLAMA,
     QWEN2,
+    QWEN3,
     ROPE_KEYS,
+    SMOLLM3,
     TOKEN_TYPES,
     Family,
 )
 from minirlhf.interop.wordpiece import WordPiece
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble, rotary
 from minirlhf.support.files import sha256_of
+from minirlhf.support.shape import MAX_LAYERS
 from minirlhf.support.text import escaped, one_line
 from minirlhf.tokenizer import Tokenizer
 
@@ -62,8 +66,20 @@ PICKLE = (
     "{} is a pickle, which can run code and is never read. Where you trust it, transformers writes "
     "safetensors: AutoModel.from_pretrained(FOLDER).save_pretrained(NEW). Or look for them at the source"
 )
+FETCHED = (  # of a model on the hub, besides its weights; others of its files are not read
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
 # What Python raises where a file holds another type, or less, than it should.
-ODD_FILE = (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
+ODD_FILE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError)
 
 
 @contextlib.contextmanager
@@ -148,7 +164,9 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
     if family is None:
         known = ", ".join(f.classes[0] for f in FAMILIES)
         found = name or model.get("model_type")
-        raise UserError(f"{file}: architecture {found} is not supported: only {known} are")
+        has = lambda key: model.get(key) not in (None, False, 0, 1)
+        why = next((f" (it has {what})" for key, what in FEATURES.items() if has(key)), "")
+        raise UserError(f"{file}: architecture {found}{why} is not supported: only {known} are")
 
     def refuse(key: str, value: object) -> None:
         kind = family.classes[0]
@@ -156,20 +174,22 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
             f"{file}: {key} = {value!r:.200} is not supported for {kind}: this model cannot be imported"
         )
 
+    window = model.get("sliding_window", 4096)  # what transformers takes where the key is missing
     model = family.defaults | {key: value for key, value in model.items() if value is not None}
     for key, wanted in family.needs.items():
         if model.get(key, wanted) != wanted:
             refuse(key, model[key])
-    for kind in model.get("layer_types", []):
-        if kind != "full_attention":
-            refuse("layer_types", kind)
+    if model.get("quantization_config"):
+        refuse("quantization_config", model["quantization_config"])
     if family.fixed["positions"] == "rotary":
+        _check_window(family, model, window, file, refuse)
         rope = (model["rope_scaling"] or {}) | model.get("rope_parameters", {})
         model["rope_theta"] = rope.get("rope_theta", model["rope_theta"])
         kind, model["rope_scaling"] = rope.get("rope_type", rope.get("type", "default")), None
+        by_layer = any(isinstance(value, dict) for value in rope.values())
         if kind == "llama3" and rope.keys() >= {*ROPE_KEYS}:
             model["rope_scaling"] = {key: rope[key] for key in ROPE_KEYS}
-        elif kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        elif kind != "default" or by_layer or rope.get("partial_rotary_factor", 1.0) != 1.0:
             refuse("rope_parameters", rope)
     if missing := [key for key in family.keys.values() if key not in model]:
         raise UserError(f"{file}: no {missing[0]}: take the config.json that came with the weights")
@@ -177,13 +197,39 @@ def read_config(model: dict, file: Path) -> tuple[Family, GPTConfig]:
     if model[key] not in names:
         refuse(key, model[key])
     values = {ours: model[theirs] for ours, theirs in family.keys.items()}
+    if family is SMOLLM3:
+        values["nope_layers"] = _nope_layers(model)
     try:
         config = our_config(family, values, names[model[key]])
     except UserError as error:
         raise UserError(f"{file}: {error}: take the config.json that came with the weights") from None
-    if model.get("head_dim", config.head_dim) != config.head_dim:
-        refuse("head_dim", model["head_dim"])
     return family, config
+
+
+def _check_window(family: Family, model: dict, window: int | None, file: Path, refuse: Callable) -> None:
+    """Refuse a model whose attention does not reach the beginning of every text that fits its context.
+
+    A window as long as the context cuts nothing, and layers are then computed as if they had none."""
+    context, kinds = model["max_position_embeddings"], model.get("layer_types", [])
+    on = window is not None and (family.window or model.get("use_sliding_window", False))
+    if on and window < context and (family.window or {*kinds} != {"full_attention"}):
+        raise UserError(
+            f"{file}: sliding_window = {window}, but texts may have {context} tokens, and sliding windows "
+            f"are not supported: with max_position_embeddings = {window} in this file it cuts nothing"
+        )
+    for kind in kinds:
+        if kind != "full_attention" and not (on and kind == "sliding_attention"):
+            refuse("layer_types", kind)
+
+
+def _nope_layers(model: dict) -> list[int] | None:
+    """SmolLM3's layers without positions: in its `no_rope_layers`, 1 is a layer with positions."""
+    layers = range(min(model["num_hidden_layers"], MAX_LAYERS))  # of a damaged file, a billion
+    step = model.get("no_rope_layer_interval", 4)
+    uses = model.get("no_rope_layers", [int((i + 1) % step > 0) for i in layers])
+    if odd := [uses[i] for i in layers if uses[i] not in (0, 1)]:
+        raise ValueError(f"no_rope_layers holds {odd[0]!r:.40}, not 0 or 1")
+    return [i for i in layers if not uses[i]] or None
 
 
 def our_config(family: Family, values: dict, mlp: str) -> GPTConfig:
@@ -235,22 +281,57 @@ def odd_files(source: Path | str) -> Iterator[None]:
         ) from error
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The names of a folder's safetensors files: those in its index, or the one that needs none."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return ["model.safetensors"]
+    where = read_json(index).get("weight_map")
+    plain = lambda name: isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+    if not isinstance(where, dict) or not where or not all(map(plain, where.values())):
+        raise UserError(f"{index}: weight_map names no files of this folder: fetch it again")
+    return sorted({*where.values()})
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, which are all inside it."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        where = read_json(index).get("weight_map")
-        plain = lambda name: isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
-        if not isinstance(where, dict) or not where or not all(map(plain, where.values())):
-            raise UserError(f"{index}: weight_map names no files of this folder: fetch it again")
-        names = sorted({*where.values()})
-    pickles = [path.name for kind in ("*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(kind))]
+    names = weight_names(folder)
+    found = pickles(path.name for path in sorted(folder.iterdir()))
     for name in names:
         if not os.path.isfile(folder / name):
-            remedy = PICKLE.format(pickles[0]) if pickles and not index.is_file() else "fetch it again"
+            remedy = PICKLE.format(found[0]) if found and names == ["model.safetensors"] else "fetch it again"
             raise UserError(f"{folder / name}: no such file: {remedy}")
     return [folder / name for name in names]
+
+
+def pickles(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that are pickles by their suffix."""
+    return [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+
+
+def from_hub(source: str) -> tuple[Imported, str]:
+    """What from_folder says of a model on the hub, with all its files that were fetched; and its commit."""
+    repository = hub.open_model(source)
+    names = [name for name in repository.names if "/" not in name]
+    index = "model.safetensors.index.json"
+    if "config.json" not in names:
+        gguf = [name for name in repository.names if name.endswith(".gguf")]
+        remedy = f"`hf download {repository.name} {gguf[0]}` fetches a file" if gguf else "name another"
+        raise UserError(f"{source}: holds no config.json, so it is no model of transformers': {remedy}")
+    if not {"model.safetensors", index} & {*names}:
+        found = pickles(names)
+        remedy = PICKLE.format(found[0]) if found else "name another repository of this model"
+        raise UserError(f"{source}: holds no model.safetensors: {remedy}")
+    fetched = [name for name in FETCHED if name in names]
+    folder = repository.fetch(fetched)
+    weights = weight_names(folder) if index in names else ["model.safetensors"]
+    if missing := [name for name in weights if name not in names or not name.endswith(".safetensors")]:
+        raise UserError(
+            f"{source}: {missing[0]} is in its index, but is no safetensors file of it: name another"
+        )
+    folder = repository.fetch(fetched + weights)
+    config, state, tokenizer, _ = from_folder(folder)
+    return (config, state, tokenizer, [folder / name for name in fetched + weights]), repository.commit
 
 
 def open_safetensors(file: Path) -> Load:
@@ -276,7 +357,7 @@ def from_gguf(file: Path) -> Imported:
     except Exception as error:  # whatever a damaged header makes of offsets and counts
         raise UserError(f"{file}: {one_line(error)}: no GGUF file, or truncated: fetch it again") from None
     arch = fields.get("general.architecture")
-    families = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2}
+    families = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
     family = families.get(arch) if isinstance(arch, str) else None
     if family is None:
         raise UserError(
@@ -367,19 +448,24 @@ class Import:
 @printable_errors()
 def import_model(source: str, out: Path) -> str:
     """Make OUT a checkpoint of SRC's model; returns what it is, in words."""
-    path = find(source)
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
+    path, origin = find(source), {"name": source}
+    if not os.path.exists(path) and hub.is_model(source):  # a local folder of that name comes first
+        (config, state, tokenizer, files), origin["revision"] = from_hub(source)
+        path = f"the hub, {source} at commit {origin['revision'][:12]}"
+    elif not os.path.exists(path):  # Path.exists raises for a name that is too long
         raise UserError(
             f"{source}: no such file or folder: give a Hugging Face folder, a .gguf file, "
-            f"{' or '.join(PACKAGES)}"
+            f"org/name for a model on the hub, {' or '.join(PACKAGES)}"
         )
-    config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
+    else:
+        config, state, tokenizer, files = from_folder(path) if path.is_dir() else from_gguf(path)
+        path = f"the local {'folder' if path.is_dir() else 'file'} {path}"
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model"
         )
     about = checkpoint.describe("import", config, Import(source), 0, True, tokenizer)
-    about["source"] = {"name": source, "sha256": {file.name: sha256_of(file) for file in files}}
+    about["source"] = origin | {"sha256": {file.name: sha256_of(file) for file in files}}
     with new_folder(out) as new:
         checkpoint.save(new, 0, state, about, tokenizer)
     millions = sum(t.numel() for t in state.values()) / 1e6
@@ -439,6 +525,7 @@ def family_of(source: Path, about: dict, config: GPTConfig) -> Family:
     fits = lambda f: (
         all(resolved(config)[key] == value for key, value in f.fixed.items())
         and config.mlp in f.activation[1].values()
+        and ("head_dim" in f.keys or config.n_head * config.head_dim == config.n_embd)
     )
     family = next(filter(fits, FAMILIES), None)
     if family is None:
@@ -470,6 +557,9 @@ def their_config(family: Family, config: GPTConfig, name: str) -> dict:
     model[key] = next(theirs for theirs, ours in names.items() if ours == config.mlp)
     if config.rope_scaling:
         model["rope_scaling"] = config.rope_scaling | {"rope_type": "llama3"}
+    if family is SMOLLM3:
+        model["no_rope_layers"] = [int(i not in config.nope_layers) for i in range(config.n_layer)]
+        model["layer_types"] = ["full_attention"] * config.n_layer
     if family is GPT2:  # dropout belongs to a training run, not to the weights
         model |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     return model

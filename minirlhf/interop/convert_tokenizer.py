@@ -19,11 +19,12 @@ import regex
 from minirlhf import UserError
 from minirlhf.interop.hard_texts import HARD_TEXTS
 from minirlhf.interop.wordpiece import WordPiece
-from minirlhf.support import bpe
+from minirlhf.support.added import FLAGS
 from minirlhf.support.bpe import BYTES
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
 
 Encode = Callable[[str], list[int]]
+Decode = Callable[[list[int], bool], str]  # ids, whether special tokens are left out
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 # Bytes that print stand for themselves, the others, in order, for the characters from 256 on (GPT-2,
@@ -47,7 +48,6 @@ GGUF_STAGES = {
     "llama-bpe": (LLAMA3_PATTERN,),
     "qwen2": (QWEN2_PATTERN,),
 }
-STRIPPING = ("lstrip", "rstrip", "single_word")  # flags of added tokens that we do not reproduce
 WORD, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens in a GGUF file; 5 is unused
 
 
@@ -62,15 +62,17 @@ def build(
     normalize: str | None = None,
     hf: dict | None = None,
     ignore_merges: bool = False,
-    reference: Encode | None = None,
+    reference: tuple[Encode, Decode] | None = None,
     added: dict[str, bool] | None = None,
+    flags: dict[str, list[str]] | None = None,
 ) -> Tokenizer:
     """The Tokenizer with the ids of `vocab` and `specials`.
 
     named: the tokens that are bos, eos and pad, None where there is none.  added: those of `specials` that
-    texts may contain -> whether they are looked for after normalising.  ignore_merges: a word that is a token
-    is not merged. reference: the original's encode; without it, the merges are applied as they are listed.
-    Raises UserError where ids differ from the reference's, and for what makes no tokenizer.
+    texts may contain -> whether they are looked for after normalising.  flags: how, see support/added.py.
+    ignore_merges: a word that is a token is not merged.  reference: the original's encode and decode; without
+    it, the merges are applied as they are listed.  Raises UserError where ids or texts differ from the
+    reference's, and for what makes no tokenizer.
     """
     products = [left + right for left, right in merges]
     is_word = lambda token: token in BYTE_OF or ignore_merges and all(c in BYTE_OF for c in token)
@@ -112,6 +114,7 @@ def build(
             normalize,
             hf,
             added,
+            flags,
         )
     except (ValueError, regex.error) as error:
         raise UserError(f"{source}: {error}: this tokenizer is not supported") from None
@@ -121,11 +124,16 @@ def build(
             raise UserError(
                 f"{source}: ids do not follow the merges ({token!r}): they would differ; not supported"
             )
-    reference = reference or replayer(vocab, merges, stages, normalize, ignore_merges, tokenizer)
+    encode, decode = reference or (replayer(vocab, merges, stages, normalize, ignore_merges, tokenizer), None)
     for text in trial_texts(tokenizer):
-        if (ours := tokenizer.encode(text)) != (theirs := reference(text)):
+        if (ours := tokenizer.encode(text)) != (theirs := encode(text)):
             raise UserError(
                 f"{source}: the ids of {text!r:.200} are {theirs[:20]}, here {ours[:20]}: not supported"
+            )
+    for ids, skip in trial_ids(tokenizer) if decode else ():
+        if (ours := tokenizer.decode(ids, skip)) != (theirs := decode(ids, skip)):
+            raise UserError(
+                f"{source}: the text of ids {ids} is {theirs!r:.200}, here {ours!r:.200}: not supported"
             )
     return tokenizer
 
@@ -141,9 +149,29 @@ def trial_texts(tokenizer: Tokenizer) -> Iterator[str]:
     for name in tokenizer.added:
         yield from (name, f"please {name} wait", f"a{name}1", f"{name}{name}", f" {name}\n", f"{name}\u0338")
         yield from (f"{name[:-1]} {name}", f"{name[:1]}{name}", f"{name}{name[1:]}", name.swapcase())
-        for other in names:  # names that overlap
+        yield from (
+            f"x \u00a0\n{name}  \t\u2003y",
+            f"_{name}",
+            f"{name}_",
+            f"\u4f60{name}.{name}\u0301",
+            f"\x1c{name}\x1c",
+        )
+        for other in names:  # names that overlap, or whose white space may
+            if tokenizer.flags.keys() & {name, other}:
+                yield f"a{other} {name}  {other} {name}"
             for a, b in (name, other), (other, name):
                 yield from (a + b[k:] for k in range(1, len(b)) if a.endswith(b[:k]))
+    yield from (f"a {name}b" for name in names)
+
+
+def trial_ids(tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """(ids around each name, whether special tokens are left out) whose texts are compared.
+
+    Names that are not ASCII are left out: the package's decoder takes their letters for bytes."""
+    before, after = tokenizer.encode(" a"), tokenizer.encode("b")
+    for name, i in tokenizer.specials.items():
+        if name.isascii() and name not in tokenizer.hf.get("unreached", ()):
+            yield from (([*before, i, *after, i], skip) for skip in (True, False))
 
 
 def replayer(
@@ -159,9 +187,7 @@ def replayer(
     tokenizer: whose added tokens are cut out of the text first."""
     order = {tuple(pair): i for i, pair in reversed([*enumerate(merges)])}
     normal = lambda text: unicodedata.normalize(normalize, text) if normalize else text
-    added = tokenizer.added if tokenizer else {}
-    early = {name: tokenizer.specials[name] for name, after in added.items() if not after}
-    late = {normal(name): tokenizer.specials[name] for name, after in added.items() if after}
+    cut = tokenizer.cut if tokenizer else lambda text: [normal(text)]
 
     def ids(word: str) -> Iterator[int]:
         parts = [c for c in (CHARACTERS[b] for b in word.encode()) if c in vocab]
@@ -179,9 +205,8 @@ def replayer(
         return pieces
 
     def replay(text: str) -> list[int]:
-        pieces = [p if isinstance(p, int) else normal(p) for p in bpe.cut([text], early)]
         found: list[int] = []
-        for piece in bpe.cut(pieces, late):
+        for piece in cut(text):
             found += [piece] if isinstance(piece, int) else [i for word in words(piece) for i in ids(word)]
         return found
 
@@ -237,7 +262,12 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
     named = _named_tokens(folder, about, model, vocab | specials)
     for name in {*named.values()} & vocab.keys():  # GPT-2's vocab.json lists it among the words
         specials[name] = vocab.pop(name)
-    added = _added_tokens(tokens, named, file)
+    added = {
+        token["content"]: bool(token.get("normalized"))  # special whatever the file says: bos, eos and pad
+        for token in tokens
+        if not token.get("special", True) and token["content"] not in named.values()
+    }
+    flags = _flags(tokens, added)
     hf = _chat_template(folder, about)
     if _opens(document.get("post_processor") or {}, named["bos_token"]):
         hf["add_bos_token"] = True
@@ -252,8 +282,9 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
         normalize,
         hf,
         document.get("model", {}).get("ignore_merges", False),
-        _package(file, named) if document else None,
+        _package(file, document, named) if document else None,
         added,
+        flags,
     )
 
 
@@ -309,19 +340,16 @@ def _named_tokens(folder: Path, about: dict, model: dict, ids: dict[str, int]) -
     return named
 
 
-def _added_tokens(tokens: list[dict], named: dict, file: Path) -> dict[str, bool]:
-    """The added tokens that texts may contain: all but the special ones, and bos, eos and pad."""
+def _flags(tokens: list[dict], added: dict[str, bool]) -> dict[str, list[str]]:
+    """name -> its flags of support/added.py, for names that have some."""
+    found = {}
     for token in tokens:
-        if flags := [flag for flag in STRIPPING if token.get(flag)]:
-            raise UserError(
-                f"{file}: added token {token['content']!r} has {flags[0]}: this tokenizer is not supported"
-            )
-    plain = [token for token in tokens if not token.get("special", True)]
-    return {
-        token["content"]: bool(token.get("normalized"))
-        for token in plain
-        if token["content"] not in named.values()
-    }
+        name = token["content"]
+        if its_flags := [
+            flag for flag in FLAGS if token.get(flag) and (flag, name in added) != ("normalized", True)
+        ]:
+            found[name] = its_flags
+    return found
 
 
 def _chat_template(folder: Path, about: dict) -> dict[str, str]:
@@ -381,8 +409,10 @@ def _opens(step: dict, bos: str | None) -> bool:
     return bos is not None and first.get("SpecialToken", {}).get("id") == bos
 
 
-def _package(file: Path, named: dict[str, str | None]) -> Encode | None:
-    """The `tokenizers` package's own encode, where the package is installed and reads the file."""
+def _package(file: Path, document: dict, named: dict[str, str | None]) -> tuple[Encode, Decode | None] | None:
+    """The `tokenizers` package's own encode and decode, where the package is installed and reads the file.
+
+    No decode for a file whose decoder is not the byte-level one, which all files should have."""
     try:
         from tokenizers import AddedToken
         from tokenizers import Tokenizer as Reader
@@ -397,7 +427,10 @@ def _package(file: Path, named: dict[str, str | None]) -> Encode | None:
     special = [name for name in dict.fromkeys(named.values()) if name is not None]
     reader.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
     reader.encode_special_tokens = True
-    return lambda text: reader.encode(text, add_special_tokens=False).ids
+    encode = lambda text: reader.encode(text, add_special_tokens=False).ids
+    if (document.get("decoder") or {}).get("type") != "ByteLevel":
+        return encode, None
+    return encode, lambda ids, skip: reader.decode(ids, skip_special_tokens=skip)
 
 
 # ---------------------------------------------------------------- GGUF
@@ -494,14 +527,13 @@ def _document(tokenizer: Tokenizer, opening: str | None) -> dict:
         *built_in.get(tokenizer.pattern, [split]),
         byte_level | {"use_regex": tokenizer.pattern in built_in},
     ]
+    has = lambda name, flag: flag in tokenizer.flags.get(name, ())
     added = [
         {
             "id": i,
             "content": name,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": tokenizer.added.get(name, False),
+            **{flag: has(name, flag) for flag in ("single_word", "lstrip", "rstrip")},
+            "normalized": tokenizer.added.get(name, has(name, "normalized")),
             "special": name not in tokenizer.added,
         }
         for name, i in tokenizer.specials.items()
@@ -525,10 +557,26 @@ def _document(tokenizer: Tokenizer, opening: str | None) -> dict:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,  # a word that is a token is not merged, as in tiktoken
-            "vocab": {word(token): ranks[token] for token in in_order} | tokenizer.specials,
+            "vocab": {word(token): ranks[token] for token in in_order} | _in_vocab(tokenizer),
             "merges": merges,
         },
     }
+
+
+def _in_vocab(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special and added tokens that the model's vocabulary lists: all, unless one of them is a word.
+
+    `ignore_merges` looks words up in the vocabulary.  It would find such a name even where it is plain text.
+    So those at the end are left out, if their ids are those that the package gives to unlisted tokens."""
+    specials, unreached = tokenizer.specials, tokenizer.hf.get("unreached", ())
+    names = [name for name in specials if name not in unreached]
+    is_word = lambda name: name.isascii() and regex.fullmatch(tokenizer.pattern, name)
+    last = max([*tokenizer.ranks.values(), *(specials[name] for name in unreached)])
+    listed = {name: i for name, i in specials.items() if i < last or name in unreached}
+    left_out = sorted(i for name, i in specials.items() if name not in listed)
+    n = len(tokenizer.ranks) + len(listed)
+    as_given = left_out == [*range(n, n + len(left_out))]
+    return listed if as_given and any(map(is_word, names)) else specials
 
 
 def _opened_by(token: str, i: int) -> dict:

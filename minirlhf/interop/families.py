@@ -25,6 +25,7 @@ class Family:
     activation: tuple[str, dict[str, str]] = ("", {})  # their key, their name -> our mlp
     transposed: bool = False  # whether the blocks' matrices are stored as [in, out]
     rename: dict[str, str] = field(default_factory=dict)  # names in older files -> names in `tensors`
+    window: bool = False  # whether `sliding_window` counts even without `use_sliding_window`
 
 
 GPT2 = Family(
@@ -60,6 +61,7 @@ GPT2 = Family(
         "causal": True,
         "n_bidirectional": 0,
         "pre_norm": True,
+        "qk_norm": False,
     },
     defaults={
         "n_inner": None,
@@ -105,6 +107,7 @@ LLAMA = Family(
         "n_layer": "num_hidden_layers",
         "n_head": "num_attention_heads",
         "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
         "n_embd": "hidden_size",
         "n_inner": "intermediate_size",
         "norm_eps": "rms_norm_eps",
@@ -120,9 +123,12 @@ LLAMA = Family(
         "causal": True,
         "n_bidirectional": 0,
         "pre_norm": True,
+        "qk_norm": False,
+        "nope_layers": None,
     },
     defaults={
         "num_key_value_heads": None,
+        "head_dim": None,
         "tie_word_embeddings": False,
         "rope_theta": 10_000.0,
         "rope_scaling": None,
@@ -144,8 +150,33 @@ QWEN2 = dataclasses.replace(
     classes=("Qwen2ForCausalLM", "Qwen2Model"),
     model_type="qwen2",
     fixed=LLAMA.fixed | {"qkv_bias": True},
-    needs={"use_sliding_window": False},
+    needs={},
     defaults=LLAMA.defaults | {"max_position_embeddings": 32768},
+)
+QWEN3 = dataclasses.replace(
+    LLAMA,
+    classes=("Qwen3ForCausalLM", "Qwen3Model"),
+    model_type="qwen3",
+    tensors=LLAMA.tensors
+    | {f"blocks.*.{name}": f"layers.*.self_attn.{name}" for name in ("q_norm", "k_norm")},
+    fixed=LLAMA.fixed | {"qk_norm": True},
+    defaults=LLAMA.defaults | {"max_position_embeddings": 32768, "head_dim": 128},
+)
+# Without its window Mistral is Llama, and is exported as Llama.
+MISTRAL = dataclasses.replace(
+    LLAMA,
+    classes=("MistralForCausalLM", "MistralModel"),
+    model_type="mistral",
+    defaults=LLAMA.defaults | {"max_position_embeddings": 131072},
+    window=True,
+)
+SMOLLM3 = dataclasses.replace(
+    LLAMA,
+    classes=("SmolLM3ForCausalLM", "SmolLM3Model"),
+    model_type="smollm3",
+    fixed={key: value for key, value in LLAMA.fixed.items() if key != "nope_layers"},
+    defaults=LLAMA.defaults
+    | {"max_position_embeddings": 32768, "tie_word_embeddings": True, "rope_theta": 2e6},
 )
 BERT = Family(
     classes=("BertModel", "BertForMaskedLM", "BertForPreTraining"),
@@ -178,6 +209,7 @@ BERT = Family(
         "causal": False,
         "pre_norm": False,
         "tied": True,
+        "qk_norm": False,
     },
     defaults={"layer_norm_eps": 1e-12, "hidden_act": "gelu"},
     needs={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
@@ -185,8 +217,20 @@ BERT = Family(
     activation=("hidden_act", {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}),
     rename={".gamma": ".weight", ".beta": ".bias"},
 )
-FAMILIES = (GPT2, LLAMA, QWEN2, BERT)
+FAMILIES = (GPT2, LLAMA, QWEN2, QWEN3, MISTRAL, SMOLLM3, BERT)
 TOKEN_TYPES = "embeddings.token_type_embeddings.weight"  # BERT's; here every token is of type 0
+# What other architectures have, by a key of their config.json: why theirs is not computed here.
+FEATURES = {
+    "num_local_experts": "a mixture of experts",
+    "num_experts": "a mixture of experts",
+    "n_routed_experts": "a mixture of experts",
+    "kv_lora_rank": "latent attention",
+    "final_logit_softcapping": "logit soft-capping",
+    "attn_logit_softcapping": "logit soft-capping",
+    "partial_rotary_factor": "rotary positions of a part of the channels",
+    "text_config": "more than text",
+    "vision_config": "more than text",
+}
 
 # GGUF has one set of names for every architecture, but for GPT-2's joined q, k and v.
 GGUF_TENSORS = {
@@ -197,6 +241,8 @@ GGUF_TENSORS = {
     "blocks.*.ln_1": "blk.*.attn_norm",
     "blocks.*.ln_2": "blk.*.ffn_norm",
     "blocks.*.qkv": ("blk.*.attn_q", "blk.*.attn_k", "blk.*.attn_v"),
+    "blocks.*.q_norm": "blk.*.attn_q_norm",
+    "blocks.*.k_norm": "blk.*.attn_k_norm",
     "blocks.*.attn_out": "blk.*.attn_output",
     "blocks.*.fc": "blk.*.ffn_up",
     "blocks.*.gate": "blk.*.ffn_gate",
@@ -215,6 +261,7 @@ GGUF_KEYS = {
     "n_head": "attention.head_count",
     "n_embd": "embedding_length",
     "n_kv_head": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
     "n_inner": "feed_forward_length",
     "rope_theta": "rope.freq_base",
 }

@@ -45,9 +45,9 @@ class WordPiece:
         """Ids of `text`, without [CLS] and [SEP]."""
         return self.encoding.encode(utf8(text), add_special_tokens=False).ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, without special tokens."""
-        return self.encoding.decode([int(i) for i in ids], skip_special_tokens=True)
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of `ids`, by default without special tokens."""
+        return self.encoding.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
     def token_str(self, token: int) -> str:
         """The name of one token."""

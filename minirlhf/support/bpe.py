@@ -121,25 +121,6 @@ def encode_known(text: str, pattern: str, ranks: Mapping[bytes, int]) -> list[in
     return [ranks[part] for word in known for part in merge(word, ranks)]
 
 
-def cut(pieces: list[str | int], ids: Mapping[str, int]) -> list[str | int]:
-    """`pieces` with every name in `ids` that a text contains cut out of it and turned into its id.
-
-    Where names overlap, the leftmost counts, and of two that start together the longer one."""
-    if not ids:
-        return pieces
-    longest_first = sorted(ids, key=len, reverse=True)
-    names = regex.compile("(" + "|".join(map(regex.escape, longest_first)) + ")")
-    found: list[str | int] = []
-    for piece in pieces:
-        if isinstance(piece, int):
-            found.append(piece)
-            continue
-        for i, part in enumerate(names.split(piece)):  # text and names by turns
-            if i % 2 or part:
-                found.append(ids[part] if i % 2 else part)
-    return found
-
-
 def dump(ranks: Mapping[bytes, int]) -> bytes:
     """The public .tiktoken format: `base64(token) rank` on a line, in the order of the ranks."""
     return b"".join(b"%s %d\n" % (base64.b64encode(t), ranks[t]) for t in sorted(ranks, key=ranks.get))

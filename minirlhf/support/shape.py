@@ -22,15 +22,21 @@ def check(config: GPTConfig) -> None:
         value = getattr(config, name)
         if not accepts(value):
             raise UserError(f"model: {name} must be {expected}, not {value!r:.50}")
-    if config.n_embd % config.n_head:
+    if config.head_dim is None and config.n_embd % config.n_head:
         raise UserError(
             f"n_embd {config.n_embd} is not divisible by n_head {config.n_head}: change --n-embd or --n-head"
         )
     if config.n_head % config.kv_heads:
         raise UserError(f"n_head {config.n_head} is not divisible by n_kv_head {config.n_kv_head}")
-    if config.positions == "rotary" and config.head_dim % 2:
+    width = config.head_dim or config.n_embd // config.n_head
+    if config.positions == "rotary" and width % 2:
         raise UserError(
-            f"rotary positions need an even number of channels per head, not {config.head_dim}: change n_head"
+            f"rotary positions need an even number of channels per head, not {width}: change n_head"
+        )
+    if config.nope_layers and (config.positions != "rotary" or max(config.nope_layers) >= config.n_layer):
+        raise UserError(
+            f"nope_layers {config.nope_layers!s:.50} of {config.n_layer} layers with {config.positions} "
+            "positions: name layers, from 0, of a model with rotary ones"
         )
     if config.n_bidirectional > config.n_layer:
         raise UserError(
@@ -58,6 +64,11 @@ def _is_scaling(x: Any) -> bool:
     return x["low_freq_factor"] < x["high_freq_factor"]
 
 
+def _is_layers(x: Any) -> bool:
+    whole = isinstance(x, list) and len(x) > 0 and all(type(i) is int and i >= 0 for i in x)
+    return whole and x == sorted({*x})
+
+
 def _or_none(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda x: x is None or accepts(x)
 
@@ -79,6 +90,8 @@ RULES: dict[str, Rule] = {
         "at least 0 and below 1",
     ),
     "n_kv_head": (_or_none(_is_size), "a whole number above 0, or None"),
+    "head_dim": (_or_none(_is_size), "a whole number above 0, or None"),
+    "qk_norm": _one_of(True, False),
     "n_inner": (_or_none(_is_size), "a whole number above 0, or None"),
     "norm": _one_of("layer", "rms"),
     "norm_eps": (_is_positive, "a number above 0"),
@@ -88,6 +101,7 @@ RULES: dict[str, Rule] = {
         _or_none(_is_scaling),
         "None, or a positive number for each of " + ", ".join(ROPE_SCALING),
     ),
+    "nope_layers": (_or_none(_is_layers), "None, or layers in rising order"),
     "mlp": _one_of("gelu_tanh", "gelu", "swiglu"),
     "bias": _one_of(True, False),
     "qkv_bias": _one_of(True, False, None),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import importlib
 import math
 import os
 import stat
@@ -42,7 +43,12 @@ def read(
     """
     check(str(path), "the source of the data has an empty name: name a file, a folder, vader or toy")
     name = shown(path)
-    files, others = files_of(Path(path))
+    if str(path).startswith("hub:"):
+        files, recorded = importlib.import_module("minirlhf.interop.hub").dataset_files(str(path))
+        others = []
+    else:
+        files, others = files_of(Path(path))
+        recorded = [*map(str, files)]
     rows, skipped, first = [], [], None
     ledger, remarks, digest = Counter(), Counter(), hashlib.sha256()
     for file in files:
@@ -77,7 +83,7 @@ def read(
     if others:
         names = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
         notes.append(f"passed over {len(others):,} other files: {names}")
-    about = {"name": name, "kind": kind, "sources": [*map(str, files)], "sha256": digest.hexdigest()}
+    about = {"name": name, "kind": kind, "sources": recorded, "sha256": digest.hexdigest()}
     return rows, about | {"ledger": ledger, "skipped": skipped, "note": note, "remarks": notes}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import regex
 
 from minirlhf import UserError
+from minirlhf.support.added import FLAGS
 
 if TYPE_CHECKING:
     from minirlhf.tokenizer import Tokenizer
@@ -54,6 +55,14 @@ def check(tokenizer: Tokenizer, ids: list[int]) -> None:
         raise ValueError("eot, bos or pad is no special token")
     if "" in tokenizer.specials or not tokenizer.added.keys() <= tokenizer.specials.keys():
         raise ValueError("a special token has no name, or an added one no id")
+    flags = tokenizer.flags
+    lists = isinstance(flags, dict) and all(isinstance(value, list) for value in flags.values())
+    if (
+        not lists
+        or not {*flags} <= {*tokenizer.specials}
+        or any(flag not in FLAGS for value in flags.values() for flag in value)
+    ):
+        raise ValueError(f"flags is {flags!r:.40}")
     hf = tokenizer.hf
     if not isinstance(hf, dict) or not isinstance(hf.get("unreached", []), list):
         raise ValueError(f"hf is {hf!r:.40}")

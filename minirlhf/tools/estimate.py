@@ -82,13 +82,14 @@ def forward_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) -> 
     """Operations of a forward pass over texts of these lengths: (a block, the last block, the head).
 
     The last block and the language-model head are needed at `wanted` places only.  A matrix takes two
-    operations per weight and token; attention takes four per channel and pair of tokens.
+    operations per weight and token; attention takes four per channel of all heads and pair of tokens.
     """
     lengths, block = lengths.double(), gpt.blocks[-1]
     back = sum(b.causal for b in gpt.blocks) / len(gpt.blocks)
     joined = back * lengths * (lengths + 1) / 2 + (1 - back) * lengths**2
     matrices = sum(p.numel() for p in block.parameters() if p.dim() == 2)
-    whole = float(2 * matrices * lengths.sum() + 4 * gpt.config.n_embd * joined.sum())
+    width = gpt.config.n_head * gpt.config.head_dim
+    whole = float(2 * matrices * lengths.sum() + 4 * width * joined.sum())
     spared = float(2 * (matrices - block.qkv.weight.numel()) * (lengths.sum() - wanted))
     return whole, whole - spared, 2 * gpt.head_weight.numel() * wanted * head
 

@@ -180,7 +180,7 @@ def test_H5_added_tokens_in_texts_are_those_of_hugging_face(with_added, tmp_path
 
 def test_H5_without_the_package_the_definition_decides(with_added, monkeypatch):
     _, ours, folder = with_added
-    monkeypatch.setattr(convert_tokenizer, "_package", lambda file, named: None)
+    monkeypatch.setattr(convert_tokenizer, "_package", lambda *_: None)
     found = imported(folder)
     assert found.hash == ours.hash
 
@@ -197,17 +197,9 @@ def test_H5_bos_eos_and_pad_are_special_whatever_the_file_says(tmp_path):
     assert ours.specials["<tool>"] in ours.encode(text)
 
 
-@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
-@pytest.mark.parametrize("special", [True, False])
-def test_H5_flags_that_are_not_reproduced_are_refused(tmp_path, flag, special):
-    hugging_face(tmp_path / "hf", added=[added_token("<tool>", **{flag: True, "special": special})])
-    with pytest.raises(UserError, match=f"tokenizer.json: added token '<tool>' has {flag}: .*not supported"):
-        imported(tmp_path / "hf")
-
-
 def test_H5_the_check_before_an_import_tries_added_tokens(tmp_path, monkeypatch):
     hugging_face(tmp_path / "hf", added=[added_token("<tool>")])
-    monkeypatch.setattr("minirlhf.support.bpe.cut", lambda pieces, ids: pieces)
+    monkeypatch.setattr("minirlhf.support.added.cut", lambda pieces, *_: pieces)
     with pytest.raises(UserError, match="tokenizer.json: the ids of '<tool>' are .*not supported"):
         imported(tmp_path / "hf")
 

@@ -65,7 +65,7 @@ def write_gguf(file, model, arch="llama", quantise=None, drop=(), extra=(), toke
     kind = gguf.GGMLQuantizationType[quantise] if quantise else None
     names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "head": "output", "ln_1": "attn_norm",
              "ln_2": "ffn_norm", "qkv": "attn_qkv", "attn_out": "attn_output", "fc": "ffn_up", "gate": "ffn_gate",
-             "mlp_out": "ffn_down"}  # fmt: skip
+             "mlp_out": "ffn_down", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm"}  # fmt: skip
     tensors = {}
     for name, t in model.state_dict().items():
         *path, module, which = name.split(".")
@@ -105,10 +105,13 @@ GPT2 = {"norm": "layer", "positions": "learned", "mlp": "gelu_tanh", "bias": Tru
 
 @pytest.mark.parametrize("arch, changes", [
     ("llama", {}), ("llama", {"tied": False}), ("qwen2", {"qkv_bias": True}), ("gpt2", GPT2),
+    ("qwen3", {"qk_norm": True, "head_dim": 12}), ("qwen3", {"qk_norm": True, "head_dim": 128}), ("llama", {"head_dim": 20}),
 ])  # fmt: skip
 def test_a_gguf_file_is_the_model_it_was_made_of(arch, changes, tmp_path):
     model = random_model(**changes)
-    heads = {"attention.head_count_kv": model.config.kv_heads}
+    heads = {"attention.head_count_kv": model.config.kv_heads, "rope.dimension_count": model.config.head_dim}
+    if model.config.head_dim != 8:
+        heads |= {f"attention.{which}_length": model.config.head_dim for which in ("key", "value")}
     trained = write_gguf(tmp_path / "tiny.gguf", model, arch, extra=heads)
     convert.import_model(str(tmp_path / "tiny.gguf"), tmp_path / "ours")
     found, tokenizer = checkpoint.load_gpt(tmp_path / "ours"), Tokenizer.load(tmp_path / "ours")
@@ -121,7 +124,10 @@ def test_a_gguf_file_is_the_model_it_was_made_of(arch, changes, tmp_path):
     assert found.config.tied == model.config.tied
     state = found.state_dict()
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
-    if arch == "llama":  # and transformers agrees on which channels turn together
+    # transformers does not read the width of Qwen3's heads and takes 128.
+    if (
+        arch == "llama" or model.config.head_dim == 128
+    ):  # and transformers agrees on which channels turn together
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf").eval()
         tokens = torch.randint(300, (2, 60))
         with torch.no_grad():
@@ -147,7 +153,10 @@ def test_quantised_tensors_are_what_the_gguf_package_makes_of_them(kind, tmp_pat
     ({"drop": ["blk.1.attn_q.weight"]}, "no tensor blk.1.attn_q.weight"),
     ({"arch": "falcon"}, "architecture falcon is not supported in GGUF"),
     ({"extra": {"rope.scaling.type": "yarn"}}, "llama.rope.scaling.type = yarn is not supported"),
-    ({"extra": {"attention.key_length": 16}}, "llama.attention.key_length = 16 is not supported"),
+    ({"extra": {"attention.key_length": 16}}, "llama.rope.dimension_count = 8 is not supported"),
+    ({"extra": {"attention.value_length": 16}}, "llama.attention.value_length = 16 is not supported"),
+    ({"extra": {"attention.key_length": 16, "rope.dimension_count": 16}}, r"has shape \(32, 32\), its config says \(64, 32\)"),
+    ({"arch": "smollm3"}, "architecture smollm3 is not supported in GGUF: only gpt2, llama, qwen2, qwen3 are"),
     ({"extra": {"feed_forward_length": 96}}, r"has shape \(64, 32\), its config says \(96, 32\)"),
     ({"extra": {"attention.sliding_window": 9}}, "llama.attention.sliding_window = 9"),
 ])  # fmt: skip
