@@ -11,6 +11,7 @@ pre-norm blocks, GELU (tanh form), a head tied to the token embedding, and N(0, 
 that project into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other models make other choices:
 
     Llama (Touvron et al. 2023)   norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
+    Mistral (Jiang et al. 2023)   the same; its first version with a window, which is not supported
     Qwen2 (Yang et al. 2024)      the same, with biases on q, k and v
     Qwen3 (Yang et al. 2025)      without biases; each head's q and k are normed, and D is a width of its own
     SmolLM3 (Bakouch et al. 2025) Llama, with every fourth layer seeing no positions

@@ -448,6 +448,7 @@ class Import:
 @printable_errors()
 def import_model(source: str, out: Path) -> str:
     """Make OUT a checkpoint of SRC's model; returns what it is, in words."""
+    check_unused(out)  # before anything is downloaded
     path, origin = find(source), {"name": source}
     if not os.path.exists(path) and hub.is_model(source):  # a local folder of that name comes first
         (config, state, tokenizer, files), origin["revision"] = from_hub(source)
@@ -601,13 +602,21 @@ def resolved(config: GPTConfig) -> dict:
     }
 
 
+def check_unused(out: Path) -> None:
+    """Refuse a folder that holds something, and a file."""
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: exists already: remove it, or name another folder")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written: {error.strerror}: name another folder") from error
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A path beside OUT that becomes OUT at the end, or nothing."""
     new = None
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: exists already: remove it, or name another folder")
+        check_unused(out)
         full = out.absolute()
         new = full.with_name(f".{full.name[:100]}.{uuid.uuid4().hex[:8]}")
         full.parent.mkdir(parents=True, exist_ok=True)

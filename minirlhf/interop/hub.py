@@ -10,6 +10,7 @@ HF_HUB_OFFLINE mean what they mean to huggingface_hub; without a network, what i
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import re
 from collections.abc import Iterator
@@ -117,8 +118,9 @@ class Repository:
             return f"the hub refuses access ({status}): {LOGIN}"
         if status is not None:
             return f"the hub answers {status}: try again later, or name a local folder"
-        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-            return f"{error.filename} cannot be written ({error.strerror}): make room, or set HF_HOME"
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError) and (full or error.filename is not None):
+            return f"the cache cannot be written ({one_line(error)}): make room, or set HF_HOME"
         return (
             f"the hub cannot be reached ({one_line(error):.150}), and it is not in the cache: go online once"
         )

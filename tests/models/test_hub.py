@@ -173,6 +173,26 @@ def test_a_model_by_its_name(server, files, tmp_path):
     assert not server.downloaded()
 
 
+def test_nothing_is_fetched_for_a_folder_that_is_taken(server, files, tmp_path):
+    server.put("models", "org/tiny", files[0])
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="ours: exists already"):
+        convert.import_model("org/tiny", tmp_path / "ours")
+    assert not server.asked
+
+
+def test_a_full_disk_is_one_line(server, files, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    server.put("models", "org/tiny", files[0])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(UserError) as refused:
+        convert.import_model("org/tiny", tmp_path / "none")
+    one_line(refused, "org/tiny: the cache cannot be written", "No space left on device", "set HF_HOME")
+
+
 def test_a_revision(server, files, tmp_path):
     found, _ = files
     old = server.put("models", "org/tiny", found, "v1")
