@@ -196,7 +196,7 @@ def main() -> None:
     # Setup: data, a trained model as backbone of each member, optimisers.
     remedy = "run train_sft.py first, or name one with --init, such as minirlhf.checkpoint import makes"
     init = checkpoint.resolve(config.init or config.out.parent / "sft", remedy)
-    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
     if not run.begin(source, init=init):
         return
     loss_kind, normalise = choose_loss(config, source)

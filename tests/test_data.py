@@ -290,8 +290,8 @@ def test_a_source_that_cannot_be_read(tmp_path):
         assert str(e.value).startswith(f"{path}: {message}") and "\n" not in str(e.value), str(e.value)
 
     refuses(tmp_path / "none.jsonl", "no such file or folder (built in: vader, toy)")
-    refuses(tmp_path, "the folder holds no .jsonl, .jsonl.gz, .txt file")
-    refuses(write(tmp_path / "x.csv", "a,b"), "expected .jsonl, .jsonl.gz, .txt, or a folder of them")
+    refuses(tmp_path, "the folder holds no .jsonl, .jsonl.gz, .json, .json.gz, .parquet or .txt file")
+    refuses(write(tmp_path / "x.csv", "a,b"), "expected .jsonl, .jsonl.gz, .json, .json.gz, .parquet or .txt")
     refuses(write(tmp_path / "empty.jsonl", ""), "no usable row: 0 rows: none")
     refuses(write(tmp_path / "blank.jsonl", {"text": " "}), "no usable row: 1 row: 1 dropped (empty texts)")
     whole = gzip.compress(json.dumps({"text": "long enough " * 99}).encode())
@@ -806,11 +806,11 @@ def test_H21_files_that_begin_with_a_dot_are_passed_over_and_others_are_named(tm
     write(tmp_path / "train.jsonl", {"text": "a"})
     assert not load(tmp_path).remarks and load(tmp_path).ledger == {"rows": 1}
     (tmp_path / "more.jsonl").mkdir()
-    for name in ("README.md", "x.csv", "y.json"):
+    for name in ("README.md", "x.csv", "dataset_info.json"):
         (tmp_path / name).write_text("not data")
     found = load(tmp_path)
     assert found.sources == [str(tmp_path / "train.jsonl")]
-    assert found.remarks == ["passed over 4 other files: README.md, more.jsonl, x.csv, ..."]
+    assert found.remarks == ["passed over 4 other files: README.md, dataset_info.json, more.jsonl, ..."]
 
 
 NULLS = {"rating": None, "ratings": None, "chosen": None, "rejected": None, "votes": None, "label": None, "genre": None,
