@@ -382,8 +382,8 @@ def test_every_metric_is_explained(script, smoke):
     explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     lines = (smoke / METRICS[script] / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step"}
-    # Of choices; of a reward model with another tokenizer; of groups.
-    other_data = {"val/accuracy", "objective/rm_cut", "frac_reward_zero_std"}
+    # Of choices; of thumbs; of a reward model with another tokenizer; of groups.
+    other_data = {"val/accuracy", "val/auc", "objective/rm_cut", "frac_reward_zero_std"}
     if script == "train_dpo.py":  # of --online
         other_data |= {"objective/scores", "objective/kl", "val/response_length", "val/eos_rate"}
     assert logged <= explained, sorted(logged - explained)

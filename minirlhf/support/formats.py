@@ -13,15 +13,15 @@ object {rater: "a", "b" or "tie"}.  In a list the places are people: the first e
 rater.  A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF.
 A column whose value is null counts as absent.
 
-Other people's rows (ShareGPT's conversations, Alpaca's instructions, UltraFeedback's completions, columns with
-other names) become these first: see shapes.py.
+Other people's rows (ShareGPT's conversations, Alpaca's instructions, UltraFeedback's completions, columns
+with other names) become these first: see shapes.py.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from minirlhf import UserError
@@ -33,11 +33,12 @@ TURN = "\n\nAssistant:"  # ends a transcript's prompt; the completion keeps its 
 VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each vote is worth to the first text
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Columns that hold content in one format or another.  Where a row has one that is not read, a remark says so.
-CONTENT = {"answer", "chosen", "completion", "completions", "content", "context", "conversations", "history"}
-CONTENT |= {"input", "instruction", "label", "messages", "output", "prompt", "question", "rating", "ratings"}
-CONTENT |= {"rejected", "response", "response_a", "response_b", "summary", "system", "target", "text", "votes"}
+CONTENT = {"answer", "chosen", "completion", "completions", "content", "context", "conversation", "history"}
+CONTENT |= {"conversations", "input", "instruction", "label", "messages", "output", "prompt", "question"}
+CONTENT |= {"rating", "ratings", "rejected", "response", "response_a", "response_b", "summary", "system"}
+CONTENT |= {"target", "text", "votes"}
 SCORES = ("score_chosen", "score_rejected")
-COLUMNS = CONTENT | {"genre", "scale", "overall_score", *SCORES}  # all that is ever read
+COLUMNS = CONTENT | {"genre", "scale", "tools", "documents", *SCORES}  # all that is ever read
 
 
 def check(ok: object, message: str) -> None:
@@ -58,13 +59,19 @@ class Row:
     """The columns of a row that are not null.  It remembers which of them were read.
 
     `origin` says which columns of the file a column was made of, where that is not the one of its name.
-    `hidden` are columns that others were named in place of.
+    `hidden` are columns that others were named in place of; `remarks` is what is to be said of the row.
     """
 
-    def __init__(self, columns: dict[str, Any], origin: dict[str, tuple] | None = None, hidden: Any = ()):
+    def __init__(
+        self,
+        columns: dict[str, Any],
+        origin: dict[str, tuple[str, ...]] | None = None,
+        hidden: Collection[str] = (),
+        remarks: Sequence[str] = (),
+    ):
         self.columns = {key: value for key, value in columns.items() if value is not None}
         self.nulls = columns.keys() - self.columns.keys()
-        self.origin, self.hidden = origin or {}, hidden
+        self.origin, self.hidden, self.remarks = origin or {}, hidden, remarks
         self.read: set[str] = set()
 
     def __contains__(self, field: str) -> bool:
@@ -110,14 +117,16 @@ class Row:
         return sorted(names | CONTENT & {*self.hidden})
 
     def used(self) -> tuple[str, ...]:
-        """The columns that were read, as the file names them, and as what: ("helpfulness as rating", "text")."""
-        return tuple(self._name(field) for field in sorted(self.read & set(self.columns)))
+        """The columns that were read, as the file names them: ("helpfulness as rating", "text")."""
+        there = sorted(self.read & self.columns.keys())
+        return tuple(self._name(field) for field in there if self.origin.get(field) != ())
 
     def _name(self, field: str) -> str:
-        return f"{' + '.join(self.origin[field])} as {field}" if field in self.origin else field
+        names = " + ".join(self.origin.get(field, (field,)))
+        return names if names == field else f"{names} as {field}"
 
     def in_the_files_words(self, message: str) -> str:
-        """"field: reason" with the file's name of the column."""
+        """ "field: reason" with the file's name of the column."""
         field, colon, reason = message.partition(":")
         return f"{self._name(field)}{colon}{reason}"
 
@@ -141,7 +150,7 @@ def parse(row: Row, scale: Scale | None = None) -> tuple[str, Fields, list[str]]
 
     `scale` is that of ratings which record none.  Raises UserError("field: reason").
     """
-    remarks: list[str] = []
+    remarks = [*row.remarks]
     if "chosen" in row or "rejected" in row:
         kind, fields = "preference", _pair(row) | _tie(row, remarks)
     elif "votes" in row or "response_a" in row:

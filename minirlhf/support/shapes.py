@@ -76,13 +76,21 @@ def columns_of(raw: Any, plain: bool) -> Columns:
     return raw
 
 
+def renamed(columns: Columns, names: Names) -> Columns:
+    """The columns that are not null, under our names.  Raises UserError for a name that is not there."""
+    columns = dict(columns)
+    _rename(columns, names, {})
+    return {key: value for key, value in columns.items() if value is not None}
+
+
 def rows_of(columns: Columns, names: Names, scale: Scale | None) -> list[Row | UserError | Drop]:
     """The rows that one row of a file becomes, or in a row's place what is wrong with it.
 
     It is one, or one for each of its rated completions.  `scale` is that of --rating-scale.
     """
     entries = columns.get("completions")
-    if not isinstance(entries, list) or {"completion", "response", "output", "text"} & names.keys():
+    other = columns.get("chosen") is not None or names.keys() & {"completion", "response", "output", "text"}
+    if other or not isinstance(entries, list):
         return [_row(columns, names, {})]
     around = {key: value for key, value in columns.items() if key != "completions"}
     found = [_of_entry(around, entry, f"completions[{i}]", names, scale) for i, entry in enumerate(entries)]
@@ -97,35 +105,38 @@ def _of_entry(
     if "rating" not in entry and not names.keys() & {*RATED}:
         names = names | {"rating": "overall_score"}
         around = around | ({} if scale else {"scale": [1, 10]})
-    return _row(around | entry, names, {key: (f"{place}.{key}",) for key in entry})
+    origin = {key: (f"{place}.{key}",) for key in entry} | {"scale": ()}
+    return _row(around | entry, names, origin, ["each entry of `completions` is a row of its own"])
 
 
-def _row(columns: Columns, names: Names, origin: dict[str, tuple[str, ...]]) -> Row | UserError | Drop:
+def _row(
+    columns: Columns, names: Names, origin: dict[str, tuple[str, ...]], remarks: Sequence[str] = ()
+) -> Row | UserError | Drop:
     """A row under our names; `origin` says what the file calls some of the columns."""
     columns, origin = dict(columns), dict(origin)
     try:
         hidden = _rename(columns, names, origin)
+        if any(columns[ours] is None for ours in names if ours in JUDGED):
+            return Drop("dropped: not rated")
         _take_turns(columns, origin)
         _take_instruction(columns, origin)
         _take_system(columns, origin)
         _split_judged(columns, origin)
-    except (UserError, Drop) as error:
+    except UserError as error:
         return error
-    return Row(columns, origin, hidden)
+    return Row(columns, origin, hidden, remarks)
 
 
 def _rename(columns: Columns, names: Names, origin: dict[str, tuple[str, ...]]) -> Columns:
     """Read THEIRS as OURS.  What comes back are the columns that the names push aside."""
     found = {ours: _find(columns, ours, theirs) for ours, theirs in names.items()}
     aside = {key: columns.pop(key) for ours in names for key in (ours, *OURS[ours]) if key in columns}
-    for ours, theirs in names.items():
-        made_of = origin.pop(theirs, (theirs,))
-        origin[ours] = made_of
-        columns.pop(theirs, None)
-        aside.pop(theirs, None)
-        if ours in JUDGED and found[ours] is None:
-            raise Drop("dropped: not rated")
+    made_of = {ours: origin.get(theirs, (theirs,)) for ours, theirs in names.items()}
+    for theirs in names.values():
+        for there in (columns, aside, origin):
+            there.pop(theirs, None)
     columns |= found
+    origin |= made_of
     return aside
 
 
@@ -166,7 +177,9 @@ def _messages(value: Any) -> Any:
     """[{role, content}] of turns {from, value}, and of a single turn; everything else as it is."""
     if isinstance(value, dict) and ({"from", "value"} <= value.keys() or {"role", "content"} <= value.keys()):
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(t, dict) and {"from", "value"} <= t.keys() for t in value):
+    if not isinstance(value, list) or not all(
+        isinstance(t, dict) and {"from", "value"} <= t.keys() for t in value
+    ):
         return value
     rest = [{k: v for k, v in turn.items() if k not in ("from", "value")} for turn in value]
     roles = [ROLE_OF.get(str(turn["from"]), turn["from"]) for turn in value]

@@ -10,7 +10,7 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
@@ -107,9 +107,12 @@ def _rows_in(
             yield f"{name}:{number}", row
 
 
-def raw_rows(file: Path, digest: Any, names: Names) -> Rows:
-    """(number, row as the file holds it) of a file of any kind; `digest` is updated with its bytes."""
-    theirs = {*names.values(), *(name.split(".")[0] for name in names.values())}
+def raw_rows(file: Path, digest: Any, names: Names, more: Collection[str] = ()) -> Rows:
+    """(number, row as the file holds it) of a file of any kind; `digest` is updated with its bytes.
+
+    Of a Parquet file the columns are read that formats know, and those that `names` or `more` name.
+    """
+    theirs = {*more, *names.values(), *(name.split(".")[0] for name in names.values())}
     if file.name.endswith((".json", ".json.gz")):
         with opened(file) as raw:
             yield from json_rows(shown(file), _blocks(file, raw, digest), COLUMNS | theirs)
@@ -147,9 +150,7 @@ def _teaches_nothing(fields: Fields) -> str | None:
     return None if (fields["prompt"] + fields["response"]).strip() else "empty texts"
 
 
-def _check_same(
-    row: Row, kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None
-) -> None:
+def _check_same(row: Row, kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None) -> None:
     nulls = [field for field in JUDGED if field in row.nulls]
     hint = f" ({nulls[0]} is null here: --fields {nulls[0]}={nulls[0]} drops such rows)" if nulls else ""
     check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source{hint}")
