@@ -1286,7 +1286,9 @@ def test_inspect_prints_counts_splits_histogram_agreement_and_examples(monkeypat
     assert "movies: 400 items, 5.0 raters each, agreement (Krippendorff's alpha) 0." in out
     counts = [int(line.split()[1]) for line in out.splitlines() if line[:4].strip().lstrip("-").isdigit()]
     assert len(counts) == 9 and sum(counts) == 400
-    shown = re.findall(r"^toy: rated, \w+; rating \S+ of -4 to 4\n  learnt +The plot is .*<eot>$", out, re.M)
+    shown = re.findall(
+        r"^toy: rated, \w+; rating \S+ of -4 to 4\n  learnt     \|The plot is .*\|<eot>$", out, re.M
+    )
     assert len(shown) == 2
 
 
@@ -1299,7 +1301,7 @@ def test_inspect_shows_tokens_and_what_is_trained(monkeypatch, capsys, tmp_path)
     )
     out = inspect(monkeypatch, capsys, path, "--skip-bad", "--tokenizer", "any")
     assert re.search(r"\n\S+x.jsonl:1: completion, \w+; from completion, prompt\n", out)
-    assert "\n  read        <bos>|a|\\n\n  learnt      b|c|<eot>\n" in out
+    assert "\n  read       |<bos>|a|\\n\n  learnt     |b|c|<eot>\n" in out
     assert "3 rows: 2 kept, 1 skipped (malformed)" in out
 
 
@@ -1357,7 +1359,7 @@ def test_control_characters_of_the_data_reach_no_terminal(monkeypatch, capsys, t
     out = inspect(
         monkeypatch, capsys, write(tmp_path / "x.jsonl", {"prompt": "a\x1b[31m", "completion": "b\r\n"})
     )
-    assert "a\\x1b[31m\n" in out and "b\\r\\n<eot>\n" in out and "\x1b" not in out
+    assert "|a\\x1b[31m\n" in out and "|b\\r\\n|<eot>\n" in out and "\x1b" not in out
 
 
 @pytest.mark.parametrize("options, message", [

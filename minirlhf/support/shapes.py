@@ -33,7 +33,7 @@ OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(RATED, PAIRED),
     "label": (*PAIRED, *RATED),
     "messages": (*PAIRED, *RATED, "conversations", "conversation"),
-    "text": (*PAIRED, *TALKS, "completions", "completion", "response", "label"),
+    "text": (*PAIRED, *TALKS, "completions", "completion", "response", "label", "instruction"),
 }
 JUDGED = (*RATED, "label", "votes")  # a row where such a column was named and is null was not judged
 NOT_RATED = ("", "n/a", "na", "nan", "none", "null")  # as files write a rating that nobody gave

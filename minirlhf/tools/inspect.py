@@ -152,16 +152,20 @@ def special_names(tokenizer: Tokenizer) -> dict[int, str]:
     return {tokenizer.bos: "<bos>", tokenizer.eot: "<eot>"} | names
 
 
-def lines_of(runs: Runs, joint: str) -> list[str]:
-    """The runs as a table: what happens, and the pieces, over as many lines as they need."""
+def lines_of(runs: Runs) -> list[str]:
+    """The runs as a table: what happens, and the pieces, each behind a bar, in lines of WIDTH characters."""
     lines = []
     for mark, pieces in runs:
         if len(pieces) > MOST_PIECES:
-            left = len(pieces) - MOST_PIECES
-            pieces = [*pieces[: MOST_PIECES // 2], f"... {left:,} more ...", *pieces[-MOST_PIECES // 2 :]]
-        text = joint.join(map(shown, pieces))
-        starts = range(0, len(text), WIDTH)
-        lines += [f"  {'' if at else mark:10s}  {text[at : at + WIDTH]}" for at in starts]
+            half = MOST_PIECES // 2
+            pieces = [*pieces[:half], f"... {len(pieces) - 2 * half:,} more ...", *pieces[-half:]]
+        rows = [""]
+        for piece in map(shown, pieces):
+            for at in range(0, len(piece), WIDTH):
+                part = piece[at : at + WIDTH]
+                rows += [""] if rows[-1] and len(rows[-1]) + len(part) > WIDTH else []
+                rows[-1] += f"|{part}"
+        lines += [f"  {'' if i else mark:11s}{row}" for i, row in enumerate(rows)]
     return lines
 
 
@@ -237,7 +241,7 @@ def main() -> None:
         runs = runs_without_tokens(record)
         if tokenizer:
             runs = runs_in_tokens(record, tokenizer, args.context, args.too_long)
-        print("\n".join(lines_of(runs, "|" if tokenizer else "")))
+        print("\n".join(lines_of(runs)))
 
 
 if __name__ == "__main__":
