@@ -113,15 +113,19 @@ def _row(
     columns: Columns, names: Names, origin: dict[str, tuple[str, ...]], remarks: Sequence[str] = ()
 ) -> Row | UserError | Drop:
     """A row under our names; `origin` says what the file calls some of the columns."""
-    columns, origin = dict(columns), dict(origin)
+    columns, origin, hidden = dict(columns), dict(origin), {}
     try:
-        hidden = _rename(columns, names, origin)
+        if names:
+            hidden = _rename(columns, names, origin)
         if any(columns[ours] is None for ours in names if ours in JUDGED):
             return Drop("dropped: not rated")
         _take_turns(columns, origin)
-        _take_instruction(columns, origin)
-        _take_system(columns, origin)
-        _split_judged(columns, origin)
+        if "instruction" in columns:
+            _take_instruction(columns, origin)
+        if "system" in columns:
+            _take_system(columns, origin)
+        if "messages" in columns:
+            _split_judged(columns, origin)
     except UserError as error:
         return error
     return Row(columns, origin, hidden, remarks)
@@ -177,9 +181,9 @@ def _messages(value: Any) -> Any:
     """[{role, content}] of turns {from, value}, and of a single turn; everything else as it is."""
     if isinstance(value, dict) and ({"from", "value"} <= value.keys() or {"role", "content"} <= value.keys()):
         value = [value]
-    if not isinstance(value, list) or not all(
-        isinstance(t, dict) and {"from", "value"} <= t.keys() for t in value
-    ):
+    if not isinstance(value, list):
+        return value
+    if not all(isinstance(turn, dict) and "from" in turn and "value" in turn for turn in value):
         return value
     rest = [{k: v for k, v in turn.items() if k not in ("from", "value")} for turn in value]
     roles = [ROLE_OF.get(str(turn["from"]), turn["from"]) for turn in value]

@@ -63,7 +63,8 @@ def read(
                     continue
                 kind, record, unused = _parsed(row, scale)
                 first = first or (kind, record.get("scale"))
-                _check_same(row, kind, record.get("scale"), *first)
+                if (kind, record.get("scale")) != first:
+                    _refuse_other(row, kind, record.get("scale"), *first)
             except (UserError, RecursionError) as error:  # RecursionError: from showing a deeply nested value
                 if not skip_bad:
                     raise UserError(f"{where}: {error}") from None
@@ -150,7 +151,9 @@ def _teaches_nothing(fields: Fields) -> str | None:
     return None if (fields["prompt"] + fields["response"]).strip() else "empty texts"
 
 
-def _check_same(row: Row, kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None) -> None:
+def _refuse_other(
+    row: Row, kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None
+) -> None:
     nulls = [field for field in JUDGED if field in row.nulls]
     hint = f" ({nulls[0]} is null here: --fields {nulls[0]}={nulls[0]} drops such rows)" if nulls else ""
     check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source{hint}")
