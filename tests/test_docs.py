@@ -24,7 +24,7 @@ import pytest
 
 from benchmarks import demo
 from minirlhf import UserError
-from minirlhf.support import cli
+from minirlhf.support import cli, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -239,6 +239,7 @@ def test_options_named_in_the_text_exist(page):
         config = importlib.import_module(name).Config
         fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
         known |= {f"--{prefix}{field}" for field in fields for prefix in ("", "no-")}
+    known |= {f"--{name.replace('_', '-')}-field" for name in shapes.OURS}  # spellings of --fields
     foreign = {"--nproc-per-node", "--nnodes", "--no-deps", "--gold"}
     named = {o for code in re.findall(r"`([^`]+)`", page.read_text()) for o in OPTION.findall(code)}
     assert named <= known | foreign, sorted(named - known - foreign)
