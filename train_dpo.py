@@ -162,7 +162,7 @@ def main() -> None:
     tokenizer = checkpoint.writer(init)[2]
     reward_dir = (config.reward_model or stages / "rm") if config.online else None
     reader = RewardReader.load(reward_dir, "run train_rm.py first, or name one with --reward-model")
-    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
     if not run.begin(source, init=init, reward_model=reward_dir):
         return
     policy = checkpoint.load_gpt(init)

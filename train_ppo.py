@@ -180,7 +180,7 @@ def main() -> None:
     reward_dir = (config.reward_model or stages / "rm") if uses_rm else None
     reward = RewardReader.load(reward_dir, "run train_rm.py first, or name one with --reward-model")
     judge = RewardReader.load(config.monitor, "train one with train_rm.py")
-    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
     if not run.begin(source, init=sft, reward_model=reward_dir, monitor=config.monitor):
         return
     policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)

@@ -7,9 +7,9 @@
 
 The model is the SFT model with a two-layer MLP head; all weights are trained.  Ratings are learnt as
 regression on the mean score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both;
-choices are learnt as pairs [D15]. Scores are then shifted so that the reference policy's own samples average
-0 (and scaled, where the data are choices, whose scale is arbitrary) [D14].  The test split is read once, at
-the end, for the report: nothing is chosen on it.
+choices are learnt as pairs, thumbs by binary cross-entropy [D15].  Scores are then shifted so that the
+reference policy's own samples average 0 (and scaled, where the data are no ratings, because their scale is
+arbitrary) [D14].  The test split is read once, at the end, for the report: nothing is chosen on it.
 
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
 """
@@ -22,7 +22,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +31,8 @@ from minirlhf.measure import reward_report
 from minirlhf.measure.scoring import Reference, score_items, score_sequences
 from minirlhf.model import GPT, RewardEnsemble
 from minirlhf.run import Run, RunConfig
-from minirlhf.support import cli
+from minirlhf.support import cli, judgements
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
-from minirlhf.support.judgements import choose_loss, load_judgements, rating_pairs_loss, target_of
 from minirlhf.support.prepare import choose_trained, run_blocks
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule, ends_a_quarter
@@ -79,8 +77,8 @@ class Config(RunConfig):
     """Dropout, in place of the SFT model's."""
 
     # Optimisation
-    loss: Literal["auto", "regression", "pairwise", "both"] = "auto"
-    """Loss.  auto: regression for ratings, pairwise for choices."""
+    loss: Literal["auto", "regression", "pairwise", "both", "binary"] = "auto"
+    """Loss.  auto: regression for ratings, pairwise for choices, binary cross-entropy for thumbs."""
     epochs: Annotated[int, cli.Range(1, 100_000)] = 2
     """Passes over the training items."""
     batch: Count = 64
@@ -104,7 +102,7 @@ class Config(RunConfig):
 
     # Normalisation of scores on samples of the reference policy
     normalise: Literal["auto", "bias", "scale", "none"] = "auto"
-    """Affine transform of the scores [D14].  auto: bias for ratings, scale for choices."""
+    """Affine transform of the scores [D14].  auto: bias for ratings, scale for choices and thumbs."""
     reference: Path | None = None
     """Policy whose samples scores are normalised on.  Default: --init; OUT/../sft if that is an encoder."""
     normalise_samples: Annotated[int, cli.Range(2, 1_000_000)] = 256
@@ -138,7 +136,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | None) -> RewardEnsemble:
+def make_model(config: Config, run: Run, backbone: GPT, first_score: float | None) -> RewardEnsemble:
     """The ensemble: members start from one backbone and differ in their heads and in their data's order."""
     shape = dataclasses.replace(backbone.config, dropout=config.dropout, n_bidirectional=config.bidirectional)
     model = RewardEnsemble(shape, config.pooling, config.members, config.head == "mlp")
@@ -146,8 +144,8 @@ def make_model(config: Config, run: Run, backbone: GPT, mean_rating: float | Non
         run.seed(0, k)
         member.reset_head()
         member.backbone.load_state_dict(backbone.state_dict())
-        if mean_rating is not None:  # start at the average rating, so that only differences are left to learn
-            member.out.bias.data.fill_(mean_rating)
+        if first_score is not None:  # start at the average, so that only differences are left to learn
+            member.out.bias.data.fill_(first_score)
     model.to(run.device).train()
     choose_trained(model, config, run.frozen_dtype)
     run_blocks([model], config.gradient_checkpointing, config.compile)
@@ -175,15 +173,17 @@ def loss_of(
     scores: [b] of rated texts, or [2 b] of pairs, the first texts before the second ones.
     """
     loss = torch.zeros((), device=run.device)
-    target = send(torch.tensor([target_of(batch[i]) for i in rows]), run.device)
+    target = send(torch.tensor([judgements.target_of(batch[i]) for i in rows]), run.device)
     share = len(rows) / len(batch)
     choices = isinstance(batch[0].record, data.Preference)
     if choices and rows:
         loss = preference.pairwise_loss(*scores.chunk(2), target) * share
+    elif kind == "binary" and rows:
+        loss = preference.binary_loss(scores, target) * share
     elif kind in ("regression", "both") and rows:
         loss = preference.regression_loss(scores, target) * share
     if not choices and kind in ("pairwise", "both") and len(batch) > 1:
-        loss = loss + rating_pairs_loss(run, config, step, batch, rows, scores)
+        loss = loss + judgements.rating_pairs_loss(run, config, step, batch, rows, scores)
     return loss
 
 
@@ -196,16 +196,16 @@ def main() -> None:
     # Setup: data, a trained model as backbone of each member, optimisers.
     remedy = "run train_sft.py first, or name one with --init, such as minirlhf.checkpoint import makes"
     init = checkpoint.resolve(config.init or config.out.parent / "sft", remedy)
-    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
     if not run.begin(source, init=init):
         return
-    loss_kind, normalise = choose_loss(config, source)
+    loss_kind, normalise = judgements.choose_loss(config, source)
     tokenizer, backbone = Tokenizer.load(init), checkpoint.load_gpt(init)
     checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
     if config.bidirectional and not backbone.config.causal:
         raise UserError(f"{init} holds an encoder, which reads in both directions: drop --bidirectional")
     context = backbone.config.context
-    judged = load_judgements(config, run, source, tokenizer, context)
+    judged = judgements.load_judgements(config, run, source, tokenizer, context)
     reference = None
     if normalise != "none":
         remedy = "name a language model with --reference, or use --normalise none"
@@ -215,9 +215,7 @@ def main() -> None:
 
     schedule = schedule_of(config, [len(item.ids) for item in judged.train])
     per_member = len(schedule) // config.members
-    rated = source.kind == "rated"
-    mean_rating = float(np.mean([target_of(item) for item in judged.train])) if rated else None
-    model = make_model(config, run, backbone, mean_rating)
+    model = make_model(config, run, backbone, judgements.first_score(source.kind, judged.train))
     settings = (config.lr, config.weight_decay, config.betas, config.adam_eps, config.embedding_lr)
     optimizers = [optim.adamw([member], *settings) for member in model.members]
     run.about["head"] = {"pooling": config.pooling, "members": config.members, "mlp": config.head == "mlp"}

@@ -203,7 +203,7 @@ def main() -> None:
     run = Run("sft", config)
 
     # Setup: data, tokenizer, model, optimiser.
-    source = data.load(config.data, config.skip_bad, data_dir=config.data_dir)
+    source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
     remedy = "name one with --init; real weights come by python -m minirlhf.checkpoint import"
     init = checkpoint.resolve(config.init, remedy) if config.init else None
     if not run.begin(source, init=init):

@@ -2,8 +2,8 @@
 
     python -m minirlhf.data inspect vader|toy|PATH [--tokenizer CHECKPOINT] [--skip-bad]
 
-PATH is a .jsonl, .jsonl.gz or .txt file, a folder of them or hub:org/name; a row's keys tell what it is.  See
-docs/data.md, and minirlhf/support/formats.py, which reads the rows.
+PATH is a .jsonl, .json, .parquet or .txt file, a folder of them or hub:org/name; a row's keys tell what it
+is.  See docs/data.md, and minirlhf/support/formats.py, which reads the rows.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def as_example(record: Record) -> tuple[str, str]:
     return record.prompt, record.texts[0]
 
 
-def load(source: str | Path, skip_bad=False, scale: Scale | None = None, data_dir=None) -> Dataset:
+def load(source: str | Path, skip_bad=False, scale: Scale | None = None, data_dir=None, fields=()) -> Dataset:
     """Read 'vader', 'toy', a file, a folder or a pipe.
 
     `skip_bad` counts bad rows and goes on; `scale` is that of ratings that record none; `data_dir` is the
-    folder that keeps 'vader'.  Raises UserError('file:line: field: reason').
+    folder that keeps 'vader'; `fields` are names of columns.  Raises UserError('file:line: field: reason').
     """
     if source in BUILT_IN:
         module, function = BUILT_IN[source].split(":")
         return getattr(importlib.import_module(module), function)(data_dir)
-    rows, about = sources.read(source, skip_bad, scale)
+    rows, about = sources.read(source, skip_bad, scale, fields)
     kind_of_record = Preference if about["kind"] == "preference" else Response
     return Dataset(records=[kind_of_record(**row) for row in rows], **about)
 

@@ -64,6 +64,14 @@ def regression_loss(scores: Tensor, ratings: Tensor) -> Tensor:
     return F.mse_loss(scores.float(), ratings.float())
 
 
+def binary_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy of thumbs in nats, averaged over texts: both [B] -> scalar.
+
+    P(thumbs up) = sigmoid(score): a pair with a text whose score is always 0 [D15].
+    """
+    return pairwise_loss(scores, scores.new_zeros(scores.shape), labels)
+
+
 def pairs_from_ratings(
     ratings: Sequence[Sequence[float]] | Sequence[float], rng: np.random.Generator, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

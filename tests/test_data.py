@@ -290,8 +290,8 @@ def test_a_source_that_cannot_be_read(tmp_path):
         assert str(e.value).startswith(f"{path}: {message}") and "\n" not in str(e.value), str(e.value)
 
     refuses(tmp_path / "none.jsonl", "no such file or folder (built in: vader, toy)")
-    refuses(tmp_path, "the folder holds no .jsonl, .jsonl.gz, .txt file")
-    refuses(write(tmp_path / "x.csv", "a,b"), "expected .jsonl, .jsonl.gz, .txt, or a folder of them")
+    refuses(tmp_path, "the folder holds no .jsonl, .jsonl.gz, .json, .json.gz, .parquet or .txt file")
+    refuses(write(tmp_path / "x.csv", "a,b"), "expected .jsonl, .jsonl.gz, .json, .json.gz, .parquet or .txt")
     refuses(write(tmp_path / "empty.jsonl", ""), "no usable row: 0 rows: none")
     refuses(write(tmp_path / "blank.jsonl", {"text": " "}), "no usable row: 1 row: 1 dropped (empty texts)")
     whole = gzip.compress(json.dumps({"text": "long enough " * 99}).encode())
@@ -806,11 +806,11 @@ def test_H21_files_that_begin_with_a_dot_are_passed_over_and_others_are_named(tm
     write(tmp_path / "train.jsonl", {"text": "a"})
     assert not load(tmp_path).remarks and load(tmp_path).ledger == {"rows": 1}
     (tmp_path / "more.jsonl").mkdir()
-    for name in ("README.md", "x.csv", "y.json"):
+    for name in ("README.md", "x.csv", "dataset_info.json"):
         (tmp_path / name).write_text("not data")
     found = load(tmp_path)
     assert found.sources == [str(tmp_path / "train.jsonl")]
-    assert found.remarks == ["passed over 4 other files: README.md, more.jsonl, x.csv, ..."]
+    assert found.remarks == ["passed over 4 other files: README.md, dataset_info.json, more.jsonl, ..."]
 
 
 NULLS = {"rating": None, "ratings": None, "chosen": None, "rejected": None, "votes": None, "label": None, "genre": None,
@@ -1286,7 +1286,10 @@ def test_inspect_prints_counts_splits_histogram_agreement_and_examples(monkeypat
     assert "movies: 400 items, 5.0 raters each, agreement (Krippendorff's alpha) 0." in out
     counts = [int(line.split()[1]) for line in out.splitlines() if line[:4].strip().lstrip("-").isdigit()]
     assert len(counts) == 9 and sum(counts) == 400
-    assert out.count("[[The plot is") == 2 and out.count("<eot>]]") == 2
+    shown = re.findall(
+        r"^toy: rated, \w+; rating \S+ of -4 to 4\n  learnt     \|The plot is .*\|<eot>$", out, re.M
+    )
+    assert len(shown) == 2
 
 
 def test_inspect_shows_tokens_and_what_is_trained(monkeypatch, capsys, tmp_path):
@@ -1297,7 +1300,9 @@ def test_inspect_shows_tokens_and_what_is_trained(monkeypatch, capsys, tmp_path)
         tmp_path / "x.jsonl", {"prompt": "a\n", "completion": "bc"}, "{", {"prompt": "d", "completion": "e"}
     )
     out = inspect(monkeypatch, capsys, path, "--skip-bad", "--tokenizer", "any")
-    assert "<bos>|a|\\n|[[|b|c|<eot>]]" in out and "3 rows: 2 kept, 1 skipped (malformed)" in out
+    assert re.search(r"\n\S+x.jsonl:1: completion, \w+; from completion, prompt\n", out)
+    assert "\n  read       |<bos>|a|\\n\n  learnt     |b|c|<eot>\n" in out
+    assert "3 rows: 2 kept, 1 skipped (malformed)" in out
 
 
 def test_inspect_takes_single_ratings_and_stars(monkeypatch, capsys, tmp_path):
@@ -1354,7 +1359,7 @@ def test_control_characters_of_the_data_reach_no_terminal(monkeypatch, capsys, t
     out = inspect(
         monkeypatch, capsys, write(tmp_path / "x.jsonl", {"prompt": "a\x1b[31m", "completion": "b\r\n"})
     )
-    assert "a\\x1b[31m[[b\\r\\n<eot>]]" in out and "\x1b" not in out
+    assert "|a\\x1b[31m\n" in out and "|b\\r\\n|<eot>\n" in out and "\x1b" not in out
 
 
 @pytest.mark.parametrize("options, message", [

@@ -24,7 +24,7 @@ import pytest
 
 from benchmarks import demo
 from minirlhf import UserError
-from minirlhf.support import cli
+from minirlhf.support import cli, shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -239,6 +239,7 @@ def test_options_named_in_the_text_exist(page):
         config = importlib.import_module(name).Config
         fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
         known |= {f"--{prefix}{field}" for field in fields for prefix in ("", "no-")}
+    known |= {f"--{name.replace('_', '-')}-field" for name in shapes.OURS}  # spellings of --fields
     foreign = {"--nproc-per-node", "--nnodes", "--no-deps", "--gold"}
     named = {o for code in re.findall(r"`([^`]+)`", page.read_text()) for o in OPTION.findall(code)}
     assert named <= known | foreign, sorted(named - known - foreign)
@@ -383,8 +384,8 @@ def test_every_metric_is_explained(script, smoke):
     explained = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     lines = (smoke / METRICS[script] / "metrics.jsonl").read_text().splitlines()
     logged = {name for line in lines for name in json.loads(line)} - {"step"}
-    # Of choices; of a reward model with another tokenizer; of groups.
-    other_data = {"val/accuracy", "objective/rm_cut", "frac_reward_zero_std"}
+    # Of choices; of thumbs; of a reward model with another tokenizer; of groups.
+    other_data = {"val/accuracy", "val/auc", "objective/rm_cut", "frac_reward_zero_std"}
     if script == "train_dpo.py":  # of --online
         other_data |= {"objective/scores", "objective/kl", "val/response_length", "val/eos_rate"}
     assert logged <= explained, sorted(logged - explained)

@@ -72,6 +72,31 @@ def test_regression_loss():
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx((0.25 + 9 + 0) / 3)
 
 
+@few
+@given(seed=seeds)
+def test_D15_binary_loss_is_the_cross_entropy_of_thumbs(seed):
+    rng = np.random.default_rng(seed)
+    x, up = rng.normal(0, 3, 9), rng.integers(0, 2, 9)
+    p = 1 / (1 + np.exp(-x))
+    loss = preference.binary_loss(torch.tensor(x), torch.tensor(up))
+    assert loss.item() == pytest.approx(-np.log(np.where(up, p, 1 - p)).mean(), rel=1e-5)
+    assert preference.binary_loss(torch.tensor(-x), torch.tensor(1 - up)).item() == pytest.approx(loss.item())
+
+
+def test_D15_binary_loss_is_stable_and_least_at_the_log_odds():
+    far = torch.tensor([1e4, -1e4], requires_grad=True)
+    loss = preference.binary_loss(far, torch.tensor([1.0, 0.0]))
+    loss.backward()
+    assert loss.item() == 0.0 and far.grad.tolist() == [0.0, 0.0]
+    assert preference.binary_loss(torch.tensor([1e4, -1e4]), torch.tensor([0.0, 1.0])).item() == 1e4
+    x, labels = torch.zeros(4, requires_grad=True), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    preference.binary_loss(x, labels).backward()
+    assert torch.equal(x.grad, (0.5 - labels) / 4)  # (sigmoid(score) - label) / B
+    at = lambda score: preference.binary_loss(torch.full((4,), score), labels).item()
+    assert min(np.linspace(-3, 3, 601), key=at) == pytest.approx(math.log(3), abs=0.01)
+    assert at(0.0) == pytest.approx(math.log(2))
+
+
 # Pairs from ratings
 
 

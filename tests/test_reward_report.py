@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from minirlhf.measure import stats
-from minirlhf.measure.reward_report import print_report, reward_report, sign_accuracy, validation_measure
+from minirlhf.measure.reward_report import (
+    label_measures,
+    print_report,
+    reward_report,
+    sign_accuracy,
+    validation_measure,
+)
 
 
 @dataclass
@@ -24,6 +30,12 @@ class Pair:
     chosen: str
     rejected: str
     share: float
+
+
+@dataclass
+class Thumb:
+    response: str
+    label: bool
 
 
 def rated(raters, n=40, scale=4.0, seed=0):
@@ -141,3 +153,33 @@ def test_measures_on_the_way():
     assert validation_measure("rated", scores, records) == {"val/pearson": pytest.approx(1.0)}
     pairs = [Pair("a", "b", 1.0), Pair("a", "b", 0.5), Pair("a", "b", 0.0)]
     assert validation_measure("preference", [1.0, 1.0, 1.0], pairs) == {"val/accuracy": 0.5}
+
+
+def test_of_thumbs(capsys):
+    test = [Thumb("long text", True), Thumb("text", False), Thumb("a", True), Thumb("bc", True)]
+    found = reward_report("labelled", [2.0, -1.0, 0.0, -3.0], {"test": test}, "all", 1)
+    assert found == {
+        "test": {"n": 4, "accuracy": 2.5 / 4, "auc": 2 / 3},  # right, right, undecided, wrong
+        "baselines": {
+            "always the more frequent thumb": {"accuracy": 0.75, "auc": 0.5},
+            "longer text": {"auc": 1 / 3},
+        },
+    }
+    print_report(found)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].split()[-2:] == ["accuracy", "auc"] and lines[1].split()[-2:] == ["0.625", "0.667"]
+    assert lines[3].split() == ["longer", "text", "0.333"]
+    assert validation_measure("labelled", [1.0, -1.0], test[:2]) == {"val/accuracy": 1.0, "val/auc": 1.0}
+
+
+def test_thumbs_that_all_point_up_have_no_auc():
+    assert label_measures([1.0, -1.0], [True, True]) == {"accuracy": 0.5, "auc": None}
+    assert validation_measure("labelled", [1.0], [Thumb("a", True)]) == {"val/accuracy": 1.0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_auc_is_the_odds_of_the_right_order(seed):
+    rng = np.random.default_rng(seed)
+    scores, labels = rng.integers(-2, 3, 30), rng.integers(0, 2, 30).astype(bool)
+    pairs = [(a > b) + (a == b) / 2 for a in scores[labels] for b in scores[~labels]]
+    assert label_measures(scores, labels)["auc"] == pytest.approx(np.mean(pairs))

@@ -463,13 +463,87 @@ def test_preferences_train_a_reward_model(smoke, run, tmp_path, metrics, no_base
     assert "val/accuracy" in metrics(tmp_path / "rm")[-1]
 
 
+def test_thumbs_train_a_reward_model(smoke, run, tmp_path, metrics, monkeypatch):
+    rated = [(r.response, r.rating > 0) for r in data.load("toy").records[::2]]
+    rows = [{"prompt": f"{i}:", "completion": f" {text}", "label": up} for i, (text, up) in enumerate(rated)]
+    file = jsonl(tmp_path / "thumbs.jsonl", rows)
+    options = ["--data", file, "--init", smoke / "sft", "--epochs", 1, "--out", tmp_path / "rm"]
+    assert run("train_rm", *SMALL, *options) == 0
+    about = checkpoint.load_config(tmp_path / "rm")
+    assert about["normalise"] == {"mode": "scale", "scale": None}
+    assert 0 <= about["results"]["test"]["auc"] <= 1 and {"accuracy", "auc"} < {*about["results"]["test"]}
+    assert {"val/accuracy", "val/auc"} < {*metrics(tmp_path / "rm")[-1]}
+    first = metrics(tmp_path / "rm")[0]["train/loss"]
+    up = sum(up for _, up in rated) / len(rated)
+    entropy = -up * math.log(up) - (1 - up) * math.log(1 - up)
+    assert first == pytest.approx(entropy, abs=0.15)  # it starts at the log-odds of all thumbs
+
+
+def test_names_of_columns_are_recorded_compared_and_read_again(smoke, run, tmp_path, capsys, no_baselines):
+    rows = [
+        {"q": f"{i}:", "a": r.response, "help": r.rating, "other": 0}
+        for i, r in enumerate(data.load("toy").records)
+    ]
+    file = jsonl(tmp_path / "rated.jsonl", rows[:150])
+    options = [*SMALL, "--data", file, "--epochs", 1]
+    named = [
+        "--prompt-field",
+        "q",
+        "--response-field",
+        "a",
+        "--rating-field=help",
+        "--rating-scale",
+        "-4",
+        "4",
+    ]
+    rm = [*options, *named, "--init", smoke / "sft", "--out", tmp_path / "rm"]
+    assert run("train_rm", *rm) == 0
+    settings = checkpoint.load_config(tmp_path / "rm")["training"]
+    assert settings["fields"] == ["prompt=q", "response=a", "rating=help"]
+    assert (
+        settings["rating_scale"] == [-4, 4] == checkpoint.load_config(tmp_path / "rm")["normalise"]["scale"]
+    )
+    assert run("train_rm", *rm) == 0 and "is complete: nothing to do" in capsys.readouterr().out
+    assert run("train_rm", *rm, "--fields", "genre=other") == 2
+    assert "holds a run with another fields" in capsys.readouterr().err
+    ppo = [
+        *SMALL,
+        "--data",
+        file,
+        *named,
+        "--init",
+        smoke / "sft",
+        "--reward-model",
+        smoke / "rm",
+        "--iterations",
+        1,
+    ]
+    assert run("train_ppo", *ppo, "--out", tmp_path / "ppo") == 0
+    options = [
+        "--run",
+        tmp_path,
+        "--sft",
+        smoke / "sft",
+        "--policy",
+        tmp_path / "ppo",
+        "--prompts",
+        5,
+        "--best-of",
+        2,
+    ]
+    assert run("minirlhf.evaluate", *options) == 0
+    dpo = ["--preset", "smoke", "--data", file, *named, "--init", smoke / "sft", "--out", tmp_path / "dpo"]
+    assert run("train_dpo", *dpo) == 2  # ratings of one response to each prompt make no pair
+    assert "no second response to the prompt" in capsys.readouterr().err
+
+
 def seen_targets(monkeypatch) -> list[list[float]]:
     """What train_rm.py learns from: the targets of the items that it encodes (train, val, test)."""
     seen, encode = [], data.encode_judged
 
     def watch(*args):
         items = encode(*args)
-        seen.append([train_rm.target_of(item) for item in items])
+        seen.append([train_rm.judgements.target_of(item) for item in items])
         return items
 
     monkeypatch.setattr(data, "encode_judged", watch)

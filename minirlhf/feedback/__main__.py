@@ -41,8 +41,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     rows = "{prompt?, response_a, response_b, gold?} or {prompt?, response, gold?}"
     add = command("add", f"Store ready-made items: {rows}.")
     add.add_argument(
-        "file", type=Path, help="JSONL file.  gold is the known answer: a, b, tie or bad, or 1 to 5."
+        "file",
+        type=Path,
+        help=".jsonl, .json or .parquet file.  gold is the known answer: a, b, tie or bad, or 1 to 5.",
     )
+    add_fields(add)
 
     serve = command("serve", "Serve the page on which raters judge.")
     add_work(serve)
@@ -118,12 +121,25 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         type=number(Count),
         help="Longest response, in tokens.  Default: the checkpoint's own, or 24.",
     )
+    add_fields(parser)
     add("--data-dir", help="Cache folder of the built-in dataset.  Default: the user's cache.")
     add(
         "--seed",
         type=number(Seed),
         default=1,
         help="Random seed of prompts, samples and a new store (%(default)s).",
+    )
+
+
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """The option that names columns of a file."""
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="Names of columns that are not ours: prompt=question; --prompt-field question is the same.",
     )
 
 
@@ -186,7 +202,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "add":
         from minirlhf.feedback.add import add
 
-        add(args.file, args.store)
+        add(args.file, args.store, args.fields)
     elif args.command in ("serve", "rate"):
         work(args)
     elif args.command == "stats":

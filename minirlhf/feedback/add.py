@@ -1,45 +1,38 @@
 """Ready-made items to judge."""
 
-import json
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minirlhf import UserError
 from minirlhf.feedback.store import CHOICES, SCALE, Store, plain
+from minirlhf.support.shapes import columns_of, names_of, renamed
+from minirlhf.support.sources import raw_rows
 from minirlhf.support.text import one_line
 
 MAX_TEXT = 100_000  # characters
 
 
-def add(file: Path, path: Path) -> None:
-    """Store the rows of a JSONL file, all or none.
+def add(file: Path, path: Path, fields: Sequence[str] = ()) -> None:
+    """Store the rows of a file, all or none; `fields` are the words of --fields.
 
     A row is {prompt?, response_a, response_b, gold?} or {prompt?, response, gold?}.
     """
-    try:
-        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read: {e.strerror}") from None
-    items = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                items.append(item_of(line))
-            except UserError as e:
-                raise UserError(f"{file}:{number}: {e}") from None
+    names, items = names_of(fields), []
+    for number, raw in raw_rows(file, hashlib.sha256(), names, {"gold"}):
+        try:
+            items.append(item_of(renamed(columns_of(raw, plain=False), names)))
+        except UserError as e:
+            raise UserError(f"{file}:{number}: {e}") from None
     if not items:
         raise UserError(f"{file}: no rows")
     store = Store(path, create=True)
     report_added(store, *store.add(items))
 
 
-def item_of(line: bytes) -> dict:
-    """One line -> an item.  Raises UserError('field: reason')."""
-    try:
-        row = json.loads(line.decode())
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"row: not JSON in UTF-8: {e}") from None
-    if not isinstance(row, dict):
-        raise UserError("row: expected an object")
+def item_of(row: dict[str, Any]) -> dict:
+    """A row -> an item.  Raises UserError('field: reason')."""
     pair = "response_a" in row or "response_b" in row
     fields = ["prompt", *(["response_a", "response_b"] if pair else ["response"])]
     if unknown := sorted({*row} - {*fields, "gold"}):

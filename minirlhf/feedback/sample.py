@@ -90,7 +90,7 @@ def sample(args: argparse.Namespace) -> None:
 
 def load_prompts(args: argparse.Namespace, tokenizer: Tokenizer, room: int) -> list[list[int]]:
     """Different prompts in token ids, --limit of them at most, in an order that --seed decides."""
-    source = data.load(args.prompts, data_dir=args.data_dir)
+    source = data.load(args.prompts, data_dir=args.data_dir, fields=args.fields)
     if args.prompts in data.BUILT_IN:  # PPO's own prompts: the test split is for the final numbers
         source = source.select("val", source.genres_among(["movies"]))
     ledger = source.ledger.copy()

@@ -4,7 +4,8 @@
     print_report(found)
 
 `kind` is a dataset's: "rated" records have a response, its mean rating and its ratings; "preference" records
-have chosen, rejected and `share`, the share of the votes for chosen.
+have chosen, rejected and `share`, the share of the votes for chosen; "labelled" records have a response and
+its label, thumbs up or down.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from minirlhf.measure import baselines, stats
 from minirlhf.measure.agreement import human_ceiling
 
-COLUMNS = ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy")
+COLUMNS = ("pearson", "spearman", "pair_accuracy", "pair_accuracy_1", "accuracy", "auc")
 
 
 def reward_report(
@@ -25,13 +26,14 @@ def reward_report(
 ) -> dict[str, Any]:
     """{test, baselines, humans} of a reward model on records["test"].
 
-    predictions  one score per test text, on the raters' own scale; for pairs, chosen's minus rejected's
+    predictions  one score per test text, on the raters' own scale; for pairs, chosen's minus rejected's; for
+                 thumbs the log-odds of thumbs up
     records      {"train", "val", "test"}: the baselines learn from the first two
     part         "all", or the half of the items that the model learnt from: then no baseline learns
     seed         decides which raters human_ceiling draws
 
     A baseline is None where the library it needs is not installed.  `humans` is None where no item has two
-    ratings, and is absent for pairs.  A measure that no pair of test items allows is None.
+    ratings, and is absent for pairs and thumbs.  A measure that no pair of test items allows is None.
     """
     test = records["test"]
     if kind == "preference":
@@ -40,6 +42,18 @@ def reward_report(
         return {
             "test": {"n": len(test), "accuracy": sign_accuracy(predictions, shares)},
             "baselines": {"longer text": {"accuracy": sign_accuracy(longer, shares)}},
+        }
+
+    if kind == "labelled":
+        labels = [record.label for record in test]
+        up = sum(labels) / len(labels)
+        longer = baselines.longer_text([record.response for record in test])
+        return {
+            "test": {"n": len(test), **label_measures(predictions, labels)},
+            "baselines": {
+                "always the more frequent thumb": {"accuracy": max(up, 1 - up), "auc": 0.5},
+                "longer text": {"auc": label_measures(longer, labels)["auc"]},
+            },
         }
 
     truth, texts = [record.rating for record in test], [record.response for record in test]
@@ -64,7 +78,11 @@ def reward_report(
 
 
 def validation_measure(kind: str, predictions: Sequence[float], records: list) -> dict[str, float]:
-    """One number to follow training by: val/pearson, or val/accuracy of pairs ({} if all votes are tied)."""
+    """What to follow training by: val/pearson; val/accuracy of pairs ({} if all votes are tied); val/accuracy
+    and val/auc of thumbs (no AUC where all are up, or all down)."""
+    if kind == "labelled":
+        measures = label_measures(predictions, [record.label for record in records])
+        return {f"val/{name}": value for name, value in measures.items() if value is not None}
     if kind == "rated":
         return {"val/pearson": stats.pearson(predictions, [record.rating for record in records])}
     accuracy = sign_accuracy(predictions, [record.share for record in records])
@@ -79,6 +97,16 @@ def rating_measures(scores: Sequence[float], truth: Sequence[float]) -> dict[str
         "pair_accuracy": stats.pair_accuracy(scores, truth),
         "pair_accuracy_1": stats.pair_accuracy(scores, truth, min_gap=1.0),
     }
+
+
+def label_measures(scores: Sequence[float], labels: Sequence[bool]) -> dict[str, float | None]:
+    """Of log-odds: how often their sign agrees with the thumb, 0 counting a half; and the AUC.
+
+    The AUC is the odds that a text with thumbs up scores higher than one with thumbs down, the accuracy over
+    all pairs of different labels; None where there is no such pair.
+    """
+    signs = np.sign(np.asarray(scores, dtype=float)) * np.where(labels, 1, -1)
+    return {"accuracy": float((signs + 1).mean() / 2), "auc": stats.pair_accuracy(scores, labels)}
 
 
 def sign_accuracy(margins: Sequence[float], shares: Sequence[float]) -> float | None:

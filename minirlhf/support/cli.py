@@ -105,6 +105,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else list(args)
+        args = spell_fields(args) if "--fields" in self._option_string_actions else args
         for before, word in zip(["", *args], args, strict=False):
             if not word or word.partition("=")[1:] == ("=", "") and word.startswith("--"):
                 raise UserError(f"{word.strip('=') or before or 'the first argument'}: {EMPTY}")
@@ -204,6 +205,7 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
     range."""
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [word for a in argv for word in (a.split("=", 1) if a.startswith("--") else [a])]
+    argv = spell_fields(argv)
     chosen = [b for a, b in zip(argv, [*argv[1:], ""], strict=False) if a == "--preset"][-1:] or ["demo"]
     if chosen[0] not in presets:
         raise UserError(f"--preset must be one of {', '.join(presets)}, not {_shown(chosen[0])}")
@@ -256,6 +258,22 @@ def join_repeated(argv: list[str], option: str) -> list[str]:
         taking = word == option if word.startswith("--") else taking
         (values if taking else rest).append(word)
     return rest + values[:1] + [v for v in values if v != option]
+
+
+def spell_fields(argv: list[str]) -> list[str]:
+    """--rating-field helpfulness  ->  --fields rating=helpfulness"""
+    found, words = [], iter(argv)
+    for word in words:
+        option, _, value = word.partition("=")
+        ours = re.fullmatch(r"--(\w+(?:[-_]\w+)*)[-_]field", option)
+        if ours is None:
+            found.append(word)
+            continue
+        value = value or next(words, "")
+        if not value or value.startswith("--"):
+            raise UserError(f"{option} needs a value: the name of a column")
+        found += ["--fields", f"{ours[1].replace('-', '_')}={value}"]
+    return found
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Lines to rows: what the keys of a row say that it is.
+"""Rows to records: what the keys of a row say that it is.
 
     kind         keys of a row
     text         {text, genre?}, or each line of a .txt file
@@ -12,14 +12,16 @@
 object {rater: "a", "b" or "tie"}.  In a list the places are people: the first entry of every row is from one
 rater.  A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF.
 A column whose value is null counts as absent.
+
+Other people's rows (ShareGPT's conversations, Alpaca's instructions, UltraFeedback's completions, columns
+with other names) become these first: see shapes.py.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from minirlhf import UserError
@@ -31,9 +33,12 @@ TURN = "\n\nAssistant:"  # ends a transcript's prompt; the completion keeps its 
 VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each vote is worth to the first text
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Columns that hold content in one format or another.  Where a row has one that is not read, a remark says so.
-CONTENT = {"answer", "chosen", "completion", "content", "input", "instruction", "label", "messages", "output"}
-CONTENT |= {"prompt", "question", "rating", "ratings", "rejected", "response", "response_a", "response_b"}
-CONTENT |= {"summary", "target", "text", "votes"}
+CONTENT = {"answer", "chosen", "completion", "completions", "content", "context", "conversation", "history"}
+CONTENT |= {"conversations", "input", "instruction", "label", "messages", "output", "prompt", "question"}
+CONTENT |= {"rating", "ratings", "rejected", "response", "response_a", "response_b", "summary", "system"}
+CONTENT |= {"target", "text", "votes"}
+SCORES = ("score_chosen", "score_rejected")
+COLUMNS = CONTENT | {"genre", "scale", "tools", "documents", *SCORES}  # all that is ever read
 
 
 def check(ok: object, message: str) -> None:
@@ -51,17 +56,22 @@ def transcript(messages: Sequence[dict], answer: bool) -> str:
 
 
 class Row:
-    """The columns of a row that are not null.  It remembers which of them were read."""
+    """The columns of a row that are not null.  It remembers which of them were read.
 
-    def __init__(self, line: bytes, plain: bool):
-        try:
-            columns = {"text": line.decode()} if plain else json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            form = "UTF-8" if isinstance(error, UnicodeError) else "JSON"
-            raise UserError(f"row: not {form}: {error}") from None
-        if not isinstance(columns, dict):
-            raise UserError(f"row: expected an object, got {columns!r:.40}")
+    `origin` says which columns of the file a column was made of, where that is not the one of its name.
+    `hidden` are columns that others were named in place of; `remarks` is what is to be said of the row.
+    """
+
+    def __init__(
+        self,
+        columns: dict[str, Any],
+        origin: dict[str, tuple[str, ...]] | None = None,
+        hidden: Collection[str] = (),
+        remarks: Sequence[str] = (),
+    ):
         self.columns = {key: value for key, value in columns.items() if value is not None}
+        self.nulls = columns.keys() - self.columns.keys()
+        self.origin, self.hidden, self.remarks = origin or {}, hidden, remarks
         self.read: set[str] = set()
 
     def __contains__(self, field: str) -> bool:
@@ -100,8 +110,25 @@ class Row:
         return tuple(given), [*given.values()]
 
     def unused(self) -> list[str]:
-        """Columns that look like content and were not read."""
-        return sorted(CONTENT & set(self.columns) - self.read)
+        """Columns of the file that look like content, hold something and were not read."""
+        left = CONTENT & self.columns.keys() - self.read
+        left = {field for field in left if self.columns[field] not in ("", [])}
+        names = {name for field in left for name in self.origin.get(field, (field,))}
+        return sorted(names | CONTENT & {*self.hidden})
+
+    def used(self) -> tuple[str, ...]:
+        """The columns that were read, as the file names them: ("helpfulness as rating", "text")."""
+        there = sorted(self.read & self.columns.keys())
+        return tuple(self._name(field) for field in there if self.origin.get(field) != ())
+
+    def _name(self, field: str) -> str:
+        names = " + ".join(self.origin.get(field, (field,)))
+        return names if names == field else f"{names} as {field}"
+
+    def in_the_files_words(self, message: str) -> str:
+        """ "field: reason" with the file's name of the column."""
+        field, colon, reason = message.partition(":")
+        return f"{self._name(field)}{colon}{reason}"
 
 
 def _is_message(entry: object) -> bool:
@@ -118,15 +145,14 @@ def _are_numbers(values: object) -> bool:
     return isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e9 for v in values)
 
 
-def parse(line: bytes, plain: bool, scale: Scale | None = None) -> tuple[str, Fields, list[str]]:
-    """(kind, fields of the record, remarks about what is not used) of one line.
+def parse(row: Row, scale: Scale | None = None) -> tuple[str, Fields, list[str]]:
+    """(kind, fields of the record, remarks about what is not used) of a row.
 
-    `plain`: the line is of a .txt file.  `scale` is that of ratings which record none.  Raises
-    UserError("field: reason").
+    `scale` is that of ratings which record none.  Raises UserError("field: reason").
     """
-    row, remarks = Row(line, plain), []
+    remarks = [*row.remarks]
     if "chosen" in row or "rejected" in row:
-        kind, fields = "preference", _pair(row)
+        kind, fields = "preference", _pair(row) | _tie(row, remarks)
     elif "votes" in row or "response_a" in row:
         kind, fields = "preference", _votes(row)
     elif "rating" in row or "ratings" in row:
@@ -140,7 +166,8 @@ def parse(line: bytes, plain: bool, scale: Scale | None = None) -> tuple[str, Fi
         kind, fields = "text", {"prompt": "", "response": text, "genre": genre}
     else:
         keys = f"{sorted(row.columns)}"
-        check("prompt" in row, f"keys: {keys:.200} match no format: see python -m minirlhf.data --help")
+        remedy = "see python -m minirlhf.data --help, or name columns with --fields OURS=THEIRS"
+        check("prompt" in row, f"keys: {keys:.200} match no format: {remedy}")
         kind, fields = "prompt", {"prompt": row.text("prompt"), "response": ""}
     return kind, fields, remarks + [f"column `{field}` is not used" for field in row.unused()]
 
@@ -155,6 +182,16 @@ def _pair(row: Row) -> Fields:
     cut = os.path.commonprefix([chosen, rejected]).rfind(TURN) + len(TURN)
     check(cut >= len(TURN), f"prompt: missing, and chosen and rejected share no {TURN!r} to split at")
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+def _tie(row: Row, remarks: list[str]) -> Fields:
+    """{share: 0.5} where both texts have the same score: such a pair prefers neither."""
+    if not all(field in row and _are_numbers([row.columns[field]]) for field in SCORES):
+        return {}
+    chosen, rejected = (row[field] for field in SCORES)
+    if chosen < rejected:
+        remarks.append("the chosen text has the lower score, and counts as chosen all the same")
+    return {"share": 0.5} if chosen == rejected else {}
 
 
 def _votes(row: Row) -> Fields:

@@ -14,6 +14,12 @@ from minirlhf.feedback import raters
 from minirlhf.support.ragged import send
 from minirlhf.tokenizer import Tokenizer
 
+LOSSES = {  # by the kind of a dataset's rows: what they hold, and how it may be learnt; the first is auto
+    "rated": ("ratings", ("regression", "pairwise", "both")),
+    "preference": ("choices", ("pairwise",)),
+    "labelled": ("thumbs", ("binary",)),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Judgements:
@@ -61,13 +67,19 @@ def load_judgements(
 
 def choose_loss(config: Any, source: data.Dataset) -> tuple[str, str]:
     """(loss, normalisation of the scores) for this kind of judgements, 'auto' resolved."""
-    if source.kind not in ("rated", "preference"):
-        want = "want preferences, or ratings (a thumb is a rating of 1 or 0 with `scale` [0, 1])"
+    if source.kind not in LOSSES:
+        want = (
+            "want ratings, choices or thumbs; --rating-field and --label-field name a column of another name"
+        )
         raise UserError(f"{source.name}: {source.kind} rows hold no judgement to learn: {want}")
-    rated = source.kind == "rated"
-    loss = config.loss if config.loss != "auto" else "regression" if rated else "pairwise"
-    if not rated and loss != "pairwise":
-        raise UserError(f"--loss {loss} needs ratings, but {source.name} holds choices: use --loss pairwise")
+    (judgements, losses), rated = LOSSES[source.kind], source.kind == "rated"
+    loss = config.loss if config.loss != "auto" else losses[0]
+    if loss not in losses:
+        needs = " or ".join(what for what, of_them in LOSSES.values() if loss in of_them)
+        remedy = f"use --loss {losses[0]}"
+        raise UserError(f"--loss {loss} needs {needs}, but {source.name} holds {judgements}: {remedy}")
+    if source.kind == "labelled" and config.raters != "mean":
+        raise UserError(f"--raters {config.raters} weighs several raters, and a text has one thumb: drop it")
     if rated and loss != "regression" and config.microbatch:
         raise UserError(
             "--microbatch splits a batch, of which --loss pairwise and both make pairs: drop one of them"
@@ -82,8 +94,20 @@ def lower(record: data.Response | data.Preference) -> data.Response | data.Prefe
 
 
 def target_of(item: data.Judged) -> float:
-    """What the model learns of an item: the mean rating, or the share of the votes for the first text."""
-    return item.record.share if isinstance(item.record, data.Preference) else item.record.rating
+    """What the model learns of an item: the mean rating, the share of the votes for the first text, or 1 for
+    thumbs up and 0 for thumbs down."""
+    record = item.record
+    if isinstance(record, data.Preference):
+        return record.share
+    return record.rating if record.label is None else float(record.label)
+
+
+def first_score(kind: str, items: list[data.Judged]) -> float | None:
+    """The score that says the average of all ratings or thumbs, where a model starts; None for choices."""
+    if kind == "preference":
+        return None
+    mean = float(np.mean([target_of(item) for item in items]))
+    return mean if kind == "rated" else float(np.log((mean * len(items) + 1) / ((1 - mean) * len(items) + 1)))
 
 
 def rating_pairs_loss(

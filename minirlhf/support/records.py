@@ -16,6 +16,7 @@ class Response:
     label: bool | None = None  # thumbs up or down
     raters: tuple[str, ...] = ()  # who gave `ratings`; left out: their places in it are people
     where: str = field(default="", compare=False, repr=False)  # file:line
+    columns: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the row, that it is made of
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -33,6 +34,7 @@ class Preference:
     votes: tuple[float, ...] = ()  # each rater's: 1 for `chosen`, 0 for `rejected`, .5 a tie; (): unknown
     raters: tuple[str, ...] = ()  # who gave `votes`; left out: their places in it are people
     where: str = field(default="", compare=False, repr=False)  # file:line
+    columns: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the row, that it is made of
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from minirlhf import UserError
-from minirlhf.support.cli import Above0, Count, Seed, check_ranges
+from minirlhf.support.cli import Above0, Count, Real, Seed, check_ranges
+from minirlhf.support.shapes import names_of
 from minirlhf.support.track import Track
 
 
@@ -18,10 +19,16 @@ class RunConfig:
     out: Path = Path("runs/demo/stage")
     """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""
     data: str = "vader"
-    """Source of the texts: vader (built in), toy (generated), or a file or folder (.jsonl, .jsonl.gz,
+    """Source of the texts: vader (built in), toy (generated), or a file or folder (.jsonl, .json, .parquet,
     .txt)."""
     data_dir: Path | None = None
     """Cache folder of the built-in dataset.  Default: the user's cache."""
+    fields: tuple[str, ...] = ()
+    """Names of the columns, where they are not ours, as OURS=THEIRS: rating=helpfulness chosen=answer_a.
+    --rating-field helpfulness, --chosen-field answer_a and so on say the same."""
+    rating_scale: tuple[Real, ...] = ()
+    """Lowest and highest rating possible, of data whose rows have no `scale`.  Default: the first usual scale
+    that holds all ratings."""
     skip_bad: bool = False
     """Skip and count malformed rows instead of stopping at the first."""
     too_long: Literal["error", "drop", "cut"] = "drop"
@@ -53,5 +60,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)  # first: the checks of a script divide by its numbers
+        if len(self.rating_scale) not in (0, 2) or sorted(set(self.rating_scale)) != [*self.rating_scale]:
+            raise UserError("--rating-scale takes the lowest and the highest rating, such as 0 4")
+        names_of(self.fields)
+        if (self.fields or self.rating_scale) and self.data in ("vader", "toy"):
+            raise UserError(f"--fields and --rating-scale are for files: {self.data} needs neither")
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")

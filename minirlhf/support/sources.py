@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import importlib
@@ -10,18 +11,22 @@ import os
 import stat
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from minirlhf import UserError
-from minirlhf.support.formats import Fields, Scale, check, parse
+from minirlhf.support.formats import COLUMNS, Fields, Row, Scale, check, parse
 from minirlhf.support.ledger import account
+from minirlhf.support.shapes import JUDGED, Drop, Names, columns_of, names_of, rows_of
+from minirlhf.support.tables import Rows, json_rows, parquet_rows
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".txt")
-USUAL_SCALES = ((1, 5), (0, 4), (-4, 4))
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".txt")
+KINDS = ".jsonl, .jsonl.gz, .json, .json.gz, .parquet or .txt"
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of Hugging Face
+USUAL_SCALES = ((1, 5), (0, 4), (-4, 4), (1, 10), (0, 10))
 MAX_MESSAGES = 100  # about skipped rows
 BLOCK = 1 << 20  # bytes per read
 # A small .gz file can hold terabytes.  Text shrinks 3 to 20 times; what grows 200 times and more is refused.
@@ -34,15 +39,16 @@ def shown(path: object) -> str:
 
 
 def read(
-    path: str | Path, skip_bad: bool = False, scale: Scale | None = None
+    path: str | Path, skip_bad: bool = False, scale: Scale | None = None, fields: Sequence[str] = ()
 ) -> tuple[list[Fields], dict[str, Any]]:
     """(the rows of a source, what else a Dataset holds): all rows are of one kind and on one scale.
 
-    `scale` is that of ratings which record none.  Raises UserError('file:line: field: reason') for a bad row,
-    unless `skip_bad` counts it and goes on, and where no row is left.
+    `scale` is that of ratings which record none; `fields` are the words of --fields.  Raises
+    UserError('file:line: field: reason') for a bad row, unless `skip_bad` counts it and goes on, and where no
+    row is left.  In a .json or .parquet file the number is that of the row.
     """
     check(str(path), "the source of the data has an empty name: name a file, a folder, vader or toy")
-    name = shown(path)
+    name, names, scale = shown(path), names_of(fields), tuple(scale) if scale else None
     if str(path).startswith("hub:"):
         files, recorded = importlib.import_module("minirlhf.interop.hub").dataset_files(str(path))
         others = []
@@ -51,15 +57,20 @@ def read(
         recorded = [*map(str, files)]
     rows, skipped, first = [], [], None
     ledger, remarks, digest = Counter(), Counter(), hashlib.sha256()
+    sets_of_columns: dict[tuple, tuple] = {}  # each once, however many rows it is from
     for file in files:
-        plain, file_name = file.name.endswith(".txt"), shown(file)
-        for number, line in lines_of(file, digest):
+        for where, row in _rows_in(file, digest, names, scale):
             ledger["rows"] += 1
-            where = f"{file_name}:{number}"
             try:
-                kind, fields, unused = parse(line, plain, scale)
-                first = first or (kind, fields.get("scale"))
-                _check_same(kind, fields.get("scale"), *first)
+                if isinstance(row, UserError):
+                    raise row
+                if isinstance(row, Drop):
+                    ledger[str(row)] += 1
+                    continue
+                kind, record, unused = _parsed(row, scale)
+                first = first or (kind, record.get("scale"))
+                if (kind, record.get("scale")) != first:
+                    _refuse_other(row, kind, record.get("scale"), *first)
             except (UserError, RecursionError) as error:  # RecursionError: from showing a deeply nested value
                 if not skip_bad:
                     raise UserError(f"{where}: {error}") from None
@@ -68,10 +79,12 @@ def read(
                     skipped.append(f"{where}: {error}")
                 continue
             remarks.update(unused)
-            if reason := _teaches_nothing(fields):
+            if reason := _teaches_nothing(record):
                 ledger[f"dropped: {reason}"] += 1
             else:
-                rows.append(fields | {"where": where})
+                used = row.used()
+                columns = sets_of_columns.setdefault(used, used)
+                rows.append(record | {"where": where, "columns": columns})
     if not rows:
         raise UserError("; ".join([f"{name}: no usable row: {account(ledger)}", *skipped[:1]]))
     kind, scale = first
@@ -87,6 +100,56 @@ def read(
     return rows, about | {"ledger": ledger, "skipped": skipped, "note": note, "remarks": notes}
 
 
+def _rows_in(
+    file: Path, digest: Any, names: Names, scale: Scale | None
+) -> Iterator[tuple[str, Row | UserError | Drop]]:
+    """("file:number", a row or what is wrong with it) of all rows of a file, under our names."""
+    name, plain = shown(file), file.name.endswith(".txt")
+    for number, raw in raw_rows(file, digest, names):
+        try:
+            rows = rows_of(columns_of(raw, plain), names, scale)
+        except (UserError, RecursionError) as error:
+            rows = [error if isinstance(error, UserError) else UserError("row: nested too deeply")]
+        for row in rows:
+            yield f"{name}:{number}", row
+
+
+def raw_rows(file: Path, digest: Any, names: Names, more: Collection[str] = ()) -> Rows:
+    """(number, row as the file holds it) of a file of any kind; `digest` is updated with its bytes.
+
+    Of a Parquet file the columns are read that formats know, and those that `names` or `more` name.
+    """
+    theirs = {*more, *names.values(), *(name.split(".")[0] for name in names.values())}
+    if file.name.endswith((".json", ".json.gz")):
+        with opened(file) as raw:
+            yield from json_rows(shown(file), _blocks(file, raw, digest), COLUMNS | theirs)
+    elif file.name.endswith(".parquet"):
+        check(file.is_file(), f"{shown(file)}: a Parquet file cannot be read from a pipe: save it first")
+        with opened(file) as raw:
+            size = sum(map(len, _blocks(file, raw, digest)))
+        yield from parquet_rows(file, shown(file), theirs, max(FREE_BYTES, MAX_RATIO * size))
+    else:
+        yield from lines_of(file, digest)
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[BufferedReader]:
+    """A file's bytes; a file that cannot be read is a UserError."""
+    try:
+        with open(file, "rb") as raw:
+            yield raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{shown(file)}: cannot be read: {_reason(error)}") from None
+
+
+def _parsed(row: Row, scale: Scale | None) -> tuple[str, Fields, list[str]]:
+    """What parse() says of a row; an error names the columns as the file does."""
+    try:
+        return parse(row, scale)
+    except UserError as error:
+        raise UserError(row.in_the_files_words(str(error))) from None
+
+
 def _teaches_nothing(fields: Fields) -> str | None:
     """Why a row teaches nothing; None if it does teach something."""
     if "chosen" in fields:  # identical pairs: [D15]
@@ -94,8 +157,12 @@ def _teaches_nothing(fields: Fields) -> str | None:
     return None if (fields["prompt"] + fields["response"]).strip() else "empty texts"
 
 
-def _check_same(kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None) -> None:
-    check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source")
+def _refuse_other(
+    row: Row, kind: str, scale: Scale | None, first_kind: str, first_scale: Scale | None
+) -> None:
+    nulls = [field for field in JUDGED if field in row.nulls]
+    hint = f" ({nulls[0]} is null here: --fields {nulls[0]}={nulls[0]} drops such rows)" if nulls else ""
+    check(kind == first_kind, f"keys: a {kind} row after {first_kind} rows: keep one kind in a source{hint}")
     check(scale == first_scale, f"scale: {scale} after rows with {first_scale}: keep one scale in a source")
 
 
@@ -129,7 +196,8 @@ def files_of(path: Path) -> tuple[list[Path], list[str]]:
     if stat.S_ISDIR(mode):
         inside = [p for p in inside if not p.name.startswith(".")]
         files = [p for p in inside if p.name.endswith(SUFFIXES) and not p.is_dir()]
-        check(files, f"{shown(path)}: the folder holds no {', '.join(SUFFIXES)} file")
+        files = [p for p in files if p.name not in METADATA]
+        check(files, f"{shown(path)}: the folder holds no {KINDS} file")
         return files, [shown(p.name) for p in inside if p not in set(files)]
     device = stat.S_ISCHR(mode) or stat.S_ISBLK(mode)
     check(not device, f"{shown(path)}: a terminal or a device holds no rows: pipe them in, or name a file")
@@ -137,7 +205,7 @@ def files_of(path: Path) -> tuple[list[Path], list[str]]:
     known = (
         not stat.S_ISREG(mode) or str(path).startswith(("/dev/", "/proc/")) or path.name.endswith(SUFFIXES)
     )
-    check(known, f"{shown(path)}: expected {', '.join(SUFFIXES)}, or a folder of them")
+    check(known, f"{shown(path)}: expected {KINDS}, or a folder of them")
     return [path], []
 
 
@@ -147,25 +215,22 @@ def lines_of(file: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
     Raises UserError for a file that cannot be read, or that decompresses to more than a text would.
     """
     number, parts = 1, []  # of the line under way: its number, and what earlier blocks hold of it
-    try:
-        with open(file, "rb") as raw:
-            for block in chain(_blocks(file, raw, digest), [b"\n"]):
-                if block.isspace() and not parts:
-                    whole, rest = [], block.rpartition(b"\n")[2]
-                    number += block.count(b"\n")
-                else:
-                    *whole, rest = block.split(b"\n")
-                if whole:
-                    whole[0], parts = b"".join([*parts, whole[0]]), []
-                for line in whole:
-                    if number == 1:
-                        line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
-                    if line and not line.isspace():
-                        yield number, line.rstrip(b"\r")
-                    number += 1
-                parts += [rest] if rest else []
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{shown(file)}: cannot be read: {_reason(error)}") from None
+    with opened(file) as raw:
+        for block in chain(_blocks(file, raw, digest), [b"\n"]):
+            if block.isspace() and not parts:
+                whole, rest = [], block.rpartition(b"\n")[2]
+                number += block.count(b"\n")
+            else:
+                *whole, rest = block.split(b"\n")
+            if whole:
+                whole[0], parts = b"".join([*parts, whole[0]]), []
+            for line in whole:
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
+                if line and not line.isspace():
+                    yield number, line.rstrip(b"\r")
+                number += 1
+            parts += [rest] if rest else []
 
 
 def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:

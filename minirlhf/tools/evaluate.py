@@ -37,6 +37,7 @@ from minirlhf.tokenizer import Tokenizer
 CHUNK = 128  # texts written or read at a time
 SAMPLING = {"response_tokens": Count, "temperature": AtLeast0, "stop": bool}  # settings that are read back
 SETTINGS = SAMPLING | {"data": str, "skip_bad": bool, "genre": str, "prompt_tokens": Count, "seed": Seed}
+SETTINGS |= {"fields": list, "rating_scale": list}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,16 +257,16 @@ def evaluate(config: Config) -> dict[str, Any]:
     )
     sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
     about, tokenizer = checkpoint.load_config(policy_dir), Tokenizer.load(policy_dir)
-    settings = settings_of(about, policy_dir, SETTINGS, stop=True)
+    settings = settings_of(about, policy_dir, SETTINGS, stop=True, fields=[], rating_scale=[])
     sampling = sampling_of(settings, tokenizer)
     device = hardware.setup_machine().device
     scorers = load_scorers(config, about, tokenizer, device)
     sft, policy = (checkpoint.load_gpt(folder).to(device).eval() for folder in (sft_dir, policy_dir))
 
     cache = settings.get("data_dir")
-    source = data.load(
-        settings["data"], settings["skip_bad"], data_dir=cache if isinstance(cache, str) else None
-    )
+    cache = cache if isinstance(cache, str) else None
+    scale, fields = settings["rating_scale"], settings["fields"]
+    source = data.load(settings["data"], settings["skip_bad"], scale, cache, fields)
     part = source.select(config.split, source.genres_among([settings["genre"]]))
     room = min(sft.config.context, policy.config.context) - sampling.max_new
     too_long = "cut" if settings.get("too_long") == "cut" else "drop"

@@ -50,6 +50,7 @@ NUMBERS = {  # name: (label, format); the first that a stage has is its key numb
     "pair_accuracy": ("pairs right", ".1%"),
     "pair_accuracy_1": ("pairs a point apart", ".1%"),
     "accuracy": ("choices right", ".1%"),
+    "auc": ("area under the ROC curve", ".3f"),
     "judge_win_rate": ("judge: wins over SFT", ".1%"),
     "score_win_rate": ("reward model: wins over SFT", ".1%"),
     "lexicon_win_rate": ("lexicon: wins over SFT", ".1%"),
