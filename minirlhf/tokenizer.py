@@ -23,6 +23,7 @@ from minirlhf import UserError
 from minirlhf.support import bpe, vocabulary
 from minirlhf.support.bpe import BYTES
 from minirlhf.support.files import write_atomically
+from minirlhf.support.layout import Layout
 from minirlhf.support.text import escaped, utf8
 
 # GPT-2's split as tiktoken writes it today: the original's words, with possessive quantifiers for speed.
@@ -50,7 +51,8 @@ class Tokenizer:
         hf: dict | None = None,
         added: dict[str, bool] | None = None,
     ):
-        """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what only an export needs.
+        """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what came with the model: its
+        chat template, `ends` (other ids that end a response beside eot), what only an export needs.
         added: those of `specials` that are recognised in texts too -> whether only after normalising.
         Raises ValueError for ids, names or a pattern that make no tokenizer."""
         self.ranks, self.pattern, self.normalize, n = ranks, pattern, normalize, len(ranks)
@@ -65,7 +67,10 @@ class Tokenizer:
         ids = [*ranks.values(), *self.specials.values()]
         self.vocab_size = max(ids) + 1 if vocab_size is None else vocab_size
         vocabulary.check(self, ids)
-        self._tokens, self._silent = {*ids}, {self.pad, self.eot, self.bos}
+        self.ends = tuple(dict.fromkeys([self.eot, *self.hf.get("ends", ())]))
+        self.layout = Layout()
+        silent = {self.pad, self.bos, *self.ends} & {*self.specials.values()}
+        self._tokens, self._silent = {*ids}, silent
         self._early = {name: self.specials[name] for name, after in self.added.items() if not after}
         self._late = {self._normal(name): self.specials[name] for name, after in self.added.items() if after}
 

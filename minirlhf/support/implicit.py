@@ -52,7 +52,7 @@ def load(path: str | Path) -> tuple[ImplicitReward, Tokenizer]:
     if not numbers or loss not in ("dpo", "ipo"):
         raise UserError(f"{path}/config.json: training: beta, temperature or loss is missing or damaged")
     models = (checkpoint.load_gpt(place, dropout=0.0).eval() for place in (folder, reference_of(folder)))
-    sampling = Sampling(1, float(temperature), tokenizer.eot, tokenizer.pad)
+    sampling = Sampling(1, float(temperature), tokenizer.ends, tokenizer.pad)
     return ImplicitReward(*models, float(beta), loss, sampling), tokenizer
 
 

@@ -12,17 +12,18 @@ import argparse
 import contextlib
 import math
 import sys
+import typing
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
-from minirlhf import UserError
+from minirlhf import UserError, checkpoint
 from minirlhf.data import (
     Record,
     Response,
     account,
     as_example,
-    encode_example,
     encode_examples,
     load,
     split_of,
@@ -30,6 +31,9 @@ from minirlhf.data import (
 from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.support import formats
 from minirlhf.support.cli import Count, CountOr0, Parser, number, run_script
+from minirlhf.support.context import fit
+from minirlhf.support.conversation import Conversation
+from minirlhf.support.layout import TEMPLATE, Learn, layout_of
 from minirlhf.support.sources import shown
 from minirlhf.tokenizer import Tokenizer
 
@@ -66,10 +70,11 @@ def rating_lines(records: list[Response], genre: str) -> list[str]:
 def length_lines(records: list[Record], tokenizer: Tokenizer) -> list[str]:
     """How many tokens the texts have as SFT sees them, with <bos> and <eot>, and their prompts alone."""
     wholes, prompts = [], []
-    for prompt, completion in map(as_example, records):
-        ids, mask = encode_example(tokenizer, prompt, completion, sys.maxsize)
-        wholes.append(len(ids))
-        prompts += [mask.index(True)] if prompt else []
+    for record in records:
+        prompt, completion = as_example(record)
+        fitted = fit(tokenizer, prompt, [completion], sys.maxsize, "error", record.where)
+        wholes.append(len(fitted.sequences[0]))
+        prompts += [fitted.n_prompt] if prompt else []
     lines = []
     for name, lengths in {"texts": wholes, "their prompts": prompts}.items():
         if lengths:
@@ -80,16 +85,31 @@ def length_lines(records: list[Record], tokenizer: Tokenizer) -> list[str]:
     return lines
 
 
-def example(record: Record, tokenizer: Tokenizer | None) -> str:
+def example(record: Record, tokenizer: Tokenizer | None, learn: Learn) -> str:
     """A record as SFT sees it: its split, and what is learnt between [[ and ]]."""
     prompt, completion = as_example(record)
-    pieces, joint = [prompt, "[[", completion, "<eot>"], ""
-    if tokenizer:
-        ids, mask = encode_example(tokenizer, prompt, completion, sys.maxsize)
+    split = f"{split_of(prompt, completion):6s}"
+    if tokenizer is None:
+        return split + "".join(map(shown, [prompt, "[[", completion, "<eot>]]"]))
+    fitted = fit(tokenizer, prompt, [completion], sys.maxsize, "error", record.where, learn=learn)
+    ids, mask = fitted.sequences[0], fitted.loss_mask
+    if layout_of(tokenizer).name == TEMPLATE and isinstance(prompt, Conversation):
+        names = {i: name for name, i in tokenizer.specials.items()}
+    else:
         names = {tokenizer.bos: "<bos>", tokenizer.eot: "<eot>"}
-        pieces, joint = [names.get(i) or tokenizer.decode([i]) for i in ids], "|"
-        pieces.insert(mask.index(True), "[[")
-    return f"{split_of(prompt, completion):6s}" + joint.join(map(shown, pieces)) + "]]"
+    pieces = [shown(names.get(i) or tokenizer.decode([i])) for i in ids]
+    for i, learnt in enumerate(mask):
+        if learnt and mask[i - 1 : i] != [True]:
+            pieces[i] = "[[|" + pieces[i]
+        if learnt and mask[i + 1 : i + 2] != [True]:
+            pieces[i] += "]]"
+    return split + "|".join(pieces)
+
+
+def load_tokenizer(source: str) -> Tokenizer:
+    """That of a checkpoint, with its layout, or any other."""
+    here = Path(source, "config.json").is_file() or Path(source, "latest").is_dir()
+    return checkpoint.tokenizer_of(source) if here else Tokenizer.load(source)
 
 
 def main() -> None:
@@ -111,6 +131,12 @@ def main() -> None:
         type=number(Count),
         help="count what SFT would cut or drop in a context of so many tokens",
     )
+    parser.add_argument(
+        "--learn",
+        choices=typing.get_args(Learn),
+        default="auto",
+        help="which of the assistant's turns count as learnt, as in train_sft.py (default: auto)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count malformed rows and go on")
     parser.add_argument(
         "--data-dir", help="folder that keeps the built-in dataset (default: the user's cache)"
@@ -120,7 +146,7 @@ def main() -> None:
     if args.context and not args.tokenizer:
         raise UserError("--context counts tokens: name a --tokenizer")
 
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     data = load(args.source, args.skip_bad, data_dir=args.data_dir)
     print(data.describe())
     print("account:", account(data.ledger))
@@ -131,13 +157,13 @@ def main() -> None:
     if args.context:
         ledger = data.ledger.copy()
         with contextlib.suppress(UserError):  # nothing to learn: the ledger says why
-            encode_examples(tokenizer, data.records, args.context, ledger=ledger)
+            encode_examples(tokenizer, data.records, args.context, ledger=ledger, learn=args.learn)
         print(f"SFT at {args.context} tokens:", account(ledger))
     for genre in sorted({r.genre for r in data.records}) if data.kind == "rated" else []:
         print("\n".join(rating_lines(data.select(genres=[genre]).records, genre)))
     print("\nexamples, what is learnt between [[ and ]]:")
     for record in data.records[: args.n]:
-        print(example(record, tokenizer))
+        print(example(record, tokenizer, args.learn))
 
 
 if __name__ == "__main__":
