@@ -51,8 +51,8 @@ class Tokenizer:
         hf: dict | None = None,
         added: dict[str, bool] | None = None,
     ):
-        """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what came with the model: its
-        chat template, `ends` (other ids that end a response beside eot), what only an export needs.
+        """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what came with the model:
+        its chat template, `ends` (ids that end a response, beside eot), and what only an export needs.
         added: those of `specials` that are recognised in texts too -> whether only after normalising.
         Raises ValueError for ids, names or a pattern that make no tokenizer."""
         self.ranks, self.pattern, self.normalize, n = ranks, pattern, normalize, len(ranks)

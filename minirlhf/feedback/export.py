@@ -6,8 +6,8 @@
     events.jsonl       everything that was done, with its item: skips, undone votes, notes, gold, repeats
 
 A prompt that a checkpoint laid out by its chat template comes as {role, content} messages, and so do the
-responses to it.  The first three hold each rater's current vote on each item, without gold items and repeats, which measure
-raters.  "Both bad" prefers neither text: there it is a tie.
+responses to it.  The first three hold each rater's current vote on each item, without gold items and repeats,
+which measure raters.  "Both bad" prefers neither text: there it is a tie.
 """
 
 import json

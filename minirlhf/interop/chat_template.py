@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -305,14 +306,18 @@ class Turns:
         """How long the text of the first n messages is, if it is what the whole text begins with."""
         if n == len(self.messages) and not answer:
             return len(self.whole.text)
+        text = self._begun(n, answer)
+        return len(text) if text is not None and self.whole.text.startswith(text) else None
+
+    def _begun(self, n: int, answer: bool) -> str | None:
+        """The text of the first n messages; None where the template refuses half a conversation."""
         try:
-            text = render(self.tokenizer, self.messages[:n], answer, self.beside)
-        except UserError:  # it may not accept half a conversation
+            return render(self.tokenizer, self.messages[:n], answer, self.beside)
+        except UserError:
             return None
-        return len(text) if self.whole.text.startswith(text) else None
 
     def _place_of_content(self, i: int) -> int:
-        """The same where the template opens a turn otherwise than it writes one: with thoughts to come, say."""
+        """The same where the template opens a turn in another way than it writes one: with thoughts, say."""
         held = {*chain(self.whole.text, str(self.tokenizer.hf["chat_template"]))}
         mark = next(chr(c) for c in PRIVATE if chr(c) not in held)
         marked = [*self.messages]
@@ -320,7 +325,10 @@ class Turns:
         text, found, _ = render(self.tokenizer, marked, False, self.beside).partition(mark)
         if not found or not self.whole.text.startswith(text):
             raise _refusal(f"where it begins message {i + 1} cannot be told")
-        return len(text)
+        # Spaces before the content are the turn's, unless what opens a turn ends with them, too.
+        opened = (self._begun(i, True) or "")[::-1]
+        alike = lambda end: len(os.path.commonprefix([opened, text[:end][::-1]]))
+        return max(range(len(text), len(text.rstrip()) - 1, -1), key=alike)
 
 
 def of_transcripts(tokenizer: Tokenizer) -> str:

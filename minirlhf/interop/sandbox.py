@@ -135,7 +135,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Limits(NodeTransformer):
-    """Counts the rounds of a template's loops and the calls of its macros, and limits what ~ and blocks make."""
+    """Counts the rounds of loops and the calls of macros, and limits what `~` and {% set %} blocks make."""
 
     def _counted(self, node: nodes.Node) -> nodes.Node:
         self.generic_visit(node)

@@ -34,7 +34,7 @@ def _read_alike(source: Tokenizer, target: Tokenizer) -> bool:
 def _laid_out_again(
     prompt: list[int], response: list[int], source: Tokenizer, target: Tokenizer
 ) -> tuple[list[int], list[int]] | None:
-    """(prompt, response) of a conversation in the target's layout; None where neither layout is a template."""
+    """(prompt, response) of a conversation in the target's layout; None where no template is involved."""
     conversation = layout_of(source).prompts.get(tuple(prompt))
     layouts = {layout_of(source).name, layout_of(target).name}
     if conversation is None or TEMPLATE not in layouts or _read_alike(source, target):
