@@ -53,12 +53,13 @@ KINDS = {
 {% for m in messages %}
 {% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}
 {% set role = 'model' if m['role'] == 'assistant' else m['role'] %}
-{{ '<start_of_turn>' + role + '\\n' }}{% if role == 'model' %}«g»{{ m['content'] | trim + '<end_of_turn>' }}«/g»{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\\n' }}
+{{ '<start_of_turn>' + role + '\\n' }}{% if role == 'model' %}«g»{{ m['content'] | trim + '<end_of_turn>' }}«/g»{% else %}{{ m['content'] | trim + '<end_of_turn>' }}{% endif %}
+
 {% endfor %}
 {% if add_generation_prompt %}{{'<start_of_turn>model\\n'}}{% endif %}""",
     "words": """{% for m in messages %}
 {% if m['role'] == 'system' %}{{ m['content'] + '\\n\\n' }}
-{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + '\\n' }}
+{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] }}
 {% else %}{{ 'ASSISTANT:' }}«g»{{ ' ' + m['content'] + eos_token }}«/g»{{ '\\n' }}{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}""",
@@ -78,8 +79,8 @@ KINDS = {
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}""",
     "folded": """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}
 {% for m in turns %}
-{% if m['role'] == 'user' and turns[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ '[INST] ' + system + m['content'] | trim + ' [/INST]' }}
-{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' }}
+{% if m['role'] == 'user' and turns[loop.index0 + 1:] | selectattr('role', 'equalto', 'user') | list | length == 0 %}{{ '[INST] ' + system + m['content'] | trim + ' [/INST]' -}}
+{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] | trim + ' [/INST]' -}}
 {% else %}«g»{{ ' ' + m['content'] | trim + eos_token }}«/g»{% endif %}
 {% endfor %}""",
 }  # fmt: skip

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -270,14 +271,20 @@ class Turns:
 
     def of_marks(self, wanted: Sequence[int]) -> list[tuple[int, Span]]:
         """(message, span) of each marked span of the messages that are wanted."""
-        marks = self.whole.marks
-        if len(marks) == len(self.numbers):
-            found = list(zip(self.numbers, marks, strict=True))
-        else:  # several in one turn, or none: the turn that was opened last before a mark has it
-            opened = [(self.start(i), i) for i in self.numbers]
-            found = [
-                (max((o for o in opened if o[0] <= mark[0]), default=(0, -1))[1], mark) for mark in marks
-            ]
+        marks, numbers = self.whole.marks, self.numbers
+        if len(numbers) == 1:
+            return [(i, span) for i in wanted for span in marks]
+        try:
+            starts = [self.start(i) for i in numbers]
+        except UserError:
+            if len(marks) != len(numbers):
+                raise
+            starts = [mark[0] for mark in marks]
+        found = list(zip(numbers, marks, strict=False))
+        turns = zip(starts, [*starts[1:], len(self.whole.text)], marks, strict=False)
+        if len(marks) != len(numbers) or not all(a <= mark[1] and mark[0] < b for a, b, mark in turns):
+            # Several in one turn, or none: the turn that was opened last before a mark has it.
+            found = [(numbers[max(0, bisect_right(starts, mark[0]) - 1)], mark) for mark in marks]
         return [(i, span) for i, span in found if i in wanted]
 
     def span(self, i: int) -> Span:

@@ -94,6 +94,8 @@ def opening(
     """
     if not prompt and by_template(tok, prompt, text):
         prompt, text = answered(text)
+        if not prompt.messages:
+            return None, ["dropped: texts that are too short to cut a prompt from"]
     with of_row(where):
         ids = prompt_ids(tok, prompt or text)
     whole = ids if prompt else ids[: prompt_tokens + 1]
