@@ -1,7 +1,6 @@
 """Conversations in a model's own layout: which ids, which of them are learnt, in every stage."""
 
 import json
-import random
 from collections import Counter
 
 import pytest
@@ -19,9 +18,9 @@ from minirlhf.support.bpe import BYTES
 from minirlhf.support.conversation import Conversation
 from minirlhf.support.layout import set_layout
 from minirlhf.tokenizer import Tokenizer
-from tests.chat_kinds import CALL, CASES, ENDS, KINDS, SPECIALS, SYSTEM, TOOLS, bot, source, user
+from tests.chat_kinds import CASES, ENDS, KINDS, SPECIALS, SYSTEM, TOOLS, bot, source, user
 
-HI, WHY = user("What is it?"), user("Why?")
+HI = user("What is it?")
 WORDS = ["What is it? It is the film. \n\nSo ASSISTANT: USER: [INST] [/INST]"] * 3
 R1 = """{%- for m in messages %}{%- if m.role == 'user' %}{{- '<|start_header|>' + m.content }}
 {%- elif m.role == 'assistant' %}{{- '<|end_header|>' + m.content.split('</think>')[-1] + '<|eot|>' }}{%- endif %}{%- endfor %}
@@ -555,7 +554,7 @@ def test_import_takes_all_ends_and_the_template_and_export_writes_them_back(tmp_
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert about["chat_template"] == source("chatml") and generation["eos_token_id"] == list(tokenizer.ends)
     (tmp_path / "hf" / "generation_config.json").write_text(
-        '{"eos_token_id": [%d, 9999]}' % tokenizer.specials["<|eot|>"]
+        json.dumps({"eos_token_id": [tokenizer.specials["<|eot|>"], 9999]})
     )
     convert.import_model(str(tmp_path / "hf"), tmp_path / "b")
     again = checkpoint.writer(tmp_path / "b")[2]
