@@ -200,6 +200,14 @@ BAD_ROWS = [
         {"messages": [user("a"), {"role": "tool", "tool_calls": [{}]}, bot("b")]},
         "messages: expected messages",
     ),
+    (
+        {"messages": [user("a") | {"x": json.loads("[" * 80 + "]" * 80)}, bot("b")]},
+        "messages: expected messages",
+    ),
+    (
+        {"messages": [user("a"), bot("b")], "tools": [{"x": json.loads("[" * 80 + "]" * 80)}]},
+        "tools: expected a list",
+    ),
     ({"messages": [user("a"), bot("b")], "tools": "x"}, "tools: expected a list of objects, got 'x'"),
     ({"messages": [user("a"), bot("b")], "documents": ["x"]}, "documents: expected a list of objects"),
     (

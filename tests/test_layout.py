@@ -373,9 +373,9 @@ def test_a_conversation_that_is_too_long_loses_its_oldest_turns(tmp_path):
     assert found == whole and ledger == {"used": 1, "cut: the beginning of the prompt": 1}
     ledger = Counter()
     [prompt] = data.encode_prompts(CHATML, [row], 4, 100, "cut", ledger)
+    assert layouts.shown_prompt(CHATML, prompt) == "\n\nSystem: Be brief.\n\nHuman: c\n\nAssistant:"
     assert prompt == data.encode_prompts(CHATML, [wanted], 4, 999)[0]
     assert ledger == {"used": 1, "cut: the beginning of the prompt": 1}
-    assert layouts.shown_prompt(CHATML, prompt) == "\n\nSystem: Be brief.\n\nHuman: c\n\nAssistant:"
     for too_long, message in (
         ("drop", "nothing to learn in 1 row"),
         ("error", "rows.jsonl:1: prompt: 1[0-9]+ tokens"),

@@ -41,16 +41,18 @@ def fit(
     too_long: TooLong,
     where: str = "",
     eos: bool = True,
-    learn: Learn = "last",
+    learn: Learn | None = None,
 ) -> Fitted | None:
     """The ids of the texts, or None where the prompt leaves no room for one token of them.
+
+    `learn`: what SFT learns of them; then None, too, where none of that is within the context.
 
     What exceeds the context is cut on the right, the end of the text with it.  With `too_long` "cut" the
     prompt loses its beginning instead, as far as that lets the longest text fit; with "error" a prompt that
     leaves no room is a UserError.  A conversation in a chat template loses its oldest turns.
     """
     with of_row(where):
-        laid = [lay_out(tok, prompt, text, learn, eos) for text in texts]
+        laid = [lay_out(tok, prompt, text, learn or "last", eos) for text in texts]
         n = _shared(laid, prompt)
     ids, learnt = laid[0].ids, laid[0].learnt
     room = max(1, context - max(len(each.ids) - n for each in laid)) if too_long == "cut" else context - 1
@@ -71,8 +73,10 @@ def fit(
     cuts = ["cut: the beginning of the prompt"] * (len(head) < n)
     cuts += ["cut: the end of the text"] * any(len(head) + len(each.ids) - n > context for each in laid)
     sequences = [(head + each.ids[n:])[:context] for each in laid]
-    kept = learnt[:1] + learnt[n - len(head) + 1 : n] + learnt[n:]
-    return Fitted(sequences, min(len(head), context), cuts, kept[:context])
+    kept = (learnt[:1] + learnt[n - len(head) + 1 : n] + learnt[n:])[:context]
+    if learn and not any(kept[1:]):
+        return None
+    return Fitted(sequences, min(len(head), context), cuts, kept)
 
 
 def _shared(laid: list[LaidOut], prompt: str) -> int:

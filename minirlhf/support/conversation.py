@@ -79,10 +79,16 @@ def conversation(entries: list, field: str, beside: dict[str, list], answer: boo
 
     Null fields of a message count as absent, as in transformers' apply_chat_template.
     """
-    if not entries or not all(map(_is_message, entries)):
+    if not entries or not all(map(_is_message, entries)) or not _is_flat(entries):
         raise UserError(f"{field}: expected messages [{{role, content}}], roles {[*ROLES, *TEMPLATE_ROLES]}")
     messages = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
     return Conversation(transcript(messages, answer), messages, beside)
+
+
+def _is_flat(value: object, levels: int = 64) -> bool:
+    """Whether lists and objects are nested in fewer levels: templates and we walk through them."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_flat(entry, levels - 1) for entry in inner)
 
 
 def _is_message(entry: object) -> bool:
@@ -104,7 +110,8 @@ def tables_beside(columns: dict[str, Any]) -> dict[str, list]:
                 value = json.loads(value)
             except (ValueError, RecursionError):
                 raise UserError(f"{name}: expected a list of objects, got {value!r:.40}") from None
-        if value is not None and not (isinstance(value, list) and all(isinstance(x, dict) for x in value)):
+        objects = isinstance(value, list) and all(isinstance(x, dict) for x in value) and _is_flat(value)
+        if value is not None and not objects:
             raise UserError(f"{name}: expected a list of objects, got {value!r:.40}")
         if value:
             found[name] = value

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from minirlhf import UserError
-from minirlhf.support.conversation import ROLES, Conversation, Message, transcript_turns
+from minirlhf.support.conversation import ROLES, Conversation, Message, transcript, transcript_turns
 from minirlhf.support.spans import encode_with_spans
 
 Learn = Literal["auto", "all", "last"]
@@ -218,7 +218,7 @@ def without_oldest_turn(prompt: Conversation) -> Conversation | None:
     if len(questions) < 2:
         return None
     messages = [*prompt.messages[: questions[0]], *prompt.messages[questions[1] :]]
-    return Conversation(prompt, messages, prompt.beside, prompt.learnt)
+    return Conversation(transcript(messages, answer=True), messages, prompt.beside, prompt.learnt)
 
 
 def _refuse_in_transcripts(*texts: str) -> None:

@@ -27,7 +27,7 @@ from minirlhf.model import GPT
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, forbid, generate, read_before, response_logprobs
 from minirlhf.support import cli, hardware
-from minirlhf.support.conversation import ROLES, transcript
+from minirlhf.support.conversation import ROLES, conversation, transcript
 from minirlhf.support.layout import TEMPLATE
 from minirlhf.support.text import visible
 from minirlhf.tokenizer import Tokenizer
@@ -39,9 +39,12 @@ def prompt_ids(tokenizer: Tokenizer, layout: str, messages: list[dict[str, str]]
     """What the model reads before it answers the last message."""
     if layout == "template":
         try:
-            return chat_template.encode(tokenizer, messages, answer=True)
+            ids = chat_template.encode(tokenizer, messages, answer=True)
         except UserError as error:
             raise UserError(f"{error}: use --layout text or dialogue") from None
+        # A reward model with another tokenizer reads the conversation, not this template's text.
+        tokenizer.layout.prompts[tuple(ids)] = conversation(messages, "line", {}, answer=True)
+        return ids
     text = messages[-1]["content"] if layout == "text" else transcript(messages, answer=True)
     return [tokenizer.bos, *tokenizer.encode(text)]
 
