@@ -166,7 +166,7 @@ def main() -> None:
     if not run.begin(source, init=init, reward_model=reward_dir):
         return
     policy = checkpoint.load_gpt(init)
-    sampling = Sampling(config.response_tokens, config.temperature, tokenizer.eot, tokenizer.pad)  # [D3]
+    sampling = Sampling(config.response_tokens, config.temperature, tokenizer.ends, tokenizer.pad)  # [D3]
     if config.online:
         ref, held_out = checkpoint.load_gpt(init), {}
         prepare(config, run, [policy], [ref, reader.model])

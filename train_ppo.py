@@ -199,7 +199,7 @@ def main() -> None:
     microbatch = min(config.microbatch or local_minibatch, local_minibatch)
     fused = optim.fuse_head(config.fused_head, microbatch * config.response_tokens, tokenizer.vocab_size)
     # The sampler's settings are those of all log-probabilities [D2] [D3].
-    eos, pad, forbidden = tokenizer.eot, tokenizer.pad, None if config.stop else tokenizer.eot
+    eos, pad, forbidden = tokenizer.ends, tokenizer.pad, None if config.stop else tokenizer.ends
     sampling = Sampling(config.response_tokens, config.temperature, eos, pad, forbidden, fused)
     scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]

@@ -36,7 +36,6 @@ from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Sha
 from minirlhf.support.prepare import choose_trained, run_blocks
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule, ends_a_quarter
-from minirlhf.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,8 +199,7 @@ def main() -> None:
     if not run.begin(source, init=init):
         return
     loss_kind, normalise = judgements.choose_loss(config, source)
-    tokenizer, backbone = Tokenizer.load(init), checkpoint.load_gpt(init)
-    checkpoint.check_tokenizer(checkpoint.load_config(init), tokenizer)
+    tokenizer, backbone = checkpoint.tokenizer_of(init), checkpoint.load_gpt(init)
     if config.bidirectional and not backbone.config.causal:
         raise UserError(f"{init} holds an encoder, which reads in both directions: drop --bidirectional")
     context = backbone.config.context

@@ -31,6 +31,7 @@ from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
+from minirlhf.support.layout import first_prompts, set_layout
 from minirlhf.support.prepare import choose_trained, run_blocks
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
@@ -53,6 +54,11 @@ class Config(RunConfig):
     """Which sentences of a dataset with genres to train on in the first epochs."""
     genre: str = "movies"
     """Genre to validate on, to train the tokenizer on, and to train on in the last --final-epochs."""
+    layout: Literal["auto", "template", "transcript"] = "auto"
+    """How conversations become tokens: by the model's chat template, or as HH-RLHF's transcripts.  auto: as
+    --init records, so by the template of an imported model that has one.  Every later stage obeys it."""
+    learn: Literal["auto", "all", "last"] = "auto"
+    """Which of the assistant's turns in `messages` to learn.  auto: all in a template, else the last one."""
 
     # Model (GPT-2's shape, small), where there is no --init
     tokenizer: str = "train"
@@ -134,6 +140,7 @@ def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: lis
             tokenizer = Tokenizer.load(config.tokenizer)
         shape = (config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
         model = GPT(GPTConfig(tokenizer.vocab_size, *shape))
+    set_layout(tokenizer, config.layout)
     model.to(run.device)
     choose_trained(model, config, run.frozen_dtype)
     run_blocks([model], config.gradient_checkpointing, config.compile)
@@ -182,7 +189,7 @@ def bits_per_byte(
     """
     n_bytes = 0
     for ids, loss_mask in examples:
-        learnt = [t for t, learn in zip(ids, loss_mask, strict=True) if learn and t != tokenizer.eot]
+        learnt = [t for t, learn in zip(ids, loss_mask, strict=True) if learn and t not in tokenizer.ends]
         n_bytes += len(tokenizer.encoding.decode_bytes(learnt))
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -214,8 +221,8 @@ def main() -> None:
     model, tokenizer = load_model(config, run, init, splits["final"].records)
     examples = {}
     for name, part in splits.items():
-        context, rows = model.config.context, part.records
-        examples[name] = data.encode_examples(tokenizer, rows, context, config.too_long, part.ledger)
+        options = (model.config.context, config.too_long, part.ledger, config.learn)
+        examples[name] = data.encode_examples(tokenizer, part.records, *options)
         run.account(name, part.ledger)
     schedule, n_tokens = schedule_of(config, examples)
     optimizer = optim.adamw([model], config.lr, config.weight_decay, config.betas, config.adam_eps)
@@ -268,10 +275,11 @@ def main() -> None:
     run.print(f"best validation {state['best']:.4f} bits per byte, after {state['best_step']} steps")
     run.print(f"{run.elapsed:.0f} s; model in {config.out}")
     if config.samples:
-        start = torch.full((config.samples, 1), tokenizer.bos)
-        sampling = Sampling(min(48, model.config.context - 1), 0.8, tokenizer.eot, tokenizer.pad)
+        sampling = Sampling(min(48, model.config.context - 1), 0.8, tokenizer.ends, tokenizer.pad)
+        room = model.config.context - sampling.max_new
+        prompts = first_prompts(tokenizer, splits["val"].records, config.samples, room)
         with run.autocast():
-            texts = generate(model.eval(), start, torch.ones_like(start, dtype=torch.bool), sampling)
+            texts = generate(model.eval(), *data.collate(prompts, tokenizer.pad, "left"), sampling)
         run.print("\n".join(f"  {text}" for text in texts.decode(tokenizer)[1]))
 
 

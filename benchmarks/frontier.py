@@ -87,7 +87,7 @@ class Reader:
             texts = evaluate.write(policy, self.prompts, self.sampling, 1000 + k)
             kl = evaluate.nats(texts, policy, self.sft, self.sampling)[0].numpy()
             found.append(self.scores(texts) | {"kl": kl})
-            looks = evaluate.text_measures(texts, self.tokenizer.eot)
+            looks = evaluate.text_measures(texts, self.tokenizer.ends)
             distinct.append(looks["distinct_2"])
             ended.append(looks["eos_rate"])
         row = {"distinct_2": mean(distinct), "eos_rate": mean(ended)}

@@ -26,7 +26,8 @@ from torch.nn import Module
 from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.support import steps
-from minirlhf.support.about import LAYOUT, describe, settings_of  # noqa: F401
+from minirlhf.support.about import describe, settings_of  # noqa: F401
+from minirlhf.support.layout import recorded, set_layout
 from minirlhf.support.weights import (  # noqa: F401
     DAMAGED,
     base_of,
@@ -76,6 +77,14 @@ def check_tokenizer(config: dict, tokenizer: Tokenizer) -> None:
         raise UserError("tokenizer does not match the checkpoint: use the one in the checkpoint's own folder")
 
 
+def tokenizer_of(path: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, which lays conversations out as its config.json records."""
+    config, tokenizer = load_config(path), Tokenizer.load(resolve(path))
+    check_tokenizer(config, tokenizer)
+    set_layout(tokenizer, recorded(config, path))
+    return tokenizer
+
+
 def shape_of(path: str | Path) -> GPTConfig:
     """The GPTConfig of a checkpoint; UserError for a damaged one."""
     shape = load_config(path).get("model")
@@ -103,9 +112,7 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
             f"{path}: a {stage} checkpoint writes no text: "
             f"name one of train_sft.py, train_ppo.py or train_dpo.py"
         )
-    tokenizer = Tokenizer.load(folder)
-    check_tokenizer(config, tokenizer)
-    return folder, config, tokenizer
+    return folder, config, tokenizer_of(folder)
 
 
 def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
@@ -116,9 +123,7 @@ def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
             f"{path}: a {config.get('stage')} checkpoint, not a reward model: "
             f"name one of train_rm.py or train_dpo.py"
         )
-    tokenizer = Tokenizer.load(resolve(path))
-    check_tokenizer(config, tokenizer)
-    return _fill(RewardEnsemble(shape_of(path), **config["head"]), path), tokenizer
+    return _fill(RewardEnsemble(shape_of(path), **config["head"]), path), tokenizer_of(path)
 
 
 def _fill(model: Module, path: str | Path) -> Module:

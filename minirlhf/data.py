@@ -20,9 +20,11 @@ import torch
 
 from minirlhf.support import ledger as ledgers
 from minirlhf.support import sources
-from minirlhf.support.context import TooLong, fit, fit_prompt
+from minirlhf.support.context import TooLong, fit, opening
+from minirlhf.support.conversation import transcript
 from minirlhf.support.dataset import Dataset, part_of, split_of
-from minirlhf.support.formats import Scale, transcript
+from minirlhf.support.formats import Scale
+from minirlhf.support.layout import Learn, teaches
 from minirlhf.support.ledger import account
 from minirlhf.support.records import Preference, Response
 
@@ -78,20 +80,26 @@ def encode_example(tok, prompt: str, completion: str, context: int, eos=True) ->
 
 
 def encode_examples(
-    tok, records: Records, context: int, too_long: TooLong = "drop", ledger: Ledger = None
+    tok,
+    records: Records,
+    context: int,
+    too_long: TooLong = "drop",
+    ledger: Ledger = None,
+    learn: Learn = "last",
 ) -> list[tuple[list[int], list[bool]]]:
     """(ids, loss_mask) of each record that SFT learns; the ledger counts all records.
 
-    Thumbs down, bare prompts and empty answers drop out [D19].  Raises UserError where nothing is left.
+    Of a conversation the last or all of the assistant's turns are learnt (layout.py).  Thumbs down, bare
+    prompts and empty answers drop out [D19].  Raises UserError where nothing is left.
     """
     found, counts = [], Counter()
     for record in records:
         prompt, text = as_example(record)
         if getattr(record, "label", None) is False:
             counts["dropped: thumbs down"] += 1
-        elif not text.strip():
+        elif not teaches(tok, prompt, text, learn):
             counts["dropped: nothing to learn"] += 1
-        elif (fitted := fit(tok, prompt, [text], context, too_long, record.where)) is None:
+        elif not (fitted := fit(tok, prompt, [text], context, too_long, record.where, learn=learn)):
             counts["dropped: prompt longer than the context"] += 1
         else:
             found.append((fitted.sequences[0], fitted.loss_mask))
@@ -129,25 +137,16 @@ def encode_judged(
 def encode_prompts(
     tok, records: Records, prompt_tokens: int, room: int, too_long: TooLong = "drop", ledger: Ledger = None
 ) -> list[list[int]]:
-    """Prompts in ids, each opened by the <bos> that opens every training text; the ledger counts all records.
+    """Prompts in ids, each opened as every training text is, by <bos>; the ledger counts all records.
 
     A prompt is a record's own, or the first `prompt_tokens` tokens of a longer text without one.  `room` is
     how many ids it may have, <bos> included, beside the response.  Raises UserError where nothing is left.
     """
     found, counts = [], Counter()
     for record in records:
-        own, text = as_example(record)
-        ids = [tok.bos, *tok.encode(own or text)]
-        whole = ids if own else ids[: prompt_tokens + 1]
-        if not own and whole == ids:
-            counts["dropped: texts that are too short to cut a prompt from"] += 1
-        elif (prompt := fit_prompt(whole, room, too_long, record.where)) is None:
-            counts["dropped: prompt leaves no room for the response"] += 1
-        else:
-            found.append(prompt)
-            counts["used"] += 1
-            counts[f"cut: texts to their first {prompt_tokens} tokens"] += not own
-            counts["cut: the beginning of the prompt"] += len(prompt) < len(whole)
+        prompt, reasons = opening(tok, *as_example(record), prompt_tokens, room, too_long, record.where)
+        found += [prompt] if prompt else []
+        counts.update(reasons)
     ledgers.enter(counts, ledger, "no prompt")
     return found
 
@@ -160,14 +159,6 @@ def practice_prompts(config, run, source: Dataset, tok, context: int) -> list[li
     prompts = encode_prompts(tok, part.records, length, room, config.too_long, part.ledger)
     run.account(f"prompts, {split} split", part.ledger)
     return prompts
-
-
-def translate(ids: list[int], source, target) -> list[int]:
-    """The same text in another tokenizer's ids, opened as its texts are, and closed if it was closed."""
-    if source.hash == target.hash:
-        return ids
-    closed = len(ids) > 1 and ids[-1] == source.eot
-    return [target.bos, *target.encode(source.decode(ids)), *[target.eot] * closed]
 
 
 # ---------------------------------------------------------------- batches

@@ -19,6 +19,8 @@ from minirlhf import UserError
 from minirlhf.model import GPT, KVCache, ValueModel
 from minirlhf.support import ragged
 from minirlhf.support.draw import draw_by_cdf, draw_by_race
+from minirlhf.support.ends import Ends, are_ends, index_of
+from minirlhf.support.layout import shown_prompt
 from minirlhf.support.ragged import send
 
 if TYPE_CHECKING:
@@ -33,9 +35,9 @@ class Sampling:
 
     max_new: int  # longest response, in tokens
     temperature: float  # 0 takes the likeliest token; log-probabilities need a positive temperature
-    eos: int  # the token that ends a response; it counts as part of it
+    eos: Ends  # the token, or tokens, that end a response; it counts as part of it
     pad: int  # the token written after the end
-    forbidden: int | None = None  # a token that is never sampled, of probability 0 for every model
+    forbidden: Ends | None = None  # tokens that are never sampled, of probability 0 for every model
     fused_head: bool = False  # compute log-probabilities without holding all logits at once
 
 
@@ -74,9 +76,9 @@ class Texts:
         """The mask on the CPU. The host waits once for a copy from a GPU; slices share the copy."""
         return self.mask.cpu()
 
-    def ended(self, eos: int) -> Tensor:
+    def ended(self, eos: Ends) -> Tensor:
         """[B] bool: whether each response ended with EOS, rather than being cut off."""
-        return ((self.responses == eos) & self.response_mask).any(1)
+        return (are_ends(self.responses, eos) & self.response_mask).any(1)
 
     @staticmethod
     def cat(parts: list[Texts]) -> Texts:
@@ -99,14 +101,14 @@ class Texts:
         real = mask.bool()
         prompts = [row[keep].tolist() for row, keep in zip(tokens[:, :P], real[:, :P], strict=True)]
         responses = [row[keep].tolist() for row, keep in zip(tokens[:, P:], real[:, P:], strict=True)]
-        return [tokenizer.decode(ids) for ids in prompts], [tokenizer.decode(ids) for ids in responses]
+        return [shown_prompt(tokenizer, ids) for ids in prompts], [tokenizer.decode(ids) for ids in responses]
 
 
-def forbid(logits: Tensor, token: int | None) -> Tensor:
-    """Logits in which one token has probability 0. Sampler, policy and reference must all use it [D2]."""
-    if token is None:
+def forbid(logits: Tensor, tokens: Ends | None) -> Tensor:
+    """Logits in which some tokens have probability 0. Sampler, policy and reference must all use it [D2]."""
+    if tokens is None:
         return logits
-    return logits.index_fill(-1, torch.full((1,), token, device=logits.device), float("-inf"))
+    return logits.index_fill(-1, index_of(tokens, logits.device), float("-inf"))
 
 
 def read_before(model: GPT | ValueModel, texts: Texts) -> Tensor:
@@ -207,7 +209,7 @@ def generate(
         logits = forbid(model.logits(hidden), sampling.forbidden)
         token = sample(logits, sampling.temperature, rows, B, generator)
         responses[rows, t] = torch.where(running, token, sampling.pad)
-        ended = running & (token == sampling.eos)
+        ended = running & are_ends(token, sampling.eos)
         lengths[rows] = torch.where(ended, t + 1, lengths[rows])
         running = running & ~ended
         if (t + 1) % ask_every == 0:

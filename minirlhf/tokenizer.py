@@ -23,6 +23,7 @@ from minirlhf.support import bpe, vocabulary
 from minirlhf.support.added import AddedTokens
 from minirlhf.support.bpe import BYTES
 from minirlhf.support.files import write_atomically
+from minirlhf.support.layout import Layout
 from minirlhf.support.text import escaped, utf8
 
 # GPT-2's split as tiktoken writes it today: the original's words, with possessive quantifiers for speed.
@@ -51,7 +52,8 @@ class Tokenizer:
         added: dict[str, bool] | None = None,
         flags: dict[str, list[str]] | None = None,
     ):
-        """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what only an export needs.
+        """normalize: the Unicode form ("NFC") that texts get before encoding. hf: what came with the model:
+        its chat template, `ends` (ids that end a response, beside eot), and what only an export needs.
         added: those of `specials` that are recognised in texts too -> whether only after normalising.
         flags: how they are recognised, in the words of support/added.py, which finds them.
         Raises ValueError for ids, names or a pattern that make no tokenizer."""
@@ -67,6 +69,8 @@ class Tokenizer:
         ids = [*ranks.values(), *self.specials.values()]
         self.vocab_size = max(ids) + 1 if vocab_size is None else vocab_size
         vocabulary.check(self, ids)
+        self.ends = tuple(dict.fromkeys([self.eot, *self.hf.get("ends", ())]))
+        self.layout = Layout()
         self._tokens, names = {*ids}, AddedTokens(self)
         self.cut, self._special = names.cut, names.special
 

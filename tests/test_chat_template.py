@@ -3,7 +3,7 @@
 import pytest
 
 from minirlhf import UserError
-from minirlhf.interop import chat_template
+from minirlhf.interop import chat_template, sandbox
 from minirlhf.tokenizer import Tokenizer
 
 TEXTS = [
@@ -98,7 +98,7 @@ def test_what_transformers_gives_to_a_template_is_there():
     template = """{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{% generation %}{{ m | tojson }}{% endgeneration %}
     {% endfor %}{{ strftime_now('%%') }}{{ eos_token }}{{ unk_token is defined }}{{ tools is defined }}"""
     text = chat_template.render(tokenizer_of(template), user("<&>", "b"), answer=True)
-    assert text == '{"role": "user", "content": "<&>"}%<|end|>FalseFalse'
+    assert text == '{"role": "user", "content": "<&>"}%<|end|>FalseTrue'
 
 
 FAILS = {
@@ -119,10 +119,20 @@ FAILS = {
     "{{ (10**100000000) | string | length }}": "computes a number",
     "{% for i in range(99999) %}{{ 'x' * 100 }}{% endfor %}": "writes more than 1,000,000 characters",
     "{{ range(10**9) | list }}": "Range too big",
-    "\ue00099\ue001{{ messages[0]['content'] }}": "characters that stand for a message",
-    "\ue000" + "9" * 5000 + "\ue001{{ messages[0]['content'][:1] }}": "changes a message",
+    "{% for i in range(99999) %}{% for i in range(99999) %}{% endfor %}{% endfor %}": "loops more than",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}": "loops more than",
+    "{{ messages[0]['content'][:4] }}": "changes a message",
+    "{% set x = namespace(x='ab') %}{% for i in range(60) %}{% set x.x = x.x ~ x.x %}{% endfor %}": "makes a text",
+    "{% set x = namespace(x='ab') %}{% for i in range(60) %}{% set x.x = [x.x, x.x] | join %}{% endfor %}": "makes a text",
+    "{% set x %}aa{% endset %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 40 + "{{ x }}": "makes a text",
+    "{{ 'a'.center(2000000000) }}": "longer than 1,000,000",
+    "{{ 'a' | center(2000000000) }}": "longer than 1,000,000",
+    "{{ '{:2000000000}'.format(1) }}": "width",
+    "{{ '%2000000000d' % 1 }}": "width",
+    "{{ open('/etc/passwd').read() }}": "'open' is undefined",
+    "{{ namespace(__class__=1) }}": "underscore",
     "{{ messages[0]['content'] | upper }}": "changes a message",
-    "{{ raise_exception('a\\nb\\x1b[31m') }}": "chat template: a: use",
+    "{{ raise_exception('a\\nb\\x1b[31m') }}": "chat template: a",
     "{{ raise_exception('x' * 5000) }}": "xxx",
     "{{ raise_exception(5) }}": "5",
     "": "writes nothing",
@@ -131,11 +141,12 @@ FAILS = {
 
 
 @pytest.mark.parametrize("template", FAILS)
-def test_F16_a_template_that_fails_is_one_line(template):
+def test_F16_a_template_that_fails_is_one_line(template, monkeypatch):
+    monkeypatch.setattr(sandbox, "STEPS", 20_000)
     with pytest.raises(UserError, match="^the model's chat template: ") as error:
         chat_template.encode(tokenizer_of(template), user("a<|end|>b"), answer=True)
     message = str(error.value)
-    assert FAILS[template] in message and message.endswith("use --layout text or dialogue")
+    assert FAILS[template] in message
     assert message.isprintable() and len(message) < 300
 
 

@@ -194,7 +194,26 @@ BAD_ROWS = [
     ({"messages": []}, "messages: expected messages [{role, content}]"),
     ({"messages": "Hi"}, "messages: expected a list, got 'Hi'"),
     ({"messages": ["Hi"]}, "messages: expected messages"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages: expected messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages: expected messages"),
+    ({"messages": [user("a"), {"role": "assistant"}]}, "messages: expected messages"),
+    (
+        {"messages": [user("a"), {"role": "tool", "tool_calls": [{}]}, bot("b")]},
+        "messages: expected messages",
+    ),
+    (
+        {"messages": [user("a") | {"x": json.loads("[" * 80 + "]" * 80)}, bot("b")]},
+        "messages: expected messages",
+    ),
+    (
+        {"messages": [user("a"), bot("b")], "tools": [{"x": json.loads("[" * 80 + "]" * 80)}]},
+        "tools: expected a list",
+    ),
+    ({"messages": [user("a"), bot("b")], "tools": "x"}, "tools: expected a list of objects, got 'x'"),
+    ({"messages": [user("a"), bot("b")], "documents": ["x"]}, "documents: expected a list of objects"),
+    (
+        '{"messages": [{"role": "user", "content": "a", "name": "\\udcff"}]}',
+        "messages: half a surrogate pair",
+    ),
     ({"messages": [{"role": ["user"], "content": "x"}]}, "messages: expected messages"),
     ({"messages": [user("a"), bot(["part"])]}, "messages: expected messages"),
     ({"messages": [bot("a"), user("b")]}, "messages: the last turn must be the assistant's"),
@@ -522,7 +541,7 @@ def test_turns_of_weight_0_are_not_learnt_and_earlier_turns_are_context(tmp_path
     assert [r.response for r in found.records] == [" d", "", " d", " b"]
     assert found.records[1].prompt == found.records[0].prompt
     assert found.remarks == [
-        "earlier assistant turns are context: only the last turn is learnt (3 rows)",
+        "earlier assistant turns: --learn says whether SFT learns them (3 rows)",
         "the last turn has weight 0: it is not learnt (1 rows)",
     ]
     ledger = Counter()

@@ -74,7 +74,7 @@ def same_tokens(world: int):
         lengths = 1 + seeds % sampling.max_new
         ended = (places == lengths - 1) & (seeds % 3 > 0)
         mask = places < lengths
-        responses = torch.where(mask, torch.where(ended, sampling.eos, responses), sampling.pad)
+        responses = torch.where(mask, torch.where(ended, sampling.eos[0], responses), sampling.pad)
         return Texts(queries, query_mask, responses, mask)
 
     def minibatches(n, size, epochs):

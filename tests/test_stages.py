@@ -345,9 +345,9 @@ def test_D22_metrics_do_not_see_what_stands_in_padding(smoke, run, metrics, monk
             responses, max_new = texts.responses, sampling.max_new
             lengths = 1 + torch.arange(len(responses)) * 5 % max_new
             keep = torch.arange(max_new) < lengths[:, None]
-            responses[torch.arange(len(responses)), lengths - 1] = sampling.eos
+            responses[torch.arange(len(responses)), lengths - 1] = sampling.eos[0]
             junk_tokens = torch.arange(responses.numel()).view_as(responses) % 300
-            junk_tokens[:, -1] = sampling.eos  # an EOS that does not count
+            junk_tokens[:, -1] = sampling.eos[0]  # an EOS that does not count
             off = junk_tokens if junk else torch.full_like(responses, sampling.pad)
             return Texts(texts.prompts, texts.prompt_mask, torch.where(keep, responses, off), keep)
 

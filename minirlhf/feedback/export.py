@@ -5,8 +5,9 @@
     pairs.jsonl        {prompt, chosen, rejected} by majority, without ties: for other trainers
     events.jsonl       everything that was done, with its item: skips, undone votes, notes, gold, repeats
 
-The first three hold each rater's current vote on each item, without gold items and repeats, which measure
-raters.  "Both bad" prefers neither text: there it is a tie.
+A prompt that a checkpoint laid out by its chat template comes as {role, content} messages, and so do the
+responses to it.  The first three hold each rater's current vote on each item, without gold items and repeats,
+which measure raters.  "Both bad" prefers neither text: there it is a tie.
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from minirlhf import UserError
 from minirlhf.feedback.store import SCALE, Store
+from minirlhf.support.conversation import BESIDE
 from minirlhf.support.files import write_atomically
 
 STRENGTH = {"a": 1, "tie": 0, "b": -1}
@@ -28,19 +30,23 @@ def tables(store: Store) -> dict[str, list[dict]]:
     found = {"preferences": [], "ratings": [], "pairs": [], "events": store.events()}
     for votes in items.values():
         prompt, a, b = (votes[0][key] for key in ("prompt", "a", "b"))
+        beside = {name: votes[0]["source"][name] for name in BESIDE if name in votes[0]["source"]}
+        if messages := votes[0]["source"].get("messages"):  # a conversation goes back to where it came from
+            prompt = messages
+            a, b = (text and [{"role": "assistant", "content": text.removeprefix(" ")}] for text in (a, b))
         if b is None:
             ratings = {v["rater"]: v["rating"] for v in votes}
-            found["ratings"].append({"prompt": prompt, "response": a, "ratings": ratings, "scale": SCALE})
+            row = {"prompt": prompt, "response": a, "ratings": ratings, "scale": SCALE}
+            found["ratings"].append(row | beside)
             continue
         choices = {v["rater"]: "tie" if v["choice"] == "bad" else v["choice"] for v in votes}
         strengths = {v["rater"]: STRENGTH[choices[v["rater"]]] * v.get("strength", 1) for v in votes}
-        found["preferences"].append(
-            {"prompt": prompt, "response_a": a, "response_b": b, "votes": choices, "strengths": strengths}
-        )
+        row = {"prompt": prompt, "response_a": a, "response_b": b, "votes": choices, "strengths": strengths}
+        found["preferences"].append(row | beside)
         lead = sum(STRENGTH[choice] for choice in choices.values())
         if lead:
             chosen, rejected = (a, b) if lead > 0 else (b, a)
-            found["pairs"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            found["pairs"].append({"prompt": prompt, "chosen": chosen, "rejected": rejected} | beside)
     return found
 
 

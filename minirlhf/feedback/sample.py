@@ -12,6 +12,7 @@ from minirlhf.feedback.store import Store
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import by_microbatch
 from minirlhf.support import hardware
+from minirlhf.support.conversation import Conversation
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools.evaluate import CHUNK, SAMPLING, sampling_of, settings_of, write
 
@@ -75,15 +76,17 @@ def sample(args: argparse.Namespace) -> None:
 
     source = {"checkpoint": str(folder), "step": about.get("step"), "seed": args.seed}
     source |= {name: settings[name] for name in SAMPLING}
+    if reader:
+        source["chosen"] = {"reward_model": str(args.reward_model), "by": args.by}
     items, item_scores = [], []
     for prompt, found in zip(shown, responses, strict=True):
         distinct = [text for text in found if text.strip()]
         for texts in combinations(distinct, 2) if args.mode == "pair" else ((text,) for text in distinct):
-            item = {"mode": args.mode, "prompt": prompt, "source": source}
+            told = {"messages": prompt.messages} | prompt.beside if isinstance(prompt, Conversation) else {}
+            item = {"mode": args.mode, "prompt": str(prompt), "source": source | told}
             items.append(item | dict(zip("ab", texts, strict=False)))
             item_scores.append(tuple(found[text] for text in texts))
     if reader:
-        source["chosen"] = {"reward_model": str(args.reward_model), "by": args.by}
         items = [items[i] for i in choose(item_scores, args.by, args.keep)]
     report_added(store, *store.add(items))
 

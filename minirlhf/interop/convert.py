@@ -51,6 +51,7 @@ from minirlhf.interop.families import (
 from minirlhf.interop.wordpiece import WordPiece
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble, rotary
 from minirlhf.support.files import sha256_of
+from minirlhf.support.layout import TEMPLATE, TRANSCRIPT, set_layout
 from minirlhf.support.shape import MAX_LAYERS
 from minirlhf.support.text import escaped, one_line
 from minirlhf.tokenizer import Tokenizer
@@ -465,6 +466,8 @@ def import_model(source: str, out: Path) -> str:
         raise UserError(
             f"{path}: {tokenizer.vocab_size} tokens, but {config.vocab_size} rows: take both from one model"
         )
+    if "chat_template" in getattr(tokenizer, "hf", {}):
+        set_layout(tokenizer, TEMPLATE)
     about = checkpoint.describe("import", config, Import(source), 0, True, tokenizer)
     about["source"] = origin | {"sha256": {file.name: sha256_of(file) for file in files}}
     with new_folder(out) as new:
@@ -482,8 +485,7 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
 
     backbone: of a reward model, export the language model under its head."""
     about, config = checkpoint.load_config(source), checkpoint.shape_of(source)
-    tokenizer = Tokenizer.load(checkpoint.resolve(source))
-    checkpoint.check_tokenizer(about, tokenizer)
+    tokenizer = checkpoint.tokenizer_of(source)
     family = family_of(source, about, config)
     state, more, name = checked_state(source, about, config), {}, family.classes[0]
     config = dataclasses.replace(config, lora_rank=0)  # the adapters are merged
@@ -495,7 +497,8 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
         if not backbone:
             name, more = _classifier(family, about["head"], member, state, tokenizer, source)
             tokenizer.hf["pad_token"] = tokenizer.token_str(tokenizer.pad)
-    if isinstance(tokenizer, Tokenizer) and about.get("stage") != "import":
+    by_transcripts = about.get("stage") != "import" and tokenizer.layout.name == TRANSCRIPT
+    if isinstance(tokenizer, Tokenizer) and by_transcripts:
         if "chat_template" in tokenizer.hf:
             print(f"{source}: was trained on transcripts: they replace the chat template of its base model")
         tokenizer.hf["chat_template"] = chat_template.of_transcripts(tokenizer)

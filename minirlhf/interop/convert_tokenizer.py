@@ -17,6 +17,7 @@ from typing import Any
 import regex
 
 from minirlhf import UserError
+from minirlhf.interop import chat_template
 from minirlhf.interop.hard_texts import HARD_TEXTS
 from minirlhf.interop.wordpiece import WordPiece
 from minirlhf.support.added import FLAGS
@@ -269,8 +270,11 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
     }
     flags = _flags(tokens, added)
     hf = _chat_template(folder, about)
+    ends = _ids(model.get("eos_token_id"))
+    ends += _ids(read_json(folder / "generation_config.json").get("eos_token_id"))
     if _opens(document.get("post_processor") or {}, named["bos_token"]):
         hf["add_bos_token"] = True
+    hf |= _ends(ends, hf, vocab, specials, named)
     return build(
         file,
         vocab,
@@ -363,6 +367,27 @@ def _chat_template(folder: Path, about: dict) -> dict[str, str]:
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder}: chat_template is not a string: correct tokenizer_config.json")
     return {"chat_template": template} if template else {}
+
+
+def _ids(value: Any) -> list[int]:
+    """The ids in a field that holds one, several or none."""
+    return [i for i in (value if isinstance(value, list) else [value]) if type(i) is int]
+
+
+def _ends(
+    ids: list[int], hf: dict, vocab: dict[str, int], specials: dict[str, int], named: dict[str, str | None]
+) -> dict[str, list[int]]:
+    """{"ends": ...}: the tokens that end a response beside eos, or {}.
+
+    They are those that the model's generation stops at, as far as they are tokens, and the one with which its
+    chat template ends the assistant's turn."""
+    if "chat_template" in hf:
+        marks = {name: i for name, i in specials.items() if name != named.get("bos_token")}
+        turn = chat_template.end_of_turn(hf["chat_template"], marks, named)
+        ids = [*ids, *_ids(turn)]
+    known = {*vocab.values(), *specials.values()} - {specials.get(named.get("eos_token"))}
+    found = [i for i in dict.fromkeys(ids) if i in known]
+    return {"ends": found} if found else {}
 
 
 def _stages(step: dict | None, file: Path) -> tuple[str, ...]:
@@ -458,6 +483,8 @@ def from_gguf(file: Path, fields: dict, vocab_size: int) -> Tokenizer:
     hf = {"chat_template": fields["tokenizer.chat_template"]} if "tokenizer.chat_template" in fields else {}
     if fields.get("add_bos_token"):
         hf["add_bos_token"] = True
+    ends = [i for name in ("eos", "eot", "eom") for i in _ids(fields.get(f"{name}_token_id"))]
+    hf |= _ends(ends, hf, vocab, specials, named)
     return build(
         file,
         vocab,
@@ -503,7 +530,11 @@ def write(tokenizer: Tokenizer | WordPiece, folder: Path, context: int) -> dict[
         "eos_token_id": names[tokenizer.eot],
         "pad_token_id": hf["pad_token"],
     }
-    return {key: tokenizer.specials[name] for key, name in named.items() if name is not None}
+    found = {key: tokenizer.specials[name] for key, name in named.items() if name is not None}
+    if len(tokenizer.ends) > 1:  # transformers' generate() stops at any of these
+        stops = found | {"eos_token_id": list(tokenizer.ends)}
+        (folder / "generation_config.json").write_text(json.dumps(stops, indent=1), encoding="utf-8")
+    return found
 
 
 def _document(tokenizer: Tokenizer, opening: str | None) -> dict:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from minirlhf import UserError
 from minirlhf.support.files import write_atomically
+from minirlhf.support.layout import Layout
 from minirlhf.support.text import one_line, utf8
 
 
@@ -33,6 +34,7 @@ class WordPiece:
         if missing := [name for name, token in ids.items() if token is None]:
             raise UserError(f"{file}: no token {missing[0]}: only BERT's WordPiece is read; restore the file")
         self.bos, self.eot, self.pad = ids.values()
+        self.ends, self.layout = (self.eot,), Layout()
         self.encoding.no_truncation()
         self.encoding.no_padding()
         self.encoding.encode_special_tokens = True  # a '[SEP]' in a text is plain characters

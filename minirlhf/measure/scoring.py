@@ -12,6 +12,7 @@ from minirlhf import checkpoint, data
 from minirlhf.model import RewardModel
 from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run
+from minirlhf.support import retokenize
 from minirlhf.support.ragged import send
 from minirlhf.tokenizer import Tokenizer
 
@@ -68,13 +69,13 @@ class Reference:
     def samples(self, config, run: Run, tokenizer: Tokenizer) -> list[list[int]]:
         """Prompts with continuations, drawn as train_ppo.py will draw them, in the ids of `tokenizer`."""
         policy = checkpoint.load_gpt(self.folder).to(run.device).eval()
-        eos, pad = self.tokenizer.eot, self.tokenizer.pad
+        eos, pad = self.tokenizer.ends, self.tokenizer.pad
         sampling = Sampling(config.response_tokens, config.temperature, eos, pad)
         picks = data.cursor(len(self.prompts), config.normalise_samples, config.seed, 0)
         found = []
         for i in range(0, len(picks), CHUNK):
             rows = [self.prompts[j] for j in picks[i : i + CHUNK]]
             texts = generate(policy, *data.collate(rows, pad, side="left"), sampling)
-            for ids, real in zip(texts.tokens.cpu(), texts.mask.cpu(), strict=True):
-                found.append(data.translate(ids[real].tolist(), self.tokenizer, tokenizer))
+            rows = retokenize.rows_of(texts)
+            found += [retokenize.translate(*row, self.tokenizer, tokenizer) for row in rows]
         return found

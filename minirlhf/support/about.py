@@ -7,8 +7,7 @@ import json
 from typing import Any
 
 from minirlhf.support.hardware import versions
-
-LAYOUT = "hh-rlhf"  # how conversations become text; recorded, so that a later stage can refuse another one
+from minirlhf.support.layout import layout_of
 
 
 def describe(
@@ -21,7 +20,7 @@ def describe(
         "model": dataclasses.asdict(shape),
         "training": settings_of(config),
         "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
-        "layout": LAYOUT,
+        "layout": layout_of(tokenizer).name,  # how conversations become ids: every later stage obeys it
         "step": step,
         "complete": complete,
         "versions": versions(),

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from minirlhf import UserError, checkpoint, data
 from minirlhf.rollout import Texts
 from minirlhf.support import adapters, claims, ledger, logs, steps, track
-from minirlhf.support.about import LAYOUT
 from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
+from minirlhf.support.layout import check_alike
 from minirlhf.support.logs import MetricLogger
 from minirlhf.support.state import pack_optimizer, unpack_optimizer
 
@@ -68,7 +68,7 @@ class Folder:
 
         Raises UserError where the run in OUT was made from others.
         """
-        self.inputs = {"data": source.sha256}
+        self.inputs, abouts = {"data": source.sha256}, {}
         if self.config.lora and checkpoints["init"] is None:
             raise UserError("--lora trains adapters beside the weights of a model: name it with --init")
         if self.config.lora:
@@ -77,13 +77,11 @@ class Folder:
             if path is not None:
                 claims.refuse_inside(self.out, name, checkpoint.resolve(path))
                 refuse_stale(path, "init", checkpoints["init"])
-                if (layout := checkpoint.load_config(path).get("layout", LAYOUT)) != LAYOUT:
-                    raise UserError(
-                        f"{path}: conversations were laid out as {layout}, not {LAYOUT}: train it again"
-                    )
+                abouts[str(path)] = checkpoint.load_config(path)
                 from_here = os.path.relpath(checkpoint.resolve(path), self.out.resolve())
                 self.inputs |= {name: checkpoint.fingerprint(path)}
                 self.inputs |= {f"{name}_path": str(path), f"{name}_relative_path": from_here}
+        check_alike(source, abouts)
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())
         if self.state != "start":

@@ -10,8 +10,8 @@
 
 `ratings` is a list, or an object {rater: score}.  `votes` holds counts {a, b, tie}, or it is a list or an
 object {rater: "a", "b" or "tie"}.  In a list the places are people: the first entry of every row is from one
-rater.  A text may be a list of {role, content} messages: it becomes a transcript in the layout of HH-RLHF.
-A column whose value is null counts as absent.
+rater.  A text may be a list of {role, content} messages: a Conversation, which the checkpoint's chat template
+lays out, or else a transcript as in HH-RLHF.  A column whose value is null counts as absent.
 
 Other people's rows (ShareGPT's conversations, Alpaca's instructions, UltraFeedback's completions, columns
 with other names) become these first: see shapes.py.
@@ -19,17 +19,23 @@ with other names) become these first: see shapes.py.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from minirlhf import UserError
+from minirlhf.support.conversation import (
+    TURN,
+    Conversation,
+    conversation,
+    shared_messages,
+    tables_beside,
+)
 
 Scale = tuple[float, float]
 Fields = dict[str, Any]  # of a Response or a Preference in data.py
-ROLES = {"system": "\n\nSystem: ", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-TURN = "\n\nAssistant:"  # ends a transcript's prompt; the completion keeps its leading space
 VOTES = {"a": 1.0, "tie": 0.5, "b": 0.0}  # what each vote is worth to the first text
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Columns that hold content in one format or another.  Where a row has one that is not read, a remark says so.
@@ -44,15 +50,6 @@ COLUMNS = CONTENT | {"genre", "scale", "tools", "documents", *SCORES}  # all tha
 def check(ok: object, message: str) -> None:
     if not ok:
         raise UserError(message)
-
-
-def transcript(messages: Sequence[dict], answer: bool) -> str:
-    """The text of {role, content} messages in the layout of HH-RLHF.
-
-    An assistant turn that opens it has no header.  With `answer` the header of a turn to come ends it.
-    """
-    text = "".join(ROLES[m["role"]] + m["content"] for m in messages)
-    return text.removeprefix(TURN) + TURN * answer
 
 
 class Row:
@@ -85,12 +82,12 @@ class Row:
         return self.columns[field]
 
     def text(self, field: str) -> str:
-        """The text of a column; of messages their transcript."""
+        """The text of a column; of messages a Conversation."""
         value = self[field]
         if isinstance(value, list):
-            if not value or not all(map(_is_message, value)):
-                raise UserError(f"{field}: expected messages [{{role, content}}], roles {[*ROLES]}")
-            value = transcript(value, answer=field == "prompt")
+            _check_characters(json.dumps(value, ensure_ascii=False, default=str), field)
+            beside = tables_beside(self.columns)
+            return conversation(value, field, beside, answer=field == "prompt")
         if not isinstance(value, str):
             raise UserError(f"{field}: expected text, got {value!r:.40}")
         _check_characters(value, field)
@@ -129,10 +126,6 @@ class Row:
         """ "field: reason" with the file's name of the column."""
         field, colon, reason = message.partition(":")
         return f"{self._name(field)}{colon}{reason}"
-
-
-def _is_message(entry: object) -> bool:
-    return isinstance(entry, dict) and type(entry.get("content")) is str and str(entry.get("role")) in ROLES
 
 
 def _check_characters(text: str, field: str) -> None:
@@ -179,8 +172,13 @@ def _pair(row: Row) -> Fields:
     if "prompt" in row and not whole:
         return {"prompt": row.text("prompt"), "chosen": chosen, "rejected": rejected}
     row.read.add("prompt")
+    nothing_shared = f"prompt: missing, and chosen and rejected share no {TURN!r} to split at"
+    if isinstance(chosen, Conversation) and isinstance(rejected, Conversation):
+        check(first := shared_messages(chosen, rejected), nothing_shared)
+        (prompt, chosen), (_, rejected) = chosen.split(first), rejected.split(first)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     cut = os.path.commonprefix([chosen, rejected]).rfind(TURN) + len(TURN)
-    check(cut >= len(TURN), f"prompt: missing, and chosen and rejected share no {TURN!r} to split at")
+    check(cut >= len(TURN), nothing_shared)
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
@@ -247,13 +245,13 @@ def _conversation(row: Row, remarks: list[str]) -> Fields:
     for message in messages:
         weight = message.get("weight")
         check(weight in (None, 0, 1), f"messages: weight: expected 0 or 1, got {weight!r:.40}")
-    prompt = whole.removesuffix(" " + last["content"])
+    prompt, response = whole.split(len(messages) - 1, learnt=True)
     if sum(message["role"] == "assistant" for message in messages) > 1:
-        remarks.append("earlier assistant turns are context: only the last turn is learnt")
+        remarks.append("earlier assistant turns: --learn says whether SFT learns them")
     if last.get("weight") == 0:
         remarks.append("the last turn has weight 0: it is not learnt")
-        return {"prompt": prompt, "response": ""}
-    return {"prompt": prompt, "response": " " + last["content"]}
+        response = Conversation("", response.messages, response.beside)
+    return {"prompt": prompt, "response": response}
 
 
 def _completion(row: Row) -> tuple[str, Fields]:

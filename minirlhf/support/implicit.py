@@ -55,5 +55,5 @@ def load(path: str | Path) -> tuple[ImplicitReward, Tokenizer]:
     remedy = "a policy's score is relative to its reference: put it back, or name a model of train_rm.py"
     reference = origin.find(folder, "init", checkpoint.fingerprint, remedy)
     models = (checkpoint.load_gpt(place, dropout=0.0).eval() for place in (folder, reference))
-    sampling = Sampling(1, float(temperature), tokenizer.eot, tokenizer.pad)
+    sampling = Sampling(1, float(temperature), tokenizer.ends, tokenizer.pad)
     return ImplicitReward(*models, float(beta), loss, sampling), tokenizer

@@ -66,6 +66,9 @@ def check(tokenizer: Tokenizer, ids: list[int]) -> None:
     hf = tokenizer.hf
     if not isinstance(hf, dict) or not isinstance(hf.get("unreached", []), list):
         raise ValueError(f"hf is {hf!r:.40}")
+    ends = hf.get("ends", [])
+    if not isinstance(ends, list) or not all(type(i) is int and i in ids for i in ends):
+        raise ValueError(f"hf: ends is {ends!r:.40}")
     if any(hf.get(key) not in (None, *tokenizer.specials) for key in ("bos_token", "pad_token")):
         raise ValueError("hf names a special token that is none")
     if tokenizer.normalize not in (None, "NFC", "NFD", "NFKC", "NFKD"):

@@ -1,10 +1,9 @@
 """Talk to any checkpoint, or to several at once, and ask why they wrote what they wrote.
 
-    python -m minirlhf.chat runs/demo/sft runs/demo/ppo                # each continues the line that you type
-    python -m minirlhf.chat runs/smollm2/base                          # an instruct model, in its own chat
-    template python -m minirlhf.chat runs/mine/ppo --layout dialogue            # trained on messages:
-    HH-RLHF's transcripts python -m minirlhf.chat runs/demo/ppo --explain --reference runs/demo/sft
-    --reward-model runs/demo/rm
+    python -m minirlhf.chat runs/demo/sft runs/demo/ppo         # each continues the line that you type
+    python -m minirlhf.chat runs/smollm2/base                   # with a chat template: in that template
+    python -m minirlhf.chat runs/mine/ppo --layout dialogue     # trained on messages as transcripts
+    python -m minirlhf.chat runs/demo/ppo --explain --reference runs/demo/sft --reward-model runs/demo/rm
 
 --explain prints a line for each token: its probability, by how many nats it is likelier than under the
 reference, what it added to the reward model's score of the text so far, and the likeliest other tokens.  An
@@ -27,7 +26,9 @@ from minirlhf.interop import chat_template
 from minirlhf.model import GPT
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, forbid, generate, read_before, response_logprobs
-from minirlhf.support import cli, formats, hardware
+from minirlhf.support import cli, hardware
+from minirlhf.support.conversation import ROLES, conversation, transcript
+from minirlhf.support.layout import TEMPLATE
 from minirlhf.support.text import visible
 from minirlhf.tokenizer import Tokenizer
 
@@ -37,8 +38,14 @@ LAYOUTS = ("auto", "text", "dialogue", "template")
 def prompt_ids(tokenizer: Tokenizer, layout: str, messages: list[dict[str, str]]) -> list[int]:
     """What the model reads before it answers the last message."""
     if layout == "template":
-        return chat_template.encode(tokenizer, messages, answer=True)
-    text = messages[-1]["content"] if layout == "text" else formats.transcript(messages, answer=True)
+        try:
+            ids = chat_template.encode(tokenizer, messages, answer=True)
+        except UserError as error:
+            raise UserError(f"{error}: use --layout text or dialogue") from None
+        # A reward model with another tokenizer reads the conversation, not this template's text.
+        tokenizer.layout.prompts[tuple(ids)] = conversation(messages, "line", {}, answer=True)
+        return ids
+    text = messages[-1]["content"] if layout == "text" else transcript(messages, answer=True)
     return [tokenizer.bos, *tokenizer.encode(text)]
 
 
@@ -58,8 +65,9 @@ class Speaker:
         has_template = "chat_template" in self.tokenizer.hf
         if layout == "template" and not has_template:
             raise UserError(f"{path}: its tokenizer has no chat template: use --layout text or dialogue")
-        if layout == "auto":  # our own stages have taught an imported model another layout than its template
-            layout = "template" if has_template and config.get("stage") == "import" else "text"
+        if layout == "auto":  # as the checkpoint was trained; an import of old does not say so
+            as_trained = self.tokenizer.layout.name == TEMPLATE or config.get("stage") == "import"
+            layout = "template" if has_template and as_trained else "text"
         if system and layout == "text":
             raise UserError(f"{path}: --system needs --layout dialogue or template: a text has no turns")
         self.name, self.layout = str(path), layout
@@ -67,7 +75,7 @@ class Speaker:
         self.messages = list(self.opening)
         training = config.get("training")
         stop = training.get("stop", True) if isinstance(training, dict) else True
-        eos, pad = self.tokenizer.eot, self.tokenizer.pad
+        eos, pad = self.tokenizer.ends, self.tokenizer.pad
         self.sampling = Sampling(response_tokens, temperature, eos, pad, forbidden=None if stop else eos)
         self.model = checkpoint.load_gpt(folder).to(device).eval()
         if not all(p.isfinite().all() for p in self.model.parameters()):
@@ -92,7 +100,7 @@ class Speaker:
         )
         answer = self.tokenizer.decode(texts.responses[0].tolist())
         if self.layout == "dialogue":  # a model that has not learnt to stop goes on as its user
-            answer = answer.partition(formats.ROLES["user"].rstrip())[0]
+            answer = answer.partition(ROLES["user"].rstrip())[0]
         self.messages.append({"role": "assistant", "content": answer.strip()})
         return texts, answer
 
@@ -178,7 +186,8 @@ def parse() -> argparse.Namespace:
         choices=LAYOUTS,
         default="auto",
         help="How a line becomes a prompt: text continues it, dialogue is a transcript as in HH-RLHF, and "
-        "template is the model's own. The default is the template of an imported model, and else text.",
+        "template is the model's own. The default is the template where the checkpoint was trained in it, or "
+        "came with it, and else text.",
     )
     parser.add_argument("--system", help="The system message that opens every conversation.")
     parser.add_argument(

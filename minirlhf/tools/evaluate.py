@@ -32,6 +32,8 @@ from minirlhf.rewards import RewardReader, Scorer, load_rewards
 from minirlhf.rollout import Sampling, Texts, by_microbatch, generate, response_logprobs
 from minirlhf.support import cli, files, hardware
 from minirlhf.support.cli import AtLeast0, Count, CountOr0, Seed
+from minirlhf.support.ends import Ends, are_ends
+from minirlhf.support.layout import TEMPLATE
 from minirlhf.tokenizer import Tokenizer
 
 CHUNK = 128  # texts written or read at a time
@@ -91,9 +93,9 @@ def sampling_of(settings: dict[str, Any], tokenizer: Tokenizer) -> Sampling:
     return Sampling(
         max_new=settings["response_tokens"],
         temperature=settings["temperature"],
-        eos=tokenizer.eot,
+        eos=tokenizer.ends,
         pad=tokenizer.pad,
-        forbidden=None if settings["stop"] else tokenizer.eot,
+        forbidden=None if settings["stop"] else tokenizer.ends,
     )
 
 
@@ -111,9 +113,9 @@ def nats(texts: Texts, policy: GPT, ref: GPT, sampling: Sampling) -> tuple[Tenso
     return kl.sum(1), entropy.sum(1), -ref_logprobs.sum(1)
 
 
-def text_measures(texts: Texts, eos: int) -> dict[str, float]:
+def text_measures(texts: Texts, eos: Ends) -> dict[str, float]:
     """Distinct-n, mean length in tokens, share of responses that ended.  Only lengths count the EOS."""
-    rows = [row[row != eos].tolist() for row in _rows(texts.responses, texts.response_mask)]
+    rows = [row[~are_ends(row, eos)].tolist() for row in _rows(texts.responses, texts.response_mask)]
     distinct = {f"distinct_{n}": stats.distinct_n(rows, n) for n in (1, 2, 3)}
     lengths = texts.response_mask.sum(1).float()
     return distinct | {
@@ -135,6 +137,8 @@ def scores_of(texts: Texts, scorers: Scorers, tokenizer: Tokenizer) -> dict[str,
     with torch.no_grad():
         found = {name: score(texts).tolist() for name, score in scorers.items()}
     whole = [tokenizer.decode(row.tolist()) for row in _rows(texts.tokens, texts.mask)]
+    if tokenizer.layout.name == TEMPLATE:  # without the words in which a template says whose turn it is
+        whole = [f"{prompt} {response}" for prompt, response in zip(*texts.decode(tokenizer), strict=True)]
     lexicon = baselines.vader_lexicon(whole)
     return found | ({} if lexicon is None else {"lexicon": lexicon})
 
@@ -256,7 +260,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy"
     )
     sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
-    about, tokenizer = checkpoint.load_config(policy_dir), Tokenizer.load(policy_dir)
+    about, tokenizer = checkpoint.load_config(policy_dir), checkpoint.tokenizer_of(policy_dir)
     settings = settings_of(about, policy_dir, SETTINGS, stop=True, fields=[], rating_scale=[])
     sampling = sampling_of(settings, tokenizer)
     device = hardware.setup_machine().device
@@ -290,7 +294,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         tokens = texts.response_mask.sum()
         found = compare(scores, base_scores)
         found |= {"kl": kl, "entropy": None if entropy is None else (entropy.sum() / tokens).item()}
-        found |= text_measures(texts, tokenizer.eot)
+        found |= text_measures(texts, tokenizer.ends)
         perplexity = None if surprise is None else math.exp((surprise.sum() / tokens).item())
         return found | {"sft_perplexity": perplexity}
 

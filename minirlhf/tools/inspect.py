@@ -14,19 +14,20 @@ import argparse
 import contextlib
 import math
 import sys
+import typing
 from collections import Counter
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
-from minirlhf import UserError
+from minirlhf import UserError, checkpoint
 from minirlhf.data import (
     Preference,
     Record,
     Response,
     account,
     as_example,
-    encode_example,
     encode_examples,
     encode_pair,
     load,
@@ -35,7 +36,8 @@ from minirlhf.data import (
 from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.support import formats, shapes
 from minirlhf.support.cli import Count, CountOr0, Parser, Real, number, run_script
-from minirlhf.support.context import TooLong
+from minirlhf.support.context import TooLong, fit
+from minirlhf.support.layout import Learn
 from minirlhf.support.sources import shown
 from minirlhf.tokenizer import Tokenizer
 
@@ -74,10 +76,11 @@ def rating_lines(records: list[Response], genre: str) -> list[str]:
 def length_lines(records: list[Record], tokenizer: Tokenizer) -> list[str]:
     """How many tokens the texts have as SFT sees them, with <bos> and <eot>, and their prompts alone."""
     wholes, prompts = [], []
-    for prompt, completion in map(as_example, records):
-        ids, mask = encode_example(tokenizer, prompt, completion, sys.maxsize)
-        wholes.append(len(ids))
-        prompts += [mask.index(True)] if prompt else []
+    for record in records:
+        prompt, completion = as_example(record)
+        fitted = fit(tokenizer, prompt, [completion], sys.maxsize, "error", record.where)
+        wholes.append(len(fitted.sequences[0]))
+        prompts += [fitted.n_prompt] if prompt else []
     lines = []
     for name, lengths in {"texts": wholes, "their prompts": prompts}.items():
         if lengths:
@@ -120,13 +123,16 @@ def verdict(record: Record) -> str:
     return "not learnt" if getattr(record, "label", None) is False else "learnt"
 
 
-def runs_in_tokens(record: Record, tokenizer: Tokenizer, context: int | None, too_long: TooLong) -> Runs:
+def runs_in_tokens(
+    record: Record, tokenizer: Tokenizer, context: int | None, too_long: TooLong, learn: Learn
+) -> Runs:
     """The tokens as SFT, and for pairs the reward model, sees them: read, learnt, rejected, or cut."""
     whole = encode_pair(tokenizer, record, sys.maxsize)
     fitted = encode_pair(tokenizer, record, context, too_long) if context else whole
     runs: Runs = []
     for text, ids in zip(record.texts, [whole.ids, whole.ids_b], strict=False):
-        mask = encode_example(tokenizer, record.prompt, text, sys.maxsize)[1]
+        laid = fit(tokenizer, record.prompt, [text], sys.maxsize, "error", record.where, learn=learn)
+        mask = laid.loss_mask
         name = "rejected" if ids is whole.ids_b else verdict(record)
         marks = [name if learn else "read" for learn in mask]
         if not text.strip():
@@ -169,6 +175,12 @@ def lines_of(runs: Runs) -> list[str]:
     return lines
 
 
+def load_tokenizer(source: str) -> Tokenizer:
+    """That of a checkpoint, with its layout, or any other."""
+    here = Path(source, "config.json").is_file() or Path(source, "latest").is_dir()
+    return checkpoint.tokenizer_of(source) if here else Tokenizer.load(source)
+
+
 def main() -> None:
     table = "\n\n".join(module.__doc__.partition("\n\n")[2] for module in (formats, shapes))
     parser = Parser(
@@ -209,6 +221,12 @@ def main() -> None:
         metavar=("LOW", "HIGH"),
         help="lowest and highest rating possible, of rows without a `scale`",
     )
+    parser.add_argument(
+        "--learn",
+        choices=typing.get_args(Learn),
+        default="auto",
+        help="which of the assistant's turns count as learnt, as in train_sft.py (default: auto)",
+    )
     parser.add_argument("--skip-bad", action="store_true", help="count malformed rows and go on")
     parser.add_argument(
         "--data-dir", help="folder that keeps the built-in dataset (default: the user's cache)"
@@ -218,7 +236,7 @@ def main() -> None:
     if args.context and not args.tokenizer:
         raise UserError("--context counts tokens: name a --tokenizer")
 
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     data = load(args.source, args.skip_bad, args.rating_scale, args.data_dir, args.fields)
     print(data.describe())
     print("account:", account(data.ledger))
@@ -229,7 +247,7 @@ def main() -> None:
     if args.context:
         ledger = data.ledger.copy()
         with contextlib.suppress(UserError):  # nothing to learn: the ledger says why
-            encode_examples(tokenizer, data.records, args.context, args.too_long, ledger)
+            encode_examples(tokenizer, data.records, args.context, args.too_long, ledger, args.learn)
         print(f"SFT at {args.context} tokens:", account(ledger))
     for genre in sorted({r.genre for r in data.records}) if data.kind == "rated" else []:
         print("\n".join(rating_lines(data.select(genres=[genre]).records, genre)))
@@ -240,7 +258,7 @@ def main() -> None:
         print(f"\n{shown(record.where) or data.name}: {about_example(record, data.kind)}")
         runs = runs_without_tokens(record)
         if tokenizer:
-            runs = runs_in_tokens(record, tokenizer, args.context, args.too_long)
+            runs = runs_in_tokens(record, tokenizer, args.context, args.too_long, args.learn)
         print("\n".join(lines_of(runs)))
 
 
