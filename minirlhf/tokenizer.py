@@ -8,7 +8,6 @@ concatenation is a token. `specials` are tokens that no text contains, such as t
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import sys
 from collections import Counter
@@ -22,13 +21,11 @@ from minirlhf import UserError
 from minirlhf.support import bpe, vocabulary
 from minirlhf.support.added import AddedTokens
 from minirlhf.support.bpe import BYTES
-from minirlhf.support.files import write_atomically
 from minirlhf.support.layout import Layout
 from minirlhf.support.text import escaped, utf8
 
 # GPT-2's split as tiktoken writes it today: the original's words, with possessive quantifiers for speed.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-FORMAT = "minirlhf.tokenizer/1"
 
 
 class Tokenizer:
@@ -125,35 +122,11 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.tiktoken and tokenizer.json, each atomically. `load` refuses a mix of two saves."""
-        meta = {"format": FORMAT, "pattern": self.pattern, "specials": self.specials, "hash": self.hash}
-        meta |= self.about | {"added": self.added, "flags": self.flags, "hf": self.hf}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder, "tokenizer.tiktoken"), bpe.dump(self.ranks))
-        write_atomically(Path(folder, "tokenizer.json"), json.dumps(meta, indent=1))
+        vocabulary.save(self, Path(folder))
 
     @classmethod
     def load(cls, source: str | Path) -> Tokenizer:
         """The tokenizer in a folder that `save` wrote; of a .tiktoken file, with the JSON beside it or else
         GPT-2's pattern; or 'gpt2', which tiktoken fetches once. A tokenizer.json alone in a folder is BERT's:
         interop/wordpiece.py. Raises UserError for any other source, and for damaged files."""
-        if str(source) == "gpt2":
-            try:
-                gpt2 = tiktoken.get_encoding("gpt2")
-            except (OSError, ImportError, ValueError) as error:
-                remedy = "go online once, set TIKTOKEN_CACHE_DIR to a filled cache, or give a .tiktoken file"
-                raise UserError(f"tokenizer gpt2: not fetched ({type(error).__name__}); {remedy}") from error
-            return cls(gpt2._mergeable_ranks, gpt2._pat_str)
-        file, meta = vocabulary.files_of(source)
-        if file is None:
-            return importlib.import_module("minirlhf.interop.wordpiece").WordPiece(meta)
-        if not meta.is_file():
-            return cls(bpe.read(file, dense=True))
-        ranks = bpe.read(file, dense=False)
-        with vocabulary.damage_is_one_line(meta, file):
-            saved = json.loads(meta.read_text(encoding="utf-8"))
-            if saved["format"] != FORMAT:
-                raise ValueError(f"its format is not {FORMAT}")
-            tokenizer = cls(ranks, **{k: v for k, v in saved.items() if k not in ("format", "hash")})
-            if saved["hash"] != tokenizer.hash:
-                raise ValueError(f"its hash is not that of {file.name}")
-        return tokenizer
+        return vocabulary.load(cls, source)

@@ -33,7 +33,7 @@ class AddedTokens:
         ids, added, flags = tokenizer.specials, tokenizer.added, tokenizer.flags
         known = [name for name in ids if name not in tokenizer.hf.get("unreached", ())]
         self.special = {ids[name] for name in known if name not in added}
-        self.special |= {tokenizer.bos, tokenizer.pad, *tokenizer.ends}
+        self.special |= {tokenizer.bos, tokenizer.pad, *tokenizer.ends} & {*ids.values()}
         self.form, self.passes = tokenizer.normalize, []
         for late in (False, True) if added else ():
             is_late = lambda name: added.get(name, "normalized" in flags.get(name, ()))

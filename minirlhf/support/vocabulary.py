@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +11,53 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import regex
+import tiktoken
 
 from minirlhf import UserError
+from minirlhf.support import bpe
 from minirlhf.support.added import FLAGS
+from minirlhf.support.files import write_atomically
 
 if TYPE_CHECKING:
     from minirlhf.tokenizer import Tokenizer
+
+
+FORMAT = "minirlhf.tokenizer/1"
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Tokenizer.save."""
+    meta = {"format": FORMAT, "pattern": tokenizer.pattern, "specials": tokenizer.specials}
+    meta |= {"hash": tokenizer.hash} | tokenizer.about
+    meta |= {"added": tokenizer.added, "flags": tokenizer.flags, "hf": tokenizer.hf}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "tokenizer.tiktoken", bpe.dump(tokenizer.ranks))
+    write_atomically(folder / "tokenizer.json", json.dumps(meta, indent=1))
+
+
+def load(kind: type[Tokenizer], source: str | Path) -> Tokenizer:
+    """Tokenizer.load; `kind` is the class to make."""
+    if str(source) == "gpt2":
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except (OSError, ImportError, ValueError) as error:
+            remedy = "go online once, set TIKTOKEN_CACHE_DIR to a filled cache, or give a .tiktoken file"
+            raise UserError(f"tokenizer gpt2: not fetched ({type(error).__name__}); {remedy}") from error
+        return kind(gpt2._mergeable_ranks, gpt2._pat_str)
+    file, meta = files_of(source)
+    if file is None:
+        return importlib.import_module("minirlhf.interop.wordpiece").WordPiece(meta)
+    if not meta.is_file():
+        return kind(bpe.read(file, dense=True))
+    ranks = bpe.read(file, dense=False)
+    with damage_is_one_line(meta, file):
+        saved = json.loads(meta.read_text(encoding="utf-8"))
+        if saved["format"] != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        tokenizer = kind(ranks, **{k: v for k, v in saved.items() if k not in ("format", "hash")})
+        if saved["hash"] != tokenizer.hash:
+            raise ValueError(f"its hash is not that of {file.name}")
+    return tokenizer
 
 
 def files_of(source: str | Path) -> tuple[Path | None, Path]:

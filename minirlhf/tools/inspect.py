@@ -124,7 +124,7 @@ def verdict(record: Record) -> str:
 
 
 def runs_in_tokens(
-    record: Record, tokenizer: Tokenizer, context: int | None, too_long: TooLong, learn: Learn
+    record: Record, tokenizer: Tokenizer, context: int | None, too_long: TooLong, learn: Learn = "auto"
 ) -> Runs:
     """The tokens as SFT, and for pairs the reward model, sees them: read, learnt, rejected, or cut."""
     whole = encode_pair(tokenizer, record, sys.maxsize)
