@@ -87,9 +87,13 @@ def test_smollm2_trained_on_conversations_speaks_and_is_exported_in_its_template
     options = ["--preset", "smollm2", "--train-layers", 1, "--batch", 8, "--warmup", 1]
     folder = sft(run, tmp_path / "base", tmp_path, *options)
     compare(folder, tmp_path / "out", tokens=12)
-    speaker = chat.Speaker(folder, response_tokens=8, temperature=0)
+    speaker = chat.Speaker(folder, response_tokens=4)
+    texts, _ = speaker.answer("What is the capital of France?")
     assert speaker.layout == "template"
-    _, answer = speaker.answer("What is the capital of France?")
+    assert texts.prompts[0].tolist() == chat_template.encode(imported, ASKED[0], True)
+    _, answer = chat.Speaker(tmp_path / "base", response_tokens=12, temperature=0).answer(
+        ASKED[0][0]["content"]
+    )
     assert "Paris" in answer
     words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     for messages in TALKS[0], [SYSTEM, *TALKS[1]], [user("é 你好 e\u0301"), bot(" naïve\n")]:
