@@ -169,24 +169,19 @@ def test_R3_bf16_that_is_emulated_is_not_chosen(monkeypatch):
 # ----------------------------------------------------------------------------- data
 
 
-def test_H1_a_thumb_is_no_rating_until_it_is_written_as_one(run, refused, home, tmp_path):
+def test_H1_thumbs_are_learnt_as_thumbs_or_as_a_rating_that_is_written_as_one(run, capsys, home, tmp_path):
     rows = [{"prompt": f"Review {i}:", "completion": f" fun {i}", "label": i % 2 == 0} for i in range(60)]
-    told = refused(
-        "train_rm",
-        *RM,
-        "--init",
-        home / "sft",
-        "--data",
-        jsonl(tmp_path / "t.jsonl", rows),
-        "--out",
-        tmp_path / "rm",
-    )
-    assert "a rating of 1 or 0 with `scale` [0, 1]" in told
+    options = ["--init", home / "sft", "--data", jsonl(tmp_path / "t.jsonl", rows), "--out", tmp_path / "rm"]
+    assert run("train_rm", *RM, *options, "--loss", "regression") == 2
+    assert "--loss regression needs ratings" in capsys.readouterr().err
+    assert run("train_rm", *RM, *options) == 0
+    assert "binary loss" in capsys.readouterr().out
     rows = [
         {"prompt": r["prompt"], "response": r["completion"], "rating": int(r["label"]), "scale": [0, 1]}
         for r in rows
     ]
-    options = ["--init", home / "sft", "--data", jsonl(tmp_path / "t.jsonl", rows), "--out", tmp_path / "rm"]
+    file = jsonl(tmp_path / "ratings.jsonl", rows)
+    options = ["--init", home / "sft", "--data", file, "--out", tmp_path / "rm-ratings"]
     assert run("train_rm", *RM, *options) == 0
 
 

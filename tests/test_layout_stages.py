@@ -296,8 +296,12 @@ def test_inspect_shows_the_layout_and_what_is_learnt(home, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["data", *options])
     inspect.main()
     out = capsys.readouterr().out
-    assert "<|im_start|>|u|s|e|r|\\n|H|e|l|l|o" in out and "[[|H|i|.|<|im_end|>]]|\\n|<|im_start|>" in out
-    assert "[[|Y|e|s|" in out and out.rstrip().endswith("!|<|im_end|>]]") and "60 used" in out
+    learnt = lambda out: [line for line in out.splitlines() if line.startswith("  learnt ")]
+    assert "<|im_start|>|u|s|e|r|\\n|H|e|l|l|o" in out and "60 used" in out
+    assert [line.split("|", 1)[1] for line in learnt(out)] == [
+        "H|i|.|<|im_end|>",
+        "Y|e|s|,| |f|i|l|m| |0|!|<|im_end|>",
+    ]
     monkeypatch.setattr("sys.argv", ["data", *options, "--learn", "last"])
     inspect.main()
-    assert "[[|H|i" not in capsys.readouterr().out
+    assert len(learnt(capsys.readouterr().out)) == 1

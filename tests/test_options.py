@@ -43,7 +43,7 @@ OF_PARSERS = [
 ]
 REFUSED = object()
 # Good values that a script refuses beside the defaults of others: sizes that must divide, names that must be known.
-REFUSED_BESIDE = {"batch", "minibatch", "microbatch", "n_head", "n_embd", "reward"}
+REFUSED_BESIDE = {"batch", "minibatch", "microbatch", "n_head", "n_embd", "reward", "fields", "rating_scale"}
 NUMBERS = [
     "0",
     "-1",
