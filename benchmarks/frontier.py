@@ -193,7 +193,7 @@ def fit(kls: list[float], gains: list[float], best_of_n: bool) -> tuple[float, f
 
 
 def fits(results: dict) -> str:
-    """In Markdown: Gao's two forms on all seeds' points, for best-of-n and for each algorithm with three points."""
+    """In Markdown: Gao's two forms on all seeds' points, for best-of-n and for each algorithm with enough points."""
     points: dict[str, list[tuple[float, float]]] = {}
     for seed, line in results["best_of_n"].items():
         start = line["1"]["judge"]
@@ -206,7 +206,7 @@ def fits(results: dict) -> str:
                 points.setdefault(arm.split(" ")[0], []).append((row["kl"], row["judge"] - start))
     rows = []
     for name, pairs in points.items():
-        if len(pairs) > 2:
+        if len(pairs) > 4:  # two are fitted
             alpha, beta, residual = fit(*map(list, zip(*pairs, strict=True)), name == "best of n")
             rows.append([name, str(len(pairs)), f"{alpha:.2f}", f"{beta:.2f}", f"{residual:.2f}"])
     return table(["", "points", "alpha", "beta", "residual"], rows)
@@ -296,7 +296,7 @@ def main() -> None:
             write_atomically(RESULTS, json.dumps(known, indent=1).encode())
     print(summary(known))
     print(
-        "\nThe judge's gain is d (alpha - beta d) for best-of-n, d (alpha - beta log d) for the others, d = sqrt(KL):"
+        "\nThe judge's gain is d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL, d = sqrt(KL):\n"
     )
     print(fits(known))
     if not args.tables:

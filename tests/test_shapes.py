@@ -3,10 +3,10 @@
 FUZZ=10000 python -m pytest tests/test_shapes.py -k fuzz        tries ten thousand rows of each kind.
 """
 
+import contextlib
 import datetime
 import decimal
 import gzip
-import contextlib
 import json
 import math
 import os
