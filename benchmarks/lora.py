@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks/results/lora.json"
 ARMS = {
     "last 14 layers": ["--train-layers", "14"],
     "LoRA 16": ["--lora", "16", "--lr", "1e-3"],
+    "LoRA 16, microbatches of 8": ["--lora", "16", "--lr", "1e-3", "--microbatch", "8"],
     "LoRA 16, checkpointing": ["--lora", "16", "--lr", "1e-3", "--gradient-checkpointing"],
 }
 
@@ -45,8 +46,8 @@ def train(script: str, *options: object) -> int:
 
 
 def measure(base: Path, home: Path, arm: str, iterations: int) -> dict:
-    options = [word for word in ARMS[arm] if word != "--gradient-checkpointing"]
-    reward = home / f"rm-{len(ARMS) if '--lora' in options else 0}"
+    options = ARMS[arm][:4]  # what is trained; the rest is how PPO computes it
+    reward = home / f"rm{''.join(options[:2])}"
     if not (reward / "config.json").exists():
         few = ("--data", "toy", "--epochs", 1, "--bidirectional", 0, "--normalise", "none")
         train("train_rm.py", "--init", base, *few, *options, "--out", reward)
@@ -80,12 +81,15 @@ def main() -> None:
     add("--home", type=Path, default=Path("runs/lora"), help="Folder of the runs (%(default)s).")
     add("--rounds", type=cli.number(cli.Count), default=2, help="Processes per arm (%(default)s).")
     add("--iterations", type=cli.number(cli.Count), default=4, help="The first is not counted (%(default)s).")
+    add("--arms", nargs="+", choices=ARMS, default=[*ARMS], help="Which to measure; others stay as they are.")
     add("--tables", action="store_true", help="Measure nothing: print the table.")
     args = parser.parse_args()
     if not args.tables:
-        results = {"machine": machine(int(os.environ.get("OMP_NUM_THREADS", 2))), "arms": {}}
+        known = json.loads(RESULTS.read_text())["arms"] if RESULTS.exists() else {}
+        arms = {arm: runs for arm, runs in known.items() if arm not in args.arms}
+        results = {"machine": machine(int(os.environ.get("OMP_NUM_THREADS", 2))), "arms": arms}
         for _ in range(args.rounds):
-            for arm in ARMS:
+            for arm in args.arms:
                 found = measure(args.base, args.home, arm, args.iterations)
                 results["arms"].setdefault(arm, []).append(found)
                 print(arm, found, flush=True)
