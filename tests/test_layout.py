@@ -621,3 +621,20 @@ def test_models_of_one_tokenizer_and_two_layouts_are_refused_for_conversations(t
 def _file(tmp_path, *given):
     rows(tmp_path, *given)
     return tmp_path / "rows.jsonl"
+
+
+def test_content_in_parts_is_their_text(tmp_path):
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]
+    plain = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes."}]
+    pieces = [{"role": "user", "content": parts}, plain[1]]
+    found = []
+    for name, messages in (("plain", plain), ("parts", pieces)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text(json.dumps({"messages": messages}) + "\n")
+        record = data.load(file).records[0]
+        found.append((record.prompt, record.prompt.messages, record.response))
+    assert found[0] == found[1]
+    pieces[0]["content"] = [*parts, {"type": "image", "url": "x"}]
+    file.write_text(json.dumps({"messages": pieces}) + "\n")
+    with pytest.raises(UserError, match=r"parts.jsonl:1: messages: a message has a part of type 'image'"):
+        data.load(file)

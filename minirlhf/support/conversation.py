@@ -77,12 +77,27 @@ def _turn(message: Message) -> str:
 def conversation(entries: list, field: str, beside: dict[str, list], answer: bool) -> Conversation:
     """The Conversation of a column's messages.  Raises UserError('field: reason').
 
-    Null fields of a message count as absent, as in transformers' apply_chat_template.
+    Null fields of a message count as absent, as in transformers' apply_chat_template.  Content may be a list
+    of text parts, {type: "text", text}, which are joined.
     """
+    entries = [_in_one_piece(entry, field) for entry in entries]
     if not entries or not all(map(_is_message, entries)) or not _is_flat(entries):
         raise UserError(f"{field}: expected messages [{{role, content}}], roles {[*ROLES, *TEMPLATE_ROLES]}")
     messages = [{key: value for key, value in entry.items() if value is not None} for entry in entries]
     return Conversation(transcript(messages, answer), messages, beside)
+
+
+def _in_one_piece(entry: Any, field: str) -> Any:
+    """A message whose content is a list of text parts, with one text in its place."""
+    parts = entry.get("content") if isinstance(entry, dict) else None
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        return entry
+    for part in parts:
+        if part.get("type") != "text" or type(part.get("text")) is not str:
+            raise UserError(
+                f"{field}: a message has a part of type {part.get('type')!r:.40}: only text is read"
+            )
+    return entry | {"content": "".join(part["text"] for part in parts)}
 
 
 def _is_flat(value: object, levels: int = 64) -> bool:
