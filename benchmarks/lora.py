@@ -26,11 +26,12 @@ from benchmarks.demo import table  # noqa: E402
 from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/lora.json"
-ARMS = {
-    "last 14 layers": ["--train-layers", "14"],
-    "LoRA 16": ["--lora", "16", "--lr", "1e-3"],
-    "LoRA 16, microbatches of 8": ["--lora", "16", "--lr", "1e-3", "--microbatch", "8"],
-    "LoRA 16, checkpointing": ["--lora", "16", "--lr", "1e-3", "--gradient-checkpointing"],
+LORA = ("--lora", "16", "--lr", "1e-3")
+ARMS = {  # what is trained, of the reward model and by PPO; how PPO computes it
+    "last 14 layers": (("--train-layers", "14"), ()),
+    "LoRA 16": (LORA, ()),
+    "LoRA 16, microbatches of 8": (LORA, ("--microbatch", "8")),
+    "LoRA 16, checkpointing": (LORA, ("--gradient-checkpointing",)),
 }
 
 
@@ -46,14 +47,14 @@ def train(script: str, *options: object) -> int:
 
 
 def measure(base: Path, home: Path, arm: str, iterations: int) -> dict:
-    options = ARMS[arm][:4]  # what is trained; the rest is how PPO computes it
-    reward = home / f"rm{''.join(options[:2])}"
+    trained, how = ARMS[arm]
+    reward = home / f"rm{''.join(trained[:2])}"
     if not (reward / "config.json").exists():
         few = ("--data", "toy", "--epochs", 1, "--bidirectional", 0, "--normalise", "none")
-        train("train_rm.py", "--init", base, *few, *options, "--out", reward)
+        train("train_rm.py", "--init", base, *few, *trained, "--out", reward)
     out = home / "ppo"
     told = ("--data", "toy", "--iterations", iterations, "--init", base, "--reward-model", reward)
-    peak = train("train_ppo.py", *told, *ARMS[arm], "--out", out, "--overwrite")
+    peak = train("train_ppo.py", *told, *trained, *how, "--out", out, "--overwrite")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
     times = {name: median(line[f"time/{name}"] for line in lines) for name in ("rollout", "score", "update")}
     size = sum(file.stat().st_size for file in (out / "latest").glob("*.safetensors"))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +47,15 @@ def attach(gpt: nn.Module, rank: int, alpha: float) -> None:
         raise UserError(f"--lora {rank}: the model has {gpt.config.n_embd} channels: choose a smaller rank")
     gpt.requires_grad_(False)
     gpt.config = dataclasses.replace(gpt.config, lora_rank=rank, lora_alpha=alpha)
+    replace_layers(gpt, nn.Linear, lambda layer: LoRALinear(layer, rank, alpha))
+
+
+def replace_layers(gpt: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put make(layer) in the place of every layer of this kind in a GPT's blocks."""
     for block in gpt.blocks:
         for name, layer in list(block.named_children()):
-            if isinstance(layer, nn.Linear):
-                setattr(block, name, LoRALinear(layer, rank, alpha))
+            if isinstance(layer, kind):
+                setattr(block, name, make(layer))
 
 
 def merged_state(state: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:

@@ -281,6 +281,19 @@ def test_runs_that_were_copied_together_are_found_and_a_changed_base_is_refused(
         checkpoint.load_state(tmp_path / "a" / "dpo")
 
 
+def test_a_damaged_record_of_the_base_is_one_line(tuned, tmp_path):
+    """Missing, of another type, half of it, or the checkpoint itself."""
+    shutil.copytree(tuned / "sft", tmp_path / "sft", symlinks=True)
+    file = tmp_path / "sft" / "latest" / "config.json"
+    about = json.loads(file.read_text())
+    own = {"base": about["sha256"], "base_path": str(tmp_path / "sft"), "base_relative_path": "."}
+    for inputs in (None, [], {}, {"base": None}, {"base": "x"}, about["inputs"] | own):
+        file.write_text(json.dumps(about | {"inputs": inputs}))
+        with pytest.raises(UserError) as told:
+            checkpoint.load_gpt(tmp_path / "sft")
+        assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("stage", ["train_rm", "train_ppo"])
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(
     tuned, smoke, run, metrics, stage, tmp_path, no_baselines

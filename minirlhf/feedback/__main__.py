@@ -45,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         type=Path,
         help=".jsonl, .json or .parquet file.  gold is the known answer: a, b, tie or bad, or 1 to 5.",
     )
-    add_fields(add)
+    cli.add_fields(add)
 
     serve = command("serve", "Serve the page on which raters judge.")
     add_work(serve)
@@ -121,25 +121,13 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         type=number(Count),
         help="Longest response, in tokens.  Default: the checkpoint's own, or 24.",
     )
-    add_fields(parser)
+    cli.add_fields(parser)
     add("--data-dir", help="Cache folder of the built-in dataset.  Default: the user's cache.")
     add(
         "--seed",
         type=number(Seed),
         default=1,
         help="Random seed of prompts, samples and a new store (%(default)s).",
-    )
-
-
-def add_fields(parser: argparse.ArgumentParser) -> None:
-    """The option that names columns of a file."""
-    parser.add_argument(
-        "--fields",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="Names of columns that are not ours: prompt=question; --prompt-field question is the same.",
     )
 
 

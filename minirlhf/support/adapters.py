@@ -27,14 +27,14 @@ def merge(gpt: nn.Module) -> None:
     """Turn a GPT with adapters into one without, which computes the same; all its weights are trained."""
     state = lora.merged_state(gpt.state_dict(), gpt.config.lora_alpha)
     gpt.config = dataclasses.replace(gpt.config, lora_rank=0)
-    for block in gpt.blocks:
-        for name, layer in list(block.named_children()):
-            if isinstance(layer, lora.LoRALinear):
-                bias, device = layer.bias is not None, layer.weight.device
-                plain = nn.Linear(layer.in_features, layer.out_features, bias, device=device)
-                setattr(block, name, plain)
+    lora.replace_layers(gpt, lora.LoRALinear, _plain)
     gpt.load_state_dict(state)
     gpt.requires_grad_(True)
+
+
+def _plain(layer: lora.LoRALinear) -> nn.Linear:
+    bias, device = layer.bias is not None, layer.weight.device
+    return nn.Linear(layer.in_features, layer.out_features, bias, device=device)
 
 
 def split_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

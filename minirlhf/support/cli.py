@@ -115,6 +115,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists every option)")
 
 
+def add_fields(parser: argparse.ArgumentParser) -> None:
+    """The option of tools that names columns of a file; RunConfig has it for the stages."""
+    parser.add_argument(
+        "--fields",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="OURS=THEIRS",
+        help="Names of columns that are not ours: prompt=question; --prompt-field question is the same.",
+    )
+
+
 def check_ranges(config: Any) -> None:
     """Refuse a config with a number outside the range in its field's type; None passes, tuples are checked
     entry by entry."""

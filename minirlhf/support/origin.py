@@ -9,15 +9,21 @@ from minirlhf import UserError
 from minirlhf.support.files import read_json
 
 
+def names(config: dict, name: str) -> dict[str, object]:
+    """What config.json says of the input `name`: its checksum and paths by their keys; {} if it has none."""
+    inputs = config.get("inputs")
+    keys = (name, f"{name}_path", f"{name}_relative_path")
+    return {key: inputs[key] for key in keys if key in inputs} if isinstance(inputs, dict) else {}
+
+
 def find(folder: Path, name: str, fingerprint: Callable[[Path], str], remedy: str) -> Path:
     """The checkpoint that the one in the step folder `folder` names as its input `name`.
 
     It is where it was then, where it was as seen from the folder (runs that were copied together), or beside
     the run.  Raises UserError, with the remedy, where it is not there or was trained again since.
     """
-    inputs = read_json(folder / "config.json", "train again").get("inputs")
-    inputs = inputs if isinstance(inputs, dict) else {}
-    checksum, recorded, relative = (inputs.get(f"{name}{end}") for end in ("", "_path", "_relative_path"))
+    named = names(read_json(folder / "config.json", "train again"), name)
+    checksum, recorded, relative = (named.get(f"{name}{end}") for end in ("", "_path", "_relative_path"))
     if not all(isinstance(value, str) and value for value in (checksum, recorded, relative)):
         raise UserError(f"{folder}/config.json: names no checkpoint that the policy was trained from")
     step, out = Path(recorded), folder.parent

@@ -42,18 +42,19 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
 
     Beside adapters they are those of the base, which the checkpoint names by its checksum."""
     folder = resolve(path)
-    config = read_json(folder / "config.json", DAMAGED)
+    config = load_config(folder)
     state = _tensors(folder / "model.safetensors", config.get("sha256"))
-    if "base" not in config.get("inputs", {}):
+    base = resolve(base_of(folder))
+    if base == folder:
         return state
-    base = load_state(base_of(folder))
-    return {f"{place}{name}": weight for place in _trunks(config) for name, weight in base.items()} | state
+    weights = _tensors(base / "model.safetensors", load_config(base).get("sha256"))
+    return {f"{place}{name}": weight for place in _trunks(config) for name, weight in weights.items()} | state
 
 
 def base_of(path: str | Path) -> Path:
     """The checkpoint whose weights stay as they are where adapters are trained beside those of `path`."""
     folder = resolve(path)
-    if "base" not in load_config(folder).get("inputs", {}):
+    if not origin.names(load_config(folder), "base"):
         return folder
     return origin.find(folder, "base", fingerprint, "its adapters fit no other weights: put it back")
 

@@ -35,7 +35,7 @@ from minirlhf.data import (
 )
 from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.support import formats, shapes
-from minirlhf.support.cli import Count, CountOr0, Parser, Real, number, run_script
+from minirlhf.support.cli import Count, CountOr0, Parser, Real, add_fields, number, run_script
 from minirlhf.support.context import TooLong, fit
 from minirlhf.support.layout import Learn
 from minirlhf.support.sources import shown
@@ -206,14 +206,7 @@ def main() -> None:
         default="drop",
         help="what happens to a prompt that leaves no room in --context (default: drop)",
     )
-    parser.add_argument(
-        "--fields",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="OURS=THEIRS",
-        help="names of columns that are not ours; --rating-field helpfulness is --fields rating=helpfulness",
-    )
+    add_fields(parser)
     parser.add_argument(
         "--rating-scale",
         nargs=2,
