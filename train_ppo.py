@@ -86,7 +86,7 @@ class Config(AlgorithmOptions, RunConfig):
     disagreement_coef: AtLeast0 = 0.0
     """Subtract this times the standard deviation of the reward model's members (train_rm.py --members 3):
     what only some of them like is likely their mistake (Coste et al. 2024)."""
-    kl_coef: AtLeast0 = 0.1
+    kl_coef: AtLeast0 = 0.15
     """Penalty per nat of KL to the reference, in reward points (Ziegler: 0.15).  Where advantages are scaled
     and the KL is a term of the loss, it is in standard deviations of the reward."""
     kl_target: Above0 | None = None
@@ -108,7 +108,7 @@ class Config(AlgorithmOptions, RunConfig):
     """Responses per optimiser step, over all ranks."""
     microbatch: Count | None = None
     """Most responses per forward pass on each rank.  Fewer save memory; gradients are the same [D17]."""
-    lr: Above0 = 2e-4
+    lr: Above0 = 4e-4
     """Learning rate of the policy, linear to 0 over the iterations [D16]."""
     value_lr: Above0 = 4e-4
     """Learning rate of the value model, which decays alike."""
@@ -154,7 +154,7 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/ppo"), data="toy", iterations=4, batch=16,
                     minibatch=8, epochs=2, response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64,
-                      train_layers=14, lr=1e-4, value_lr=1e-4, save_every=20),
+                      train_layers=14, kl_coef=0.1, lr=1e-4, value_lr=1e-4, save_every=20),
     "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512,
                    minibatch=64, microbatch=16, lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
 }  # fmt: skip

@@ -169,8 +169,8 @@ def main() -> None:
             out = args.out / f"{arm.replace(' ', '-').replace(',', '')}-{seed}"
             models = ("--init", sft, "--reward-model", ensemble, "--monitor", args.run / "judge")
             length = (1, 1) if arm == "SFT" else (args.iterations, EVERY)
-            how = ("--iterations", length[0], "--save-samples", length[1], "--seed", seed, *ARMS[arm])
-            command("train_ppo.py", *models, *how, "--out", out, *common)
+            how = ("--iterations", length[0], "--save-samples", length[1], "--seed", seed, "--lr", 2e-4)
+            command("train_ppo.py", *models, *how, *ARMS[arm], "--out", out, *common)
             known.setdefault(arm, {})[str(seed)] = curve(out / "samples.jsonl", readers)
             write_atomically(RESULTS, json.dumps(known, indent=1).encode())
     known = {arm: known[arm] for arm in ARMS if arm in known}

@@ -107,6 +107,10 @@ def policy(args: argparse.Namespace, out: Path, pairs: Path, seed: int, gold: Ju
         EVERY,
         "--iterations",
         args.iterations,
+        "--kl-coef",
+        0.1,
+        "--lr",
+        2e-4,
         *common,
     )
     curve = []

@@ -38,7 +38,8 @@ def learn(variant: str, seed: int, iterations: int) -> dict[str, list[float]]:
     run = Path(f"runs/seed-{seed}")
     out = run / ("variant-" + variant.replace(",", "").replace(" ", "-"))
     command("train_ppo.py", "--init", run / "sft", "--reward-model", run / "rm-a", "--monitor", run / "judge", "--out", out,
-            "--seed", seed, "--iterations", iterations, "--resume", *VARIANTS[variant])  # fmt: skip
+            "--seed", seed, "--iterations", iterations, "--kl-coef", 0.1, "--lr", 2e-4, "--resume",
+            *VARIANTS[variant])  # fmt: skip
     lines = [json.loads(line) for line in (ROOT / out / "metrics.jsonl").read_text().splitlines()]
     return {name: [line[key] for line in lines] for name, key in MEASURES.items()}
 
