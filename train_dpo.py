@@ -17,7 +17,7 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (before torch: Ctrl-C during the slow imports prints one line)
 
 import dataclasses
 from pathlib import Path
@@ -38,7 +38,7 @@ from minirlhf.support.pairs import JudgedPairs, Pairs, SampledPairs, judged_pair
 from minirlhf.support.prepare import prepare
 from minirlhf.support.schedule import ends_a_quarter
 
-REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
 LOGGED = ("train/loss", *REWARDS, "logps/chosen", "logps/rejected")
 
 
@@ -103,7 +103,7 @@ class Config(RunConfig):
     max_grad_norm: AtLeast0 = 1.0
     """Gradients are scaled down to this norm.  0: no clipping."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Compute logits twice instead of holding them all.  auto: where they would take over 128 MiB."""
+    """Compute logits in tiles, and again in backward, instead of holding them all.  auto: above 128 MiB."""
 
 
 PRESETS = {
@@ -116,7 +116,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def read(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampling) -> tuple[Tensor, dict]:
+def measure(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampling) -> tuple[Tensor, dict]:
     """Loss and measures on a part of a batch of pairs; those of all parts add up to the batch's [D17]."""
     with run.autocast():
         logps = response_logps(policy, pairs.texts, sampling, config.fused_head)  # [2 b]
@@ -129,9 +129,10 @@ def read(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampling
 
     margins = config.beta * (chosen - rejected).detach()
     right = torch.where(pairs.share > 0.5, (margins.sign() + 1) / 2, 0.5)  # no margin, or a tie: a half
-    rewards = (config.beta * chosen, config.beta * rejected, margins, right)
-    found = dict(zip(LOGGED[1:], (*rewards, *logps.chunk(2)), strict=True))
-    if pairs.sampled:  # by the policy itself: then the log-ratio estimates its KL to the reference [D1]
+    found = {"rewards/chosen": config.beta * chosen, "rewards/rejected": config.beta * rejected}
+    found |= {"rewards/margins": margins, "rewards/accuracies": right}
+    found |= dict(zip(("logps/chosen", "logps/rejected"), logps.chunk(2), strict=True))
+    if pairs.sampled:  # the policy's own samples: their log-ratio estimates its KL to the reference [D1]
         found |= pairs.measures | {"objective/kl": (logps - pairs.ref_logps).view(2, -1).mean(0)}
     return loss, {"train/loss": loss} | {name: x.sum() / pairs.total for name, x in found.items()}
 
@@ -142,7 +143,7 @@ def validate(config: Config, run: Run, policy: GPT, pairs: JudgedPairs, sampling
     sums = Sums(LOGGED, run.device)
     for batch in map(pairs.batch, range(len(pairs))):
         for part in batch.split(config.microbatch):
-            _, found = read(config, run, policy, part, sampling)
+            _, found = measure(config, run, policy, part, sampling)
             sums.add({name: x * (batch.total / len(pairs.items)) for name, x in found.items()})
     found = sums.over_ranks(run.machine)
     names = {"loss": "train/loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
@@ -179,9 +180,8 @@ def main() -> None:
     run.print(f"{config.loss} loss; {len(pairs)} steps of {config.batch} pairs; {run.where}")
 
     # The loop: one optimiser step per iteration; four validations.
-    total = len(pairs)
-    for step in run.loop(total):
-        lr = config.lr * optim.warmup_linear(step, total, config.warmup)
+    for step in run.loop(len(pairs)):
+        lr = config.lr * optim.warmup_linear(step, len(pairs), config.warmup)
         optim.set_lr(optimizer, lr)
 
         # 1. Pairs: this rank's share of a batch that people judged, or that the policy now writes.
@@ -192,7 +192,7 @@ def main() -> None:
         run.phase("update")
         sums = Sums(LOGGED, run.device)  # also on a rank without a pair of a small batch
         for part in batch.split(config.microbatch):
-            loss, found = read(config, run, policy, part, sampling)
+            loss, found = measure(config, run, policy, part, sampling)
             loss.backward()
             sums.add(found)
 
@@ -201,7 +201,7 @@ def main() -> None:
         metrics = sums.over_ranks(run.machine) | {"train/grad_norm": norm, "lr": lr}
 
         # 4. Validation, on pairs that people judged.
-        due = ends_a_quarter(step, total)
+        due = ends_a_quarter(step, len(pairs))
         if due and held_out:
             run.phase("validate")
             found = validate(config, run, policy, held_out["val"], sampling)
@@ -211,7 +211,7 @@ def main() -> None:
         run.checkpoint(step + 1, due)
 
     results = {split: validate(config, run, policy, held_out[split], sampling) for split in held_out}
-    run.save(total, complete=True, results=results | {"seconds": run.elapsed})
+    run.save(len(pairs), complete=True, results=results | {"seconds": run.elapsed})
     if held_out:
         run.print("test: " + ", ".join(f"{name} {value:.3f}" for name, value in results["test"].items()))
     run.print(f"{run.elapsed:.0f} s; policy in {config.out}")

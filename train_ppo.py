@@ -8,11 +8,11 @@
 
 PPO as in Ziegler et al. 2019 and Stiennon et al. 2020: a response is an episode, a token is a step, the
 reward model's score arrives at the last token, and a penalty for leaving the reference model arrives at every
-token. Deliberate departures:
-- the value model is a model of its own, started from the reward model (Stiennon), not a head on the policy;
+token. As in Stiennon et al., the value model (the critic) is a model of its own, started from the reward
+model. Deliberate departures:
 - gradients of policy and value model are clipped apart: a large value loss cannot slow the policy down;
 - the sampler draws from the whole distribution; there is no top-k or top-p to switch on [D2];
-- every step's randomness is a function of (seed, iteration, rank), so a resumed run is the same run [D21].
+- every step's randomness is a function of (seed, stage, step, rank), so a resumed run is the same run [D21].
 
 PPO's relatives (--algorithm) are rows of the table in minirlhf/algorithms.py; `algorithm` below is a row.
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
@@ -20,7 +20,7 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (before torch: Ctrl-C during the slow imports prints one line)
 
 import dataclasses
 from pathlib import Path
@@ -43,7 +43,7 @@ from minirlhf.support.ragged import send
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(AlgorithmOptions, RunConfig):
+class Config(AlgorithmOptions, RunConfig):  # strings are --help; more options: support/run_config.py
     preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/ppo")
@@ -127,7 +127,7 @@ class Config(AlgorithmOptions, RunConfig):
     max_approxkl: Above0 | None = None
     """Leave the remaining minibatches of a rollout when one's approxkl passes this.  Default: never."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Compute logits twice instead of holding them all.  auto: where they would take over 128 MiB."""
+    """Compute logits in tiles, and again in backward, instead of holding them all.  auto: above 128 MiB."""
     save_every: Count = 18
     """Iterations between checkpoints."""
 
@@ -164,15 +164,14 @@ def main() -> None:
     config = cli.parse_config(PRESETS, __doc__)
     cli.refuse_unread(["--kl-horizon"], "without --kl-target", config.kl_target is None)
     cli.refuse_unread(["--missing-eos-penalty"], "with --missing-eos none", config.missing_eos == "none")
-    algorithm = (
-        config.row()
-    )  # PPO: groups of 1, a critic, whitened over the rollout, clip .2, KL in the reward
+    algorithm = config.row()  # PPO: groups of 1, a critic, whitened over the rollout, clip .2, KL as a reward
     of_critic = ("--value-init", "--value-lr", "--clip-range-value", "--gamma", "--lam", "--whiten-rewards")
     cli.refuse_unread(of_critic, "without a critic", algorithm.baseline != "critic")
     cli.refuse_unread(["--kl-coef", "--kl-target"], "with --kl none", algorithm.kl == "none")
     run = Run("ppo", config)
 
-    # Setup: the policy and its frozen reference; a reward model, a judge, perhaps a value model; prompts.
+    # Setup: the policy and its frozen reference; a reward model, a judge, perhaps a value model, all without
+    # dropout [D5]; prompts.
     rewards = load_rewards(list(config.reward))
     stages, uses_rm = config.out.parent, any(name == "rm" for name, _, _ in rewards)
     sft = checkpoint.resolve(config.init or stages / "sft", "run train_sft.py first, or name one with --init")
@@ -182,7 +181,7 @@ def main() -> None:
     judge = RewardReader.load(config.monitor, "train one with train_rm.py")
     source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
     if not run.begin(source, init=sft, reward_model=reward_dir, monitor=config.monitor):
-        return
+        return  # this run is complete
     policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)
     with_critic = algorithm.baseline == "critic"
     critic = make_critic(policy, tokenizer, reward, config.value_init) if with_critic else None
@@ -203,7 +202,8 @@ def main() -> None:
     sampling = Sampling(config.response_tokens, config.temperature, eos, pad, forbidden, fused)
     scorer = Scorer(rewards, tokenizer, reward, judge, config.disagreement_coef, config.microbatch)
     policy_optimizer = optim.adamw([policy], config.lr, 0.0, (0.9, 0.999), config.adam_eps)  # [D16]
-    changing, learning_rates = {"policy_optimizer": policy_optimizer}, [(policy_optimizer, config.lr)]
+    learning_rates = [(policy_optimizer, config.lr)]
+    changing = {"policy_optimizer": policy_optimizer}  # what a resumed run needs beside the policy
     if critic:
         value_optimizer = optim.adamw([critic], config.value_lr, 0.0, (0.9, 0.999), config.adam_eps)
         changing |= {"value": critic, "value_optimizer": value_optimizer}
@@ -226,12 +226,12 @@ def main() -> None:
         run.phase("rollout")
         order = data.cursor(len(prompts), groups * run.world, config.seed, iteration)
         mine = order[run.rank * groups : (run.rank + 1) * groups]
-        queries, query_mask = data.collate([prompts[i] for i in mine for _ in range(G)], pad, side="left")
+        prompt_ids, prompt_mask = data.collate([prompts[i] for i in mine for _ in range(G)], pad, side="left")
         with run.autocast():
-            texts = generate(policy, queries, query_mask, sampling)
-        response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R], [B] [D9]
+            texts = generate(policy, prompt_ids, prompt_mask, sampling)
+        response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R] and [B] [D9]
 
-        # 2. Score: all models read the texts, by the update's own forwards: the first ratio is 1 [D4] [D18].
+        # 2. Score: all models read the texts by the update's function, so its first ratio is 1 [D4] [D18].
         run.phase("score")
         with run.autocast(), torch.no_grad():
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
@@ -241,27 +241,27 @@ def main() -> None:
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
 
-        # 3. Rewards: the score at the last real token [D7]; -kl_coef * k1 at all, if not in the loss [D1].
+        # 3. Rewards: the score at the last real token [D7]; at every token -kl_coef (log p - log p_ref) [D1].
         k1_coef = kl_coef if algorithm.kl == "reward" else 0.0
         token_rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, response_mask, k1_coef)
         if config.whiten_rewards:
             token_rewards = whiten(token_rewards, response_mask, shift_mean=False, sum_=over_ranks)  # [D10]
 
-        # 4. Advantages, of each token beside the critic's value (delta_t = r_t + gamma V_{t+1} - V_t, A_t =
-        #    delta_t + gamma lam A_{t+1}, return_t = A_t + V_t, taken before whitening [D8]); or of the whole
-        #    response beside its group [D27].
-        learnt = response_mask
+        # 4. Advantages.  With a critic, of each token: delta_t = r_t + gamma V_{t+1} - V_t, A_t = delta_t +
+        #    gamma lam A_{t+1}; return_t = A_t + V_t is taken before A is whitened [D8].  Without one, of the
+        #    whole response: its reward beside those of its group [D27].
+        learnt = response_mask  # [B, R]: the tokens in the loss
         if critic:
             advantages, returns = gae(token_rewards, values, response_mask, **discount)
         else:
             advantages = ppo.group_advantages(token_rewards.sum(1), G, algorithm.baseline, algorithm.scale)
             advantages = advantages[:, None].expand_as(token_rewards)  # [B, R]
-            equal = ppo.equal_rewards(scores, G)  # [B]: such groups teach nothing
+            equal = ppo.equal_rewards(scores, G)  # [B]: no score tells such a group's responses apart
             per_text["frac_reward_zero_std"] = equal.float()
             if algorithm.equal_groups == "drop":
                 learnt = response_mask & ~equal[:, None]
         if algorithm.scale == "rollout":
-            differing = response_mask if critic else response_mask & (advantages != 0)
+            differing = response_mask if critic else response_mask & (advantages != 0)  # zeros stay zeros
             advantages = whiten(advantages, differing, sum_=over_ranks)  # [D10]
         weights, shares = ppo.averaging(learnt, algorithm.average, config.response_tokens)  # [D28]
 
@@ -270,7 +270,7 @@ def main() -> None:
         run.phase("update")
         history = History()
         for minibatch in optim.minibatches(local_batch, local_minibatch, config.epochs):
-            here = send(minibatch, run.device)
+            here = send(minibatch, run.device)  # indices of what is on the device; texts takes the CPU's
             # Real tokens and the loss's divisor, over all ranks [D17].  In PPO they are the same number.
             tokens, divisor = run.sum_(torch.stack([learnt[here].sum(), shares[here].sum()]))
             if algorithm.equal_groups == "drop" and tokens == 0:
@@ -309,7 +309,7 @@ def main() -> None:
                 stats.add({"loss/value_avg": loss, "val/clipfrac_avg": clipped})
             run.take_step(value_optimizer, config.max_grad_norm, "value model")
 
-        # 6. Metrics are means over real tokens [D22]; then the controller moves kl_coef, after its use [D11].
+        # 6. Metrics are means over real tokens [D22]; last, the controller sets the next kl_coef [D11].
         per_text |= ppo.rollout_metrics(scores, logprobs, ref_logprobs, response_mask, has_eos, k1_coef)
         metrics = history.means(run.machine) | run.means(per_text, config.batch)
         metrics |= {"objective/kl_coef": kl_coef, "lr": config.lr * lr_factor}
@@ -318,7 +318,7 @@ def main() -> None:
             explained = ppo.explained_variance(values, returns, response_mask, over_ranks)
             metrics["val/explained_variance"] = explained.item()
         elif metrics["frac_reward_zero_std"] > 1 - 1e-6:
-            run.print(f"iteration {iteration + 1}: equal scores in every group: no advantages to learn from")
+            run.print(f"iteration {iteration + 1}: all scores are equal in every group: they teach nothing")
         if config.kl_target is not None:
             kl, target = metrics["objective/kl"], config.kl_target
             state["kl_coef"] = ppo.adapt_kl_coef(kl_coef, kl, target, config.batch, config.kl_horizon)

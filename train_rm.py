@@ -5,8 +5,8 @@
     python train_rm.py --data choices.jsonl --loss pairwise --out runs/mine/rm
     python train_rm.py --part b --seed 2 --out runs/demo/judge      # a judge: shares no item with --part a
 
-The model is the SFT model with a two-layer MLP head; all weights are trained.  Ratings are learnt as
-regression on the mean score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both;
+The model is the SFT model with a two-layer MLP head; by default all weights are trained.  Ratings are learnt
+as regression on the mean score, as Bradley-Terry pairs with the raters' vote shares as soft targets, or both;
 choices are learnt as pairs, thumbs by binary cross-entropy [D15].  Scores are then shifted so that the
 reference policy's own samples average 0 (and scaled, where the data are no ratings, because their scale is
 arbitrary) [D14].  The test split is read once, at the end, for the report: nothing is chosen on it.
@@ -16,7 +16,7 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (before torch: Ctrl-C during the slow imports prints one line)
 
 import dataclasses
 from pathlib import Path
@@ -58,7 +58,7 @@ class Config(RunConfig):
     which each rater has a bias, a slope and a noise (ratings) or a reliability (votes by rater): random
     answers get no weight, inverted ones a negative weight.  Validation and test always use the mean."""
     lowercase: Share = 0.5
-    """Share of training texts read in lower case, other ones each epoch: rare spellings learn from common."""
+    """Share of the training texts read in lower case, drawn anew each epoch: rare spellings become common."""
 
     # Model
     init: Path | None = None
@@ -173,14 +173,14 @@ def loss_of(
     """
     loss = torch.zeros((), device=run.device)
     target = send(torch.tensor([judgements.target_of(batch[i]) for i in rows]), run.device)
-    share = len(rows) / len(batch)
+    weight = len(rows) / len(batch)
     choices = isinstance(batch[0].record, data.Preference)
     if choices and rows:
-        loss = preference.pairwise_loss(*scores.chunk(2), target) * share
+        loss = preference.pairwise_loss(*scores.chunk(2), target) * weight
     elif kind == "binary" and rows:
-        loss = preference.binary_loss(scores, target) * share
+        loss = preference.binary_loss(scores, target) * weight
     elif kind in ("regression", "both") and rows:
-        loss = preference.regression_loss(scores, target) * share
+        loss = preference.regression_loss(scores, target) * weight
     if not choices and kind in ("pairwise", "both") and len(batch) > 1:
         loss = loss + judgements.rating_pairs_loss(run, config, step, batch, rows, scores)
     return loss
@@ -269,9 +269,9 @@ def main() -> None:
         run.log(step + 1, metrics, "loss {train/loss:.3f}")
         run.checkpoint(step + 1, due=validate)
 
-    # The report on test texts, on the raters' own scale; then the transform that PPO will see [D14].
+    # The report on test texts, on the raters' own scale; then the shift and scale of PPO's scores [D14].
     predictions = score_items(run, model.members, judged.test, tokenizer.pad)
-    run.seed(len(schedule) + 1)  # whether the last step was run or resumed from [D21]
+    run.seed(len(schedule) + 1)  # the same samples, resumed or not [D21]
     sequences = reference.samples(config, run, tokenizer) if reference else []
     for k, member in enumerate(model.members if reference else []):
         scores = score_sequences(run, [member], sequences, tokenizer.pad)

@@ -14,7 +14,7 @@ Numbers in brackets are implementation details: docs/details.md names each one's
 
 from __future__ import annotations
 
-import minirlhf.support.ctrl_c  # noqa: F401  (first: while torch is imported, Ctrl-C then is one line)
+import minirlhf.support.ctrl_c  # noqa: F401  (before torch: Ctrl-C during the slow imports prints one line)
 
 import dataclasses
 import math
@@ -100,7 +100,7 @@ class Config(RunConfig):
     patience: Count = 2
     """Stop after this many epochs without a better validation loss."""
     fused_head: Literal["auto", "on", "off"] = "auto"
-    """Compute logits twice instead of holding them all.  auto: where they would take over 128 MiB."""
+    """Compute logits in tiles, and again in backward, instead of holding them all.  auto: above 128 MiB."""
     samples: Annotated[int, cli.Range(0, 1000)] = 5
     """Number of texts to sample and print at the end."""
 
@@ -125,7 +125,7 @@ PRESETS = {
 OF_A_NEW_MODEL = ("--tokenizer", "--vocab", "--context", "--n-layer", "--n-head", "--n-embd")
 
 
-def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: list) -> tuple[GPT, Tokenizer]:
+def load_model(config: Config, run: Run, init: Path | None, records: list) -> tuple[GPT, Tokenizer]:
     """The model to train, on the run's device, and its tokenizer: those of `init`, or new ones."""
     if init:
         tokenizer = checkpoint.writer(init)[2]
@@ -134,7 +134,7 @@ def load_model(config: Config, run: Run, init: Path | None, tokenizer_texts: lis
         if run.state == "resume":
             tokenizer = Tokenizer.load(run.out)
         elif config.tokenizer == "train":
-            texts = ["".join(data.as_example(record)) for record in tokenizer_texts]
+            texts = ["".join(data.as_example(record)) for record in records]
             tokenizer = Tokenizer.train(texts, config.vocab)
         else:
             tokenizer = Tokenizer.load(config.tokenizer)
@@ -170,7 +170,7 @@ def loss_sum(model: GPT, examples: list[Example], pad: int, fused_head: str) -> 
     learnt, _ = data.collate([loss_mask for _, loss_mask in examples], 0)
     where = send(learnt[:, 1:].flatten().nonzero().squeeze(1), device)  # [N]
     tokens = send(tokens, device)
-    hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[where]  # [N, C]
+    hidden = model(tokens[:, :-1], mask[:, 1:]).flatten(0, 1)[where]  # [N, C]; no text's last token is read
     targets = tokens[:, 1:].flatten()[where]
     if optim.fuse_head(fused_head, len(hidden), model.config.vocab_size):
         logprobs, _ = linear_token_logprobs(hidden, model.head_weight, targets)

@@ -1,4 +1,4 @@
-"""PPO's relatives as rows of one table: nine cells of train_ppo.py's loop, and nothing else.
+"""PPO's relatives as rows of one table: nine choices in train_ppo.py's loop, and nothing else.
 
 Without a critic, a response is judged by its group: several responses to one prompt, drawn together. See
 docs/algorithms.md for what each does, costs and is good for, and minirlhf/ppo.py for the equations.
@@ -69,7 +69,8 @@ class AlgorithmOptions:
     group: Count | None = None
     """Responses drawn for each prompt, one after another in the batch (PPO: 1; the others: 8)."""
     baseline: Baseline | None = None
-    """What a response must beat: a critic's value of each token, its group's mean, or the others' [D27]."""
+    """What a response must beat.  critic: its value of each token; mean: that of the group; leave-one-out:
+    that of the others in the group [D27]."""
     scale: Scale | None = None
     """What advantages are divided by: their standard deviation over the rollout, once they are centred [D10];
     that of the group's rewards [D27]; or nothing."""

@@ -1,14 +1,14 @@
 """A transformer in PyTorch, and the models with a scalar head that are built on it.
 
 Dimension key: B sequences, T tokens, N real tokens of a batch, V vocabulary, C channels, H heads, G key-value
-heads, D channels per head (C / H in most models).
+heads, D channels per head (C / H in most models), K keys: those cached and those of this call.
 
-Padding is not computed.  A batch is [N, C] everywhere but in attention, for which its Layout makes rows
+Padding is not computed.  A batch is [N, C] everywhere but in attention, for which its Packing makes rows
 [B, T, C] and flattens them again.  support/ragged.py does that; a reader of this page may skip it.
 
 One block, whose parts a config chooses.  The default is GPT-2's (Radford et al. 2019): learned positions,
-pre-norm blocks, GELU (tanh form), a head tied to the token embedding, and N(0, 0.02) weights, of which those
-that project into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other models make other choices:
+pre-norm blocks, GELU (tanh form), a head tied to the token embedding, and weights with standard deviation
+.02, of which those that project into the residual stream are scaled by 1 / sqrt(2 n_layer).  Other models:
 
     Llama (Touvron et al. 2023)   norm rms, positions rotary, mlp swiglu, n_kv_head < n_head, no biases
     Mistral (Jiang et al. 2023)   the same; its first version with a window, which is not supported
@@ -30,12 +30,12 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
 from minirlhf import UserError, lora
 from minirlhf.support import ragged, shape
 from minirlhf.support.cache import KVCache
-from minirlhf.support.ragged import Layout
+from minirlhf.support.ragged import Packing
 
 POOLINGS = ("last", "mean", "last+mean")
 
@@ -135,35 +135,35 @@ class Block(nn.Module):
         if config.mlp == "swiglu":
             self.gate = nn.Linear(C, inner, bias=config.bias)
 
-    def forward(self, x: Tensor, layout: Layout, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing, wanted: Tensor | None = None) -> Tensor:
         """[N, C] -> [N, C]; or [K, C], for the tokens `wanted` [K] alone, which attend to all N."""
         pick = lambda y: y if wanted is None else y.index_select(0, wanted)
         drop = lambda y: ragged.dropout(y, self.dropout, self.training)
         pre_norm = self.config.pre_norm
-        y = self.attention(self.ln_1(x) if pre_norm else x, layout)
+        y = self.attention(self.ln_1(x) if pre_norm else x, packing)
         x = pick(x) + drop(self.attn_out(pick(y)))
         if pre_norm:
             return x + drop(self.mlp(self.ln_2(x)))
         x = self.ln_1(x)
         return self.ln_2(x + drop(self.mlp(x)))
 
-    def attention(self, x: Tensor, layout: Layout) -> Tensor:
+    def attention(self, x: Tensor, packing: Packing) -> Tensor:
         """[N, C] -> [N, H D], before the output projection."""
         H, G, D = self.config.n_head, self.config.kv_heads, self.config.head_dim
-        heads = layout.to_rows(self.qkv(x)).unflatten(2, (-1, D)).permute(2, 0, 1, 3)  # [H + 2 G, B, T, D]
-        with torch.autocast(x.device.type, enabled=False):
+        heads = packing.to_rows(self.qkv(x)).unflatten(2, (-1, D)).permute(2, 0, 1, 3)  # [H + 2 G, B, T, D]
+        with torch.autocast(x.device.type, enabled=False):  # norms and rotations in fp32
             if x.device.type == "cpu":  # bf16 attention's backward is many times slower there than fp32's
                 heads = heads.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
             qk, v = heads[: H + G], heads[H + G :]
             if self.config.qk_norm:
                 qk = torch.cat([self.q_norm(qk[:H].float()), self.k_norm(qk[H:].float())])
-            if layout.angles is not None and self.layer not in (self.config.nope_layers or ()):
-                qk = rotate(qk, *layout.angles)
+            if packing.angles is not None and self.layer not in (self.config.nope_layers or ()):
+                qk = rotate(qk, *packing.angles)
             q, k = qk.to(heads.dtype).split([H, G])
-            if layout.cache is not None:
-                k, v = layout.cache.append(self.layer, k, v, layout)
-            y = attend(q, k, v, layout.masks[self.causal], self.causal)
-        return layout.to_tokens(y.permute(1, 2, 0, 3).flatten(2))
+            if packing.cache is not None:
+                k, v = packing.cache.append(self.layer, k, v, packing)
+            y = attend(q, k, v, packing.masks[self.causal], self.causal)
+        return packing.to_tokens(y.permute(1, 2, 0, 3).flatten(2))
 
     def mlp(self, x: Tensor) -> Tensor:
         """[N, C] -> [N, C]"""
@@ -213,27 +213,27 @@ class GPT(nn.Module):
         mask and wanted should be on the CPU: the host waits once for each that is on a GPU.
         """
         config, causal_kinds = self.config, {block.causal for block in self.blocks}
-        layout = ragged.lay_out(tokens.shape, mask, wanted, cache, tokens.device, causal_kinds)
-        if layout.length > config.context:
+        packing = ragged.make_packing(tokens.shape, mask, wanted, cache, tokens.device, causal_kinds)
+        if packing.length > config.context:
             raise UserError(
-                f"{layout.length} tokens do not fit the model's context of {config.context}: shorten the "
+                f"{packing.length} tokens do not fit the model's context of {config.context}: shorten the "
                 "prompt or response, or train with a larger --context"
             )
-        x = self.wte(layout.pick(tokens)).float()  # [N, C]; fp32, whatever frozen weights are stored in
+        x = self.wte(packing.pick(tokens)).float()  # [N, C]; fp32, whatever frozen weights are stored in
         if config.positions == "learned":
-            x = x + self.wpe(layout.positions)
+            x = x + self.wpe(packing.positions)
         else:
-            layout.angles = rotary(config, layout.to_rows(layout.positions))
+            packing.angles = rotary(config, packing.to_rows(packing.positions))
         x = x if config.pre_norm else self.ln_f(x)
         x = ragged.dropout(x, self.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled() and x.requires_grad:
-                block = partial(checkpoint, block, use_reentrant=False)
-            x = block(x, layout, layout.wanted if layer + 1 == config.n_layer else None)
+                block = partial(recompute, block, use_reentrant=False)
+            x = block(x, packing, packing.wanted if layer + 1 == config.n_layer else None)
         if cache is not None:
-            cache.advance(layout)
+            cache.advance(packing)
         x = self.ln_f(x) if config.pre_norm else x
-        return layout.restore(x, tokens.shape)
+        return packing.restore(x, tokens.shape)
 
     @property
     def head_weight(self) -> Tensor:
@@ -273,7 +273,7 @@ class ValueModel(nn.Module):
         self.reset_head()
 
     def reset_head(self) -> None:
-        """Draw new weights N(0, 1 / (inputs + 1)) for the head [D13]."""
+        """Draw new weights for the head: normal, with standard deviation 1 / sqrt(inputs + 1) [D13]."""
         for layer in (self.fc, self.out) if self.fc else (self.out,):
             nn.init.normal_(layer.weight, std=1 / math.sqrt(layer.in_features + 1))
             nn.init.zeros_(layer.bias)
@@ -324,17 +324,14 @@ class RewardEnsemble(nn.Module):
         shape.check_members(members)
         self.members = nn.ModuleList(RewardModel(config, pooling, mlp) for _ in range(members))
 
-    def each(self, tokens: Tensor, mask: Tensor, members: int | None = None) -> Tensor:
-        """tokens, mask [B, T] -> the scores [K, B] of every member, or of the first `members`."""
+    def each(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens, mask [B, T] -> the scores [K, B] of every member."""
         mask = mask.cpu()
-        return torch.stack([member(tokens, mask) for member in self.members[:members]])
+        return torch.stack([member(tokens, mask) for member in self.members])
 
-    def forward(self, tokens: Tensor, mask: Tensor, members: int | None = None) -> tuple[Tensor, Tensor]:
-        """tokens, mask [B, T] -> mean score [B], disagreement [B] (population standard deviation).
-
-        members: use the first so many.  While members are trained one by one, the others are still random.
-        """
-        scores = self.each(tokens, mask, members)
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens, mask [B, T] -> mean score [B], disagreement [B] (population standard deviation)."""
+        scores = self.each(tokens, mask)
         return scores.mean(0), scores.std(0, correction=0)
 
 

@@ -3,7 +3,7 @@
 Dimensions: B sequences, R response tokens. `response_mask` [B, R] is bool, True = a real token of the
 response; what stands where it is False may be NaN and reaches no value and no gradient [D22]. `logprobs`,
 `ref_logprobs`, `values` come from the rollout and are constants; `new_logprobs`, `new_values` [B, R] are
-the current model's and carry the gradient. All come from one forward at one temperature. `scores` [B] are
+the current model's and carry the gradient. One function, at one temperature, makes them all. `scores` [B] are
 the reward model's; `rewards` [B, R] are scores after shaping, and the two are never mixed. PPO's advantages
 and returns come from `kernels.gae` [D8].
 
@@ -70,8 +70,8 @@ def group_advantages(rewards: Tensor, group: int, baseline: str, scale: str) -> 
     the former (group - 1) / group of it. `scale` 'std' divides by the group's unbiased standard deviation
     + 1e-4, as TRL does. Equal rewards give exactly 0, as does a group of one.
     """
-    R = rewards.double().view(-1, group)
-    advantages, others = R - R.mean(1, keepdim=True), max(group - 1, 1)
+    rows, others = rewards.double().view(-1, group), max(group - 1, 1)
+    advantages = rows - rows.mean(1, keepdim=True)
     std = (advantages.square().sum(1, keepdim=True) / others).sqrt()
     if baseline == "leave-one-out":
         advantages = advantages * group / others
@@ -86,18 +86,19 @@ def equal_rewards(rewards: Tensor, group: int) -> Tensor:
     Equal: to a millionth of their size. Such a group teaches nothing. Without this, rounding errors of large
     rewards would be divided by their own standard deviation and become advantages of full size.
     """
-    R = rewards.view(-1, group)
-    equal = R.amax(1) - R.amin(1) <= 1e-6 * R.abs().amax(1)
+    rows = rewards.view(-1, group)
+    equal = rows.amax(1) - rows.amin(1) <= 1e-6 * rows.abs().amax(1)
     return equal.repeat_interleave(group)
 
 
 def averaging(response_mask: Tensor, how: str, longest: int) -> tuple[Tensor, Tensor]:
-    """weight [B, 1] of a response's tokens, and share [B] of the response in the divisor [D28]:
+    """(weight [B, 1] of each token of a response, what the response adds to the divisor [B]) [D28]:
 
-    loss = sum over tokens of weight * token's loss / sum over responses of share. Both sums are over the
-    whole minibatch, all micro-batches and ranks. 'tokens': all tokens count alike. 'responses': the mean
-    within each response, then over responses, so that tokens of short ones weigh more (GRPO's length bias).
-    'constant': every response is divided by the length limit `longest` (Dr. GRPO), never by its padding.
+    loss = sum of weight * token's loss / sum of what responses add, over all micro-batches and ranks.
+      'tokens'     weight 1            adds its length   all tokens count alike
+      'responses'  weight 1 / length   adds 1            tokens of short responses weigh more (GRPO's bias)
+      'constant'   weight 1 / longest  adds 1            longest: the length limit, not the padding (Dr. GRPO)
+    A response without a token in the mask adds 0.
     """
     lengths = response_mask.sum(1).float()
     counts = (lengths > 0).float()  # a response that is left out of the loss leaves the divisor, too
@@ -127,8 +128,8 @@ def policy_loss(
     - 'sequence': as above, with the geometric mean of the response's ratios at all of its tokens (GSPO);
     - 'cispo': -A min(ratio, 1 + high) log p, the ratio a constant, so that no token loses its gradient.
     Statistics, by metric name: `val/ratio`, its mean; `policy/clipfrac_avg`, the share of tokens whose ratio
-    is beyond the range, on the side where that matters; `policy/approxkl_avg`, the mean of (new - old)^2 / 2
-    as lmhp logs it.
+    is beyond the range and whose clipped term decides the loss (cispo: whose ratio is capped);
+    `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
     """
     total = _total(response_mask, denominator)
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
@@ -169,10 +170,10 @@ def kl_loss(
 ) -> Tensor:
     """A KL penalty as a term of the loss instead of the reward: all [B, R] -> scalar [D30].
 
-    'k3-ratio', k3 times the ratio to the rollout's policy, has the gradient of each token's KL(policy || ref)
-    at the prefixes that were sampled; so has 'k2' until the first optimiser step on a rollout. 'k3' alone is
-    GRPO's, and has that of KL(ref || policy). k1 would have none on average. What a token does to the KL of
-    later ones counts in the reward alone [D1].
+    'k3-ratio' (k3 times new / old): the gradient of each sampled token's own KL(policy || ref). 'k2': the
+    same, until the first optimiser step on a rollout. 'k3' (GRPO): the gradient of KL(ref || policy). There
+    is no 'k1': its gradient is 0 on average. None of them makes a token answer for the KL of later tokens;
+    only a KL in the reward does [D1].
     `denominator` and `weights` as in policy_loss. In k3 a log-ratio above 20 counts as 20, without a
     gradient: its exponential would soon be infinite. 'reward' and 'none': 0, the KL is no term of the loss.
     """
@@ -194,11 +195,11 @@ def value_loss(
     clip_range_value: float | None,
     denominator: Tensor | float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """mean of 1/2 max((V - G)^2, (V_clip - G)^2), V_clip = old + clip(V - old, -c, c) [D12].
+    """mean of 1/2 max((V - return)^2, (V_clip - return)^2), V_clip = old + clip(V - old, -c, c) [D12].
 
-    V new_values, old the ROLLOUT's values, G returns, c clip_range_value. All inputs [B, R] -> scalar loss,
+    V new_values, old the ROLLOUT's values, c clip_range_value. All inputs [B, R] -> scalar loss,
     scalar share of tokens whose clipped loss is the larger. `clip_range_value` None: no clipping.
-    `denominator` as in policy_loss [D17]. The factor 1/2 is here, vf_coef is not.
+    `denominator` as in policy_loss [D17]. There is no vf_coef: the critic has its own optimiser.
     """
     total = _total(response_mask, denominator)
     new_values, values, returns = (torch.where(response_mask, x, 0.0) for x in (new_values, values, returns))
@@ -244,11 +245,11 @@ def rollout_metrics(
 
     objective/kl is in nats per sequence and uses k1; objective/kl_k3 has the same mean with less noise [D1].
     """
-    k1, _, k3 = kl_estimates(logprobs, ref_logprobs)  # padding holds 0
-    kl = k1.sum(1)
+    logprobs, ref_logprobs = (torch.where(response_mask, x, 0.0) for x in (logprobs, ref_logprobs))
+    kl, _, kl_k3 = (k.sum(1) for k in kl_estimates(logprobs, ref_logprobs))
     return {
         "objective/kl": kl,
-        "objective/kl_k3": k3.sum(1),
+        "objective/kl_k3": kl_k3,
         "objective/entropy": -logprobs.sum(1),
         "objective/non_score_reward": -kl_coef * kl,
         "objective/rlhf_reward": scores - kl_coef * kl,

@@ -162,7 +162,7 @@ def test_D17_p1_any_partition_into_microbatches_gives_the_same_gradient(loss):
     for size in (None, 1, 2, 4, 5):
         policy.zero_grad()
         for part in batch.split(size):
-            train_dpo.read(config, OneRank(), policy, part, SAMPLING)[0].backward()
+            train_dpo.measure(config, OneRank(), policy, part, SAMPLING)[0].backward()
         found.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
     agree(found[1:], found[:1] * 4)
 
@@ -187,7 +187,7 @@ def test_D25_p22_the_eos_has_a_gradient_and_padding_has_none():
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pair_sources, "response_logprobs", keep)
-            loss = train_dpo.read(config, OneRank(), policy, batch, SAMPLING)[0]
+            loss = train_dpo.measure(config, OneRank(), policy, batch, SAMPLING)[0]
         loss.backward()
         return loss.item()
 

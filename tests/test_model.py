@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minirlhf import UserError
+from minirlhf.measure.scoring import score_sequences
 from minirlhf.model import (
     GPT,
     POOLINGS,
@@ -491,11 +494,11 @@ def test_R4_an_ensemble_scores_with_the_members_trained_so_far():
     model = RewardEnsemble(SMALL, members=3).eval()
     tokens, mask = torch.randint(50, (4, 6)), torch.ones(4, 6, dtype=torch.bool)
     each = model.each(tokens, mask)
-    assert torch.equal(model.each(tokens, mask, members=2), each[:2])
+    run = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, autocast=nullcontext, sum_=lambda x: x)
+    run.require_finite = lambda **found: None
     for members in (1, 2, 3):
-        mean, spread = model(tokens, mask, members=members)
-        torch.testing.assert_close(mean, each[:members].mean(0))
-        torch.testing.assert_close(spread, each[:members].std(0, correction=0))
+        scores = score_sequences(run, model.members[:members], tokens.tolist(), pad=0)
+        torch.testing.assert_close(scores, each[:members].mean(0))
 
 
 def test_D13_a_critic_without_a_reward_model_values_everything_0_and_can_learn():
@@ -587,28 +590,34 @@ def test_few_rows_are_multiplied_by_the_transposed_product(rows, transposed):
     assert with_gradient.requires_grad and with_gradient.is_contiguous()
 
 
-def lay_out(lengths, wanted=None):
-    """The layout of right-padded texts of these lengths, for a model with causal blocks, on a CPU."""
+def packed(lengths, wanted=None):
+    """The packing of right-padded texts of these lengths, for a model with causal blocks, on a CPU."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return ragged.lay_out(mask.shape, mask, wanted, None, torch.device("cpu"), {True})
+    return ragged.make_packing(mask.shape, mask, wanted, None, torch.device("cpu"), {True})
 
 
 def test_short_texts_share_rows_of_attention():
-    layout = lay_out([5, 3, 2, 2, 1])
-    assert (layout.batch, layout.width, layout.n_real) == (3, 5, 13)
-    assert layout.masks[True].shape == (3, 5, 5)
-    rows = layout.to_rows(torch.arange(1, 14)[:, None])[..., 0]
+    packing = packed([5, 3, 2, 2, 1])
+    assert (packing.batch, packing.width, packing.n_real) == (3, 5, 13)
+    assert packing.masks[True].shape == (3, 5, 5)
+    rows = packing.to_rows(torch.arange(1, 14)[:, None])[..., 0]
     assert rows.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12, 13, 0, 0]]
-    assert (layout.masks[True][1, 4] == 0).tolist() == [False, False, False, True, True]  # its own text alone
-    long = lay_out([120, 3, 2])
+    assert (packing.masks[True][1, 4] == 0).tolist() == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]  # its own text alone
+    long = packed([120, 3, 2])
     assert (long.batch, long.masks[True]) == (3, None)  # fused attention: rows of their own
 
 
 def test_what_the_last_block_computes_is_filled_up_too():
     wanted = torch.zeros(2, 30, dtype=torch.bool)
     wanted[0, :20] = wanted[1, :17] = True
-    layout = lay_out([30, 30], wanted)
-    assert len(layout.target) == 37 and len(layout.wanted) == 38
+    packing = packed([30, 30], wanted)
+    assert len(packing.target) == 37 and len(packing.wanted) == 38
 
 
 def test_places_are_where_the_mask_is_true():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import UserError
-from minirlhf.support.ragged import Layout
+from minirlhf.support.ragged import Packing
 
 if TYPE_CHECKING:
     from minirlhf.model import GPT
@@ -32,21 +32,21 @@ class KVCache:
         self.longest = 0
         self.even = True  # whether all rows are as long as the longest
 
-    def append(self, layer: int, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    def append(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """Store k, v [G, B, width, D] of the new tokens -> the keys and values of all tokens so far."""
-        end = self.longest + layout.width
+        end = self.longest + packing.width
         for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
-            if layout.cache_columns is None:
+            if packing.cache_columns is None:
                 stored[:, :, self.longest : end] = new
             else:
                 row = torch.arange(len(self.lengths), device=stored.device)[:, None]
-                stored[:, row, layout.cache_columns] = new.to(stored.dtype)
+                stored[:, row, packing.cache_columns] = new.to(stored.dtype)
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
-    def advance(self, layout: Layout) -> None:
+    def advance(self, packing: Packing) -> None:
         """Count the new tokens, after all layers have stored them."""
-        self.lengths = self.lengths + (layout.width if layout.lengths is None else layout.lengths)
-        self.longest, self.even = self.longest + layout.width, self.even and layout.lengths is None
+        self.lengths = self.lengths + (packing.width if packing.lengths is None else packing.lengths)
+        self.longest, self.even = self.longest + packing.width, self.even and packing.lengths is None
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows [K] alone.  Layers are copied one by one: two whole caches never exist."""

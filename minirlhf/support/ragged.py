@@ -3,7 +3,7 @@
 A reader of model.py may skip this file.  Linear layers see only the N real tokens of a padded batch [B, T],
 as [N, C].  Attention needs rows and sees [rows, width]: every text starts at column 0 of a row, where
 causality hides the padding behind it.  On a CPU short texts share rows, and a mask keeps them apart.
-`lay_out` decides where everything goes; its Layout moves tensors from shape to shape:
+`make_packing` decides where everything goes; its Packing moves tensors from shape to shape:
 
     batch [B, T]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
                   <-restore-
@@ -34,7 +34,7 @@ MAX_ROWS_TRANSPOSED = 8  # up to this many rows (W @ h.T).T is 2 to 5 times fast
 
 
 @dataclass
-class Layout:
+class Packing:
     """Where the real tokens of a batch are: in the padded batch, and in the rows that attention sees.
 
     Lists of tokens have M >= N entries: after the N real tokens the first is repeated (see fill_up).
@@ -79,15 +79,15 @@ class Layout:
         return x.view(*shape, x.shape[1])
 
 
-def lay_out(
+def make_packing(
     shape: torch.Size,
     mask: Tensor | None,
     wanted: Tensor | None,
     cache: KVCache | None,
     device: torch.device,
     causal_kinds: set[bool],
-) -> Layout:
-    """The layout of a batch of this shape [B, T] on `device`.
+) -> Packing:
+    """The packing of a batch of this shape [B, T] on `device`.
 
     mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, as
     the model has causal blocks, others, or both.
@@ -127,7 +127,7 @@ def lay_out(
         positions = positions + start
         if not cache.even or width > 1:
             cache_columns = cache.lengths[:, None] + torch.arange(width, device=device)
-    return Layout(
+    return Packing(
         batch=batch,
         width=width,
         length=past + width,
