@@ -32,7 +32,7 @@ from kernels import gae
 from minirlhf import UserError, checkpoint, data, optim, ppo
 from minirlhf.algorithms import AlgorithmOptions
 from minirlhf.masked import whiten
-from minirlhf.rewards import RewardReader, Scorer, load_rewards, make_critic
+from minirlhf.rewards import RewardReader, Scorer, fields_read, load_rewards, make_critic
 from minirlhf.rollout import Sampling, by_microbatch, generate, response_logprobs, response_values
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli
@@ -179,7 +179,8 @@ def main() -> None:
     reward_dir = (config.reward_model or stages / "rm") if uses_rm else None
     reward = RewardReader.load(reward_dir, "run train_rm.py first, or name one with --reward-model")
     judge = RewardReader.load(config.monitor, "train one with train_rm.py")
-    source = data.load(config.data, config.skip_bad, config.rating_scale, config.data_dir, config.fields)
+    how = (config.skip_bad, config.rating_scale, config.data_dir, config.fields)
+    source = data.load(config.data, *how, fields_read(rewards))
     if not run.begin(source, init=sft, reward_model=reward_dir, monitor=config.monitor):
         return  # this run is complete
     policy, ref = checkpoint.load_gpt(sft), checkpoint.load_gpt(sft)
@@ -188,7 +189,7 @@ def main() -> None:
     readers = [reader for reader in (reward, judge) if reader]
     prepare(config, run, [policy, critic] if critic else [policy], [ref, *(r.model for r in readers)])
     contexts = [policy.config.context, *(r.context for r in readers if r.tokenizer.hash == tokenizer.hash)]
-    prompts = data.practice_prompts(config, run, source, tokenizer, min(contexts))
+    prompts, records = data.practice_prompts(config, run, source, tokenizer, min(contexts))
 
     # What is fixed for all iterations: this rank's share, the sampler's settings, the reward, the optimisers.
     G, world = algorithm.group, f"over {run.world} processes"
@@ -225,8 +226,8 @@ def main() -> None:
         # 1. Rollout: the policy continues this rank's share of a batch of prompts, each of them G times.
         run.phase("rollout")
         order = data.cursor(len(prompts), groups * run.world, config.seed, iteration)
-        mine = order[run.rank * groups : (run.rank + 1) * groups]
-        prompt_ids, prompt_mask = data.collate([prompts[i] for i in mine for _ in range(G)], pad, side="left")
+        mine = [i for i in order[run.rank * groups : (run.rank + 1) * groups] for _ in range(G)]
+        prompt_ids, prompt_mask = data.collate([prompts[i] for i in mine], pad, side="left")
         with run.autocast():
             texts = generate(policy, prompt_ids, prompt_mask, sampling)
         response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R] and [B] [D9]
@@ -237,7 +238,7 @@ def main() -> None:
             logprobs, _ = by_microbatch(response_logprobs, policy, texts, microbatch, sampling)  # [B, R]
             ref_logprobs, _ = by_microbatch(response_logprobs, ref, texts, microbatch, sampling)  # [B, R]
             values = by_microbatch(response_values, critic, texts, microbatch) if critic else None  # [D8]
-            scores, per_text = run.together(scorer, texts)  # [B]; a failure on one rank stops all
+            scores, per_text = run.together(scorer, texts, [records[i] for i in mine])  # [B]
         run.require_finite(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values, scores=scores)
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, config.missing_eos)
 

@@ -20,15 +20,18 @@ import torch
 
 from minirlhf.support import ledger as ledgers
 from minirlhf.support import sources
-from minirlhf.support.context import TooLong, fit, opening
+from minirlhf.support.context import TooLong, fit
 from minirlhf.support.conversation import transcript
 from minirlhf.support.dataset import Dataset, part_of, split_of
 from minirlhf.support.formats import Scale
 from minirlhf.support.layout import Learn, teaches
 from minirlhf.support.ledger import account
+from minirlhf.support.prompts import encode_prompts, prompts_and_records
 from minirlhf.support.records import Preference, Response
+from minirlhf.support.rows import Reads, with_rows
 
 __all__ = ["Dataset", "Preference", "Response", "account", "part_of", "split_of", "transcript"]
+__all__ += ["encode_prompts", "prompts_and_records"]
 BUILT_IN = {"toy": "minirlhf.interop.toy:load", "vader": "minirlhf.interop.vader:load"}
 
 
@@ -42,16 +45,24 @@ def as_example(record: Record) -> tuple[str, str]:
     return record.prompt, record.texts[0]
 
 
-def load(source: str | Path, skip_bad=False, scale: Scale | None = None, data_dir=None, fields=()) -> Dataset:
+def load(
+    source: str | Path,
+    skip_bad=False,
+    scale: Scale | None = None,
+    data_dir=None,
+    fields=(),
+    reads: Reads = (),
+) -> Dataset:
     """Read 'vader', 'toy', a file, a folder or a pipe.
 
     `skip_bad` counts bad rows and goes on; `scale` is that of ratings that record none; `data_dir` is the
-    folder that keeps 'vader'; `fields` are names of columns.  Raises UserError('file:line: field: reason').
+    folder that keeps 'vader'; `fields` are names of columns; `reads` is what reward functions read of the
+    rows, which are kept for them.  Raises UserError('file:line: field: reason').
     """
     if source in BUILT_IN:
         module, function = BUILT_IN[source].split(":")
-        return getattr(importlib.import_module(module), function)(data_dir)
-    rows, about = sources.read(source, skip_bad, scale, fields)
+        return with_rows(getattr(importlib.import_module(module), function)(data_dir), reads)
+    rows, about = sources.read(source, skip_bad, scale, fields, reads)
     kind_of_record = Preference if about["kind"] == "preference" else Response
     return Dataset(records=[kind_of_record(**row) for row in rows], **about)
 
@@ -134,31 +145,14 @@ def encode_judged(
     return found
 
 
-def encode_prompts(
-    tok, records: Records, prompt_tokens: int, room: int, too_long: TooLong = "drop", ledger: Ledger = None
-) -> list[list[int]]:
-    """Prompts in ids, each opened as every training text is, by <bos>; the ledger counts all records.
-
-    A prompt is a record's own, or the first `prompt_tokens` tokens of a longer text without one.  `room` is
-    how many ids it may have, <bos> included, beside the response.  Raises UserError where nothing is left.
-    """
-    found, counts = [], Counter()
-    for record in records:
-        prompt, reasons = opening(tok, *as_example(record), prompt_tokens, room, too_long, record.where)
-        found += [prompt] if prompt else []
-        counts.update(reasons)
-    ledgers.enter(counts, ledger, "no prompt")
-    return found
-
-
-def practice_prompts(config, run, source: Dataset, tok, context: int) -> list[list[int]]:
-    """Prompts in ids from the split to practise on; each leaves room for a response in `context`."""
+def practice_prompts(config, run, source: Dataset, tok, context: int) -> tuple[list, list[Record]]:
+    """(prompts in ids, their records) of the split to practise on; each leaves room for a response."""
     split = config.split if config.split != "auto" else "val" if config.data in BUILT_IN else "all"
     part = source.select(None if split == "all" else split, source.genres_among([config.genre]))
     room, length = context - config.response_tokens, config.prompt_tokens
-    prompts = encode_prompts(tok, part.records, length, room, config.too_long, part.ledger)
+    found = prompts_and_records(tok, part.records, length, room, config.too_long, part.ledger)
     run.account(f"prompts, {split} split", part.ledger)
-    return prompts
+    return found
 
 
 # ---------------------------------------------------------------- batches

@@ -4,13 +4,15 @@
 
     function(prompts: list[str], responses: list[str]) -> list[float]
 
-which returns one finite number per response; higher is better.  Each may carry a weight: `--reward rm
---reward minirlhf.rewards:repetition:-0.5`.  Four rules are shipped (minirlhf/measure/rules.py).
+which returns one finite number per response; higher is better.  With a third parameter, rows: list[dict], it
+gets the data's own rows, too.  Each may carry a weight: `--reward rm --reward minirlhf.rewards:length:-0.5`.
+Shipped are four rules (minirlhf/measure/rules.py) and six that check an answer (answers.py, program.py).
 
 A policy made by train_dpo.py serves wherever a reward model does: its implicit reward is the score."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,24 +20,19 @@ import torch
 from torch import Tensor
 
 from minirlhf import UserError, checkpoint
+from minirlhf.measure.answers import choice, chrf, exact, format, numeric
+from minirlhf.measure.program import tests
 from minirlhf.measure.rules import blocked_words, length, repetition, sameness
 from minirlhf.model import GPT, RewardEnsemble, RewardModel, ValueModel, critic_from, zero_critic
 from minirlhf.rollout import Texts, by_microbatch
 from minirlhf.support import functions, implicit, retokenize
-from minirlhf.support.functions import Reward, load_rewards
+from minirlhf.support.functions import Reward, fields_read, load_rewards
 from minirlhf.support.implicit import ImplicitReward
 from minirlhf.tokenizer import Tokenizer
 
-__all__ = [
-    "RewardReader",
-    "Scorer",
-    "blocked_words",
-    "length",
-    "load_rewards",
-    "make_critic",
-    "repetition",
-    "sameness",
-]
+__all__ = ["RewardReader", "Scorer", "fields_read", "load_rewards", "make_critic"]
+__all__ += ["blocked_words", "length", "repetition", "sameness"]
+__all__ += ["choice", "chrf", "exact", "format", "numeric", "tests"]
 
 
 @dataclass
@@ -131,10 +128,11 @@ class Scorer:
         self.reward_model, self.judge, self.disagreement_coef = reward_model, judge, disagreement_coef
 
     @torch.no_grad()
-    def __call__(self, texts: Texts) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, texts: Texts, records: Sequence | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """texts -> scores [B], and by metric name what the reward model and the judge said [B].
 
-        Raises UserError where a reward function fails.
+        records: those of the texts' prompts, for functions that read the data's own rows.  Raises UserError
+        where a reward function fails.
         """
         parts: dict[str, Tensor] = {}
         if self.reward_model is not None:
@@ -146,7 +144,10 @@ class Scorer:
         prompts, responses = texts.decode(self.tokenizer)
         scores = torch.zeros(len(texts), device=texts.tokens.device)
         for name, function, weight in self.rewards:
-            values = cautious if function is None else functions.call(function, prompts, responses, name)
+            if function is None:
+                values = cautious
+            else:
+                values = functions.call(function, prompts, responses, name, records)
             scores = scores + weight * torch.as_tensor(values, dtype=scores.dtype, device=scores.device)
         if self.judge is not None:
             parts["objective/judge"] = self.judge.scores(texts, self.tokenizer, self.microbatch)[0]

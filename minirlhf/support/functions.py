@@ -1,4 +1,9 @@
-"""Reward functions by name, called with care: they are other people's code, and may do anything."""
+"""Reward functions by name, called with care: they are other people's code, and may do anything.
+
+A function of (prompts, responses) gets texts; one of (prompts, responses, rows) gets the data's own rows,
+too.  Its attribute `fields`, such as ("answer",), says which fields of a row it reads: then a row without
+them is refused before the run begins.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,14 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from minirlhf import UserError
+from minirlhf.support.rows import MissingField, Needs, Reads, rows_of
 from minirlhf.support.text import one_line
 
-Reward = Callable[[list[str], list[str]], list[float]]
+Reward = Callable[..., list[float]]  # of (prompts, responses) or of (prompts, responses, rows)
 SPEC = re.compile(r"(rm|(?!rm:)[\w.]+:\w+)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))?")
 
 
@@ -43,23 +50,51 @@ def find(name: str) -> Reward:
     if not callable(found):
         raise UserError(f"--reward {name}: no such function in {module}; check the spelling")
     try:
-        inspect.signature(found).bind([], [])
+        inspect.signature(found).bind([], [], *[[]] * takes_rows(found))
     except TypeError as error:
-        raise UserError(f"--reward {name}: {error}: want a function of (prompts, responses)") from None
+        wanted = "want a function of (prompts, responses) or of (prompts, responses, rows)"
+        raise UserError(f"--reward {name}: {error}: {wanted}") from None
     except ValueError:  # some built-in functions have no signature to check
         pass
     return found
 
 
-def call(function: Reward, prompts: list[str], responses: list[str], name: str = "") -> list[float]:
+def takes_rows(function: Reward) -> bool:
+    """Whether a function wants a third argument: it requires one, or names its third parameter `rows`."""
+    try:
+        parameters = [*inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        return False
+    third = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][2:3]
+    return any(p.default is p.empty or p.name == "rows" for p in third)
+
+
+def fields_read(rewards: list[tuple[str, Reward | None, float]]) -> Reads:
+    """What the functions that take rows read of them: for data.load().  () where none of them does."""
+    return tuple(Needs.of(name, f) for name, f, _ in rewards if f is not None and takes_rows(f))
+
+
+def call(
+    function: Reward,
+    prompts: list[str],
+    responses: list[str],
+    name: str = "",
+    records: Sequence[Any] | None = None,
+) -> list[float]:
     """The function's rewards, checked: one finite number per response, else a UserError that names function
     and row.
 
-    The function gets copies: what it does to its arguments, now or later, changes nothing here.
+    records: those of the prompts, for a function that takes rows.  The function gets copies: what it does to
+    its arguments, now or later, changes nothing here.
     """
     name = name or f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
+    rows = [rows_of(records, name, len(prompts))] if takes_rows(function) else []
     try:
-        result = function(list(prompts), list(responses))
+        result = function(list(prompts), list(responses), *rows)
+    except MissingField as error:
+        raise UserError(f"{error}, which --reward {name} reads") from error
+    except UserError as error:
+        raise UserError(f"--reward {name}: {error}") from error
     except (Exception, SystemExit) as error:
         raise UserError(f"--reward {name} failed: {_reason(error)}") from error
     if isinstance(result, str | bytes | dict | set | frozenset):

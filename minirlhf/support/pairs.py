@@ -217,7 +217,7 @@ class SampledPairs:
         self.local_batch = optim.exact_div(config.batch, run.world, f"--batch over {run.world} processes")
         contexts = [self.policy.config.context]
         contexts += [reader.context] if reader.tokenizer.hash == tokenizer.hash else []
-        self.prompts = data.practice_prompts(config, run, source, tokenizer, min(contexts))
+        self.prompts, _ = data.practice_prompts(config, run, source, tokenizer, min(contexts))
 
     def __len__(self) -> int:
         return self.config.iterations

@@ -1,6 +1,7 @@
 """What a row of data becomes: a text that follows a prompt, or two of which people preferred one."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Response:
     raters: tuple[str, ...] = ()  # who gave `ratings`; left out: their places in it are people
     where: str = field(default="", compare=False, repr=False)  # file:line
     columns: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the row, that it is made of
+    row: Any = field(default=None, compare=False, repr=False)  # an OwnRow, where a reward function reads it
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -35,6 +37,7 @@ class Preference:
     raters: tuple[str, ...] = ()  # who gave `votes`; left out: their places in it are people
     where: str = field(default="", compare=False, repr=False)  # file:line
     columns: tuple[str, ...] = field(default=(), compare=False, repr=False)  # of the row, that it is made of
+    row: Any = field(default=None, compare=False, repr=False)  # an OwnRow, where a reward function reads it
 
     @property
     def texts(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ ANSWERS = ("completion", "response", "chosen", "rejected", "response_a", "respon
 # What --fields may name, and which other columns then no longer tell what a row is.
 OURS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("prompt", "instruction", "input", "system", "scale", "genre", *PAIRED), ()),
+    **dict.fromkeys(("answer", "choices", "reference", "tests"), ()),  # of reward functions
     **dict.fromkeys(("response", "completion", "output"), (*PAIRED, *TALKS, "completions")),
     **dict.fromkeys(RATED, PAIRED),
     "label": (*PAIRED, *RATED),

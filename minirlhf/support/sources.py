@@ -20,6 +20,7 @@ from typing import Any
 from minirlhf import UserError
 from minirlhf.support.formats import COLUMNS, Fields, Row, Scale, check, parse
 from minirlhf.support.ledger import account
+from minirlhf.support.rows import EVERYTHING, Reads, columns_read, own_row
 from minirlhf.support.shapes import JUDGED, Drop, Names, columns_of, names_of, rows_of
 from minirlhf.support.tables import Rows, json_rows, parquet_rows
 
@@ -39,13 +40,18 @@ def shown(path: object) -> str:
 
 
 def read(
-    path: str | Path, skip_bad: bool = False, scale: Scale | None = None, fields: Sequence[str] = ()
+    path: str | Path,
+    skip_bad: bool = False,
+    scale: Scale | None = None,
+    fields: Sequence[str] = (),
+    reads: Reads = (),
 ) -> tuple[list[Fields], dict[str, Any]]:
     """(the rows of a source, what else a Dataset holds): all rows are of one kind and on one scale.
 
-    `scale` is that of ratings which record none; `fields` are the words of --fields.  Raises
-    UserError('file:line: field: reason') for a bad row, unless `skip_bad` counts it and goes on, and where no
-    row is left.  In a .json or .parquet file the number is that of the row.
+    `scale` is that of ratings which record none; `fields` are the words of --fields; `reads` is what reward
+    functions read, for whom the rows themselves are kept.  Raises UserError('file:line: field: reason') for a
+    bad row, unless `skip_bad` counts it and goes on, and where no row is left.  In a .json or .parquet file
+    the number is that of the row.
     """
     check(str(path), "the source of the data has an empty name: name a file, a folder, vader or toy")
     name, names, scale = shown(path), names_of(fields), tuple(scale) if scale else None
@@ -58,8 +64,9 @@ def read(
     rows, skipped, first = [], [], None
     ledger, remarks, digest = Counter(), Counter(), hashlib.sha256()
     sets_of_columns: dict[tuple, tuple] = {}  # each once, however many rows it is from
+    of_rewards = columns_read(reads)
     for file in files:
-        for where, row in _rows_in(file, digest, names, scale):
+        for where, columns, row in _rows_in(file, digest, names, scale, of_rewards):
             ledger["rows"] += 1
             try:
                 if isinstance(row, UserError):
@@ -67,10 +74,14 @@ def read(
                 if isinstance(row, Drop):
                     ledger[str(row)] += 1
                     continue
+                row.read |= row.columns.keys() if EVERYTHING in of_rewards else of_rewards
                 kind, record, unused = _parsed(row, scale)
                 first = first or (kind, record.get("scale"))
                 if (kind, record.get("scale")) != first:
                     _refuse_other(row, kind, record.get("scale"), *first)
+                if reads:
+                    renamed = {ours: row.columns[ours] for ours in names if ours in row}
+                    record["row"] = own_row(columns | renamed, where, reads)
             except (UserError, RecursionError) as error:  # RecursionError: from showing a deeply nested value
                 if not skip_bad:
                     raise UserError(f"{where}: {error}") from None
@@ -101,17 +112,19 @@ def read(
 
 
 def _rows_in(
-    file: Path, digest: Any, names: Names, scale: Scale | None
-) -> Iterator[tuple[str, Row | UserError | Drop]]:
-    """("file:number", a row or what is wrong with it) of all rows of a file, under our names."""
+    file: Path, digest: Any, names: Names, scale: Scale | None, more: Collection[str] = ()
+) -> Iterator[tuple[str, dict[str, Any], Row | UserError | Drop]]:
+    """("file:number", its columns, a row under our names or what is wrong with it) of all rows of a file."""
     name, plain = shown(file), file.name.endswith(".txt")
-    for number, raw in raw_rows(file, digest, names):
+    for number, raw in raw_rows(file, digest, names, more):
+        columns = {}
         try:
-            rows = rows_of(columns_of(raw, plain), names, scale)
+            columns = columns_of(raw, plain)
+            rows = rows_of(columns, names, scale)
         except (UserError, RecursionError) as error:
             rows = [error if isinstance(error, UserError) else UserError("row: nested too deeply")]
         for row in rows:
-            yield f"{name}:{number}", row
+            yield f"{name}:{number}", columns, row
 
 
 def raw_rows(file: Path, digest: Any, names: Names, more: Collection[str] = ()) -> Rows:

@@ -10,6 +10,7 @@ from typing import Any
 
 from minirlhf import UserError
 from minirlhf.support.formats import COLUMNS, check
+from minirlhf.support.rows import EVERYTHING
 
 Rows = Iterator[tuple[int, Any]]  # (number, what columns_of() takes)
 BATCH = 64  # rows of a Parquet file in memory at a time
@@ -58,8 +59,9 @@ def _is_table(value: Any) -> bool:
 def parquet_rows(file: Path, name: str, theirs: set[str], limit: int) -> Rows:
     """(number, row) of a Parquet file: only the columns that formats know, and those named in `theirs`.
 
-    Other columns are not read, whatever they hold.  Raises UserError for a file that cannot be read, and for
-    one that unpacks to more than `limit` bytes.
+    Other columns are not read, whatever they hold, unless EVERYTHING is in `theirs`; then they may be
+    damaged.  Raises UserError for a file that cannot be read, and for one that unpacks to more than `limit`
+    bytes.
     """
     try:
         import pyarrow
@@ -73,7 +75,8 @@ def parquet_rows(file: Path, name: str, theirs: set[str], limit: int) -> Rows:
     try:
         with parquet.ParquetFile(file, buffer_size=1 << 20) as table:
             there = table.schema_arrow.names
-            wanted = [column for column in dict.fromkeys(there) if column in COLUMNS | theirs]
+            needed = COLUMNS | theirs
+            wanted = [c for c in dict.fromkeys(there) if c in needed or EVERYTHING in theirs]
             check(wanted, f"{name}: columns: {sorted(there)!r:.200} match no format: see --fields")
             twice = [column for column in wanted if there.count(column) > 1]
             check(not twice, f"{name}: {len(twice)} columns are there twice: {', '.join(twice):.100}")
@@ -85,20 +88,23 @@ def parquet_rows(file: Path, name: str, theirs: set[str], limit: int) -> Rows:
                 check(size <= limit, too_large)
                 columns = [(column, batch.column(column)) for column in wanted]
                 for i in range(batch.num_rows):
-                    yield number, _row(columns, i, failures)
+                    yield number, _row(columns, i, failures, needed)
                     number += 1
     except failures as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: cannot be read: {reason:.200}") from None
 
 
-def _row(columns: list[tuple[str, Any]], i: int, failures: tuple) -> dict[str, Any] | UserError:
+def _row(
+    columns: list[tuple[str, Any]], i: int, failures: tuple, needed: set[str]
+) -> dict[str, Any] | UserError:
     found = {}
     for name, values in columns:
         try:
             found[name] = plain(values[i].as_py())
         except failures as error:  # bytes that are no text, a date beyond Python's
-            return UserError(f"{name}: cannot be read: {error!s:.100}")
+            if name in needed:
+                return UserError(f"{name}: cannot be read: {error!s:.100}")
     return found
 
 

@@ -28,12 +28,13 @@ from tqdm import tqdm
 from minirlhf import UserError, checkpoint, data, ppo
 from minirlhf.measure import baselines, stats
 from minirlhf.model import GPT
-from minirlhf.rewards import RewardReader, Scorer, load_rewards
+from minirlhf.rewards import RewardReader, Scorer, fields_read, load_rewards
 from minirlhf.rollout import Sampling, Texts, by_microbatch, generate, response_logprobs
 from minirlhf.support import cli, files, hardware
 from minirlhf.support.cli import AtLeast0, Count, CountOr0, Seed
 from minirlhf.support.ends import Ends, are_ends
 from minirlhf.support.layout import TEMPLATE
+from minirlhf.support.rows import Reads
 from minirlhf.tokenizer import Tokenizer
 
 CHUNK = 128  # texts written or read at a time
@@ -129,13 +130,16 @@ def _rows(tokens: Tensor, mask: Tensor) -> list[Tensor]:
     return [row[real] for row, real in zip(tokens.cpu(), mask.cpu(), strict=True)]
 
 
-Scorers = dict[str, Callable[[Texts], Tensor]]  # by name, functions of texts -> scores [N]
+Scorers = dict[str, Callable[[Texts, list], Tensor]]  # by name, functions of texts and records -> scores [N]
 
 
-def scores_of(texts: Texts, scorers: Scorers, tokenizer: Tokenizer) -> dict[str, list[float]]:
-    """{name: N scores of the whole texts} of all scorers and, where it is installed, of the lexicon."""
+def scores_of(texts: Texts, scorers: Scorers, tokenizer: Tokenizer, records: list) -> dict[str, list[float]]:
+    """{name: N scores of the whole texts} of all scorers and, where it is installed, of the lexicon.
+
+    records: those of the texts' prompts, whose rows reward functions may read.
+    """
     with torch.no_grad():
-        found = {name: score(texts).tolist() for name, score in scorers.items()}
+        found = {name: score(texts, records).tolist() for name, score in scorers.items()}
     whole = [tokenizer.decode(row.tolist()) for row in _rows(texts.tokens, texts.mask)]
     if tokenizer.layout.name == TEMPLATE:  # without the words in which a template says whose turn it is
         whole = [f"{prompt} {response}" for prompt, response in zip(*texts.decode(tokenizer), strict=True)]
@@ -214,16 +218,17 @@ def maximised_model(about: dict[str, Any], run: Path) -> Path | None:
 
 def load_scorers(
     config: Config, about: dict[str, Any], tokenizer: Tokenizer, device: torch.device
-) -> Scorers:
-    """`score`, which PPO maximised, and `judge`, if there is one."""
+) -> tuple[Scorers, Reads]:
+    """`score`, which PPO maximised, and `judge`, if there is one; what reward functions read of the rows."""
 
-    def of_model(folder: Path) -> Callable[[Texts], Tensor]:
+    def of_model(folder: Path) -> Callable[[Texts, list], Tensor]:
         reader = RewardReader.load(folder, "train one with train_rm.py")
         reader.model.to(device).eval()
-        return lambda texts: reader.scores(texts, tokenizer, CHUNK)[0]
+        return lambda texts, records: reader.scores(texts, tokenizer, CHUNK)[0]
 
     if config.reward and config.reward_model:
         raise UserError("--reward and --reward-model both say what the score is: give one of them")
+    rewards = []
     model = None if config.reward else config.reward_model or maximised_model(about, config.run)
     if model is not None:
         scorers: Scorers = {"score": of_model(model)}
@@ -232,10 +237,10 @@ def load_scorers(
         if any(function is None for _, function, _ in rewards):
             raise UserError("--reward names functions here: name a reward model with --reward-model")
         rules = Scorer(rewards, tokenizer)
-        scorers = {"score": lambda texts: rules(texts)[0]}
+        scorers = {"score": lambda texts, records: rules(texts, records)[0]}
     if config.judge or (config.run / "judge" / "config.json").exists():
         scorers["judge"] = of_model(config.judge or config.run / "judge")
-    return scorers
+    return scorers, fields_read(rewards)
 
 
 def trusted_rewards(about: dict[str, Any]) -> list[str]:
@@ -264,29 +269,29 @@ def evaluate(config: Config) -> dict[str, Any]:
     settings = settings_of(about, policy_dir, SETTINGS, stop=True, fields=[], rating_scale=[])
     sampling = sampling_of(settings, tokenizer)
     device = hardware.setup_machine().device
-    scorers = load_scorers(config, about, tokenizer, device)
+    scorers, reads = load_scorers(config, about, tokenizer, device)
     sft, policy = (checkpoint.load_gpt(folder).to(device).eval() for folder in (sft_dir, policy_dir))
 
     cache = settings.get("data_dir")
     cache = cache if isinstance(cache, str) else None
     scale, fields = settings["rating_scale"], settings["fields"]
-    source = data.load(settings["data"], settings["skip_bad"], scale, cache, fields)
+    source = data.load(settings["data"], settings["skip_bad"], scale, cache, fields, reads)
     part = source.select(config.split, source.genres_among([settings["genre"]]))
     room = min(sft.config.context, policy.config.context) - sampling.max_new
     too_long = "cut" if settings.get("too_long") == "cut" else "drop"
     length = settings["prompt_tokens"]
-    prompts = data.encode_prompts(tokenizer, part.records, length, room, too_long, part.ledger)
+    prompts, records = data.prompts_and_records(tokenizer, part.records, length, room, too_long, part.ledger)
     print(f"prompts, {config.split} split: {data.account(part.ledger)}")
     picked = data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
-    prompts = [prompts[i] for i in picked]
+    prompts, records = [prompts[i] for i in picked], [records[i] for i in picked]
 
     # One SFT sample that all are compared with, and n more to choose from.
     draws = range(1 + max(config.best_of, default=0))
     drawn = [write(sft, prompts, sampling, config.seed + k) for k in tqdm(draws, "SFT samples", leave=False)]
-    drawn_scores = [scores_of(texts, scorers, tokenizer) for texts in drawn]
+    drawn_scores = [scores_of(texts, scorers, tokenizer, records) for texts in drawn]
     base, base_scores = drawn[0], drawn_scores[0]
     tuned = write(policy, prompts, sampling, config.seed)  # with the seeds of the first SFT sample
-    tuned_scores = scores_of(tuned, scorers, tokenizer)
+    tuned_scores = scores_of(tuned, scorers, tokenizer, records)
 
     def row(
         texts: Texts, scores: dict, kl: float, entropy: Tensor | None = None, surprise: Tensor | None = None

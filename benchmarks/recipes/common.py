@@ -1,0 +1,92 @@
+"""What recipes share: stages as commands, policies asked several times, and means with their errors."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from minirlhf import checkpoint, data  # noqa: E402
+from minirlhf.rewards import fields_read, load_rewards  # noqa: E402
+from minirlhf.support import functions  # noqa: E402
+from minirlhf.support.text import escaped  # noqa: E402
+from minirlhf.tools import evaluate  # noqa: E402
+
+Row = dict[str, object]
+
+
+def write_rows(file: Path, rows: Iterable[Row]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def stage(script: str, out: Path, seed: int, *options: object) -> float:
+    """Train a stage, or go on with it; the seconds that it took, those of an earlier call included."""
+    words = [script, "--out", out, "--seed", seed, "--resume", *options]
+    print("\n$ python", *words, flush=True)
+    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    return json.loads((out / "config.json").read_text())["results"]["seconds"]
+
+
+@dataclass
+class Asked:
+    """What a policy wrote on the prompts of a file, and the reward of each response."""
+
+    prompts: list[str]
+    rows: list[Row]
+    responses: list[list[str]]  # [samples][prompts]
+    scores: list[list[float]]  # the same
+    seconds: float
+
+    def pass_at(self, k: int) -> dict[str, float]:
+        """The chance that one of k samples is right, {mean, se} over prompts (Chen et al. 2021, unbiased)."""
+        n, chances = len(self.scores), []
+        for right in zip(*self.scores, strict=True):
+            wrong = sum(score < 1 for score in right)
+            chances.append(1 - math.comb(wrong, k) / math.comb(n, k))
+        return {"mean": mean(chances), "se": stdev(chances) / math.sqrt(len(chances))}
+
+    def examples(self, count: int) -> list[Row]:
+        """The first prompts, each with its first response."""
+        rows = zip(self.prompts, self.responses[0], self.scores[0], strict=True)
+        return [{"prompt": p, "response": r, "score": s} for p, r, s in list(rows)[:count]]
+
+
+def ask(policy: Path, file: Path, reward: str, samples: int, tokens: int, temperature: float = 1.0) -> Asked:
+    """Let a checkpoint answer each prompt of a file `samples` times."""
+    began = time.perf_counter()
+    rewards = load_rewards([reward])
+    tokenizer, model = checkpoint.tokenizer_of(policy), checkpoint.load_gpt(policy).eval()
+    source = data.load(file, reads=fields_read(rewards))
+    room = model.config.context - tokens
+    prompts, records = data.prompts_and_records(tokenizer, source.records, 1, room, "error")
+    settings = {"response_tokens": tokens, "temperature": temperature, "stop": True}
+    sampling = evaluate.sampling_of(settings, tokenizer)
+    responses, scores = [], []
+    for k in range(samples):
+        shown, written = evaluate.write(model, prompts, sampling, 1000 + k).decode(tokenizer)
+        responses.append(written)
+        scores.append(functions.call(rewards[0][1], shown, written, reward, records))
+    rows = [record.row for record in records]
+    return Asked(shown, rows, responses, scores, time.perf_counter() - began)
+
+
+def over_seeds(results: dict, read: Callable[[dict], float], digits: int = 1, scale: float = 100) -> str:
+    """ "96.2 ± 0.4": the mean of a number over seeds, and its standard error, which one seed does not have."""
+    values = [scale * read(found) for found in results["seeds"].values()]
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{error}"
+
+
+def shown(text: str) -> str:
+    """A text in a cell of a table, as code, whatever a model wrote."""
+    plain = escaped(text.strip("\n").replace("\n", " ⏎ ")).replace("|", "\\|").replace("`", "'")
+    return f"`{plain}`" if plain else "(nothing)"

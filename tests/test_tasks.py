@@ -1,0 +1,110 @@
+"""The recipes of benchmarks/tasks.py: their data, what they measure, and that each runs."""
+
+import importlib
+import json
+import math
+import subprocess
+
+import pytest
+
+from benchmarks import tasks
+from benchmarks.recipes import arithmetic, code, common
+from minirlhf import rewards
+from minirlhf.measure.program import Limits, judge
+from minirlhf.support.rows import OwnRow
+
+
+@pytest.fixture
+def in_process(run, monkeypatch):
+    """Stages of recipes run in this process, as they would in one of their own."""
+
+    def call(words, cwd, check):
+        assert run(words[1].removesuffix(".py"), *words[2:]) == 0, words
+
+    monkeypatch.setattr(common.subprocess, "run", call)
+    return monkeypatch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tasks.RECIPES)
+def test_every_recipe_runs(name, in_process, tmp_path):
+    recipe = importlib.import_module(f"benchmarks.recipes.{name}")
+    before = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
+    in_process.setattr("sys.argv", ["tasks.py", name, "--smoke", "--home", str(tmp_path)])
+    tasks.main()
+    found = json.loads((tmp_path / f"{name}-smoke/ppo/config.json").read_text())
+    assert found["complete"]
+    after = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
+    assert before == after and recipe.__doc__ and recipe.tables
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_sums_are_disjoint_and_worked_out_rightly():
+    for seed in (1, 2):
+        rows = arithmetic.problems(seed)
+        assert len({row["prompt"] for row in rows}) == len(rows) == 10_000
+    assert arithmetic.worked(47, 85) == "7+5=12 4+8+1=13 #### 132" and arithmetic.worked(0, 5).endswith(
+        "#### 5"
+    )
+    answers = [row["completion"] for row in rows]
+    assert rewards.numeric([""] * len(rows), answers, [OwnRow(row) for row in rows]) == [1.0] * len(rows)
+    assert arithmetic.problems(2) == rows != arithmetic.problems(1)
+
+
+def test_functions_are_disjoint_and_their_programs_pass():
+    rows = code.functions(1)
+    assert len({row["prompt"] for row in rows}) == len(rows) == code.TEST + code.PRACTISED
+    some = rows[:60]
+    programs = [(row["prefix"] + row["completion"], "\n".join(row["tests"])) for row in some]
+    assert {found.verdict for found in judge(programs, Limits())} == {"passed"}
+    assert code.functions(1) == rows
+
+
+def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_path):
+    in_process.setattr(common.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    for recipe in (arithmetic, code):
+        home = tmp_path / recipe.__name__
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(home, 1, smoke=False)
+        files = {n: (home / f"{n}.jsonl").read_text().splitlines() for n in ("sft", "prompts", "test")}
+        rows = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
+        assert not any("completion" in row for row in rows["prompts"]) and len(rows["sft"]) == recipe.TAUGHT
+        seen = {row["prompt"] for name in ("sft", "prompts") for row in rows[name]}
+        assert len(rows["test"]) == recipe.TEST and not seen & {row["prompt"] for row in rows["test"]}
+
+
+# ---------------------------------------------------------------- measures
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    scores = [[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]  # [4 samples][3 prompts]
+    asked = common.Asked(["a", "b", "c"], [{}] * 3, [["r"] * 3] * 4, scores, 0.0)
+    assert asked.pass_at(1)["mean"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert asked.pass_at(2)["mean"] == pytest.approx((1 - 1 / 6 + 0 + 1) / 3)  # of 6 pairs one is wrong twice
+    assert asked.pass_at(4)["mean"] == pytest.approx(2 / 3)
+    spread = math.sqrt(sum((x - 0.5) ** 2 for x in (0.5, 0, 1)) / 2 / 3)
+    assert asked.pass_at(1)["se"] == pytest.approx(spread)
+
+
+def test_means_over_seeds_have_their_errors():
+    results = {"seeds": {"1": {"x": 0.90}, "2": {"x": 0.94}, "3": {"x": 0.98}}}
+    assert common.over_seeds(results, lambda found: found["x"]) == "94.0 ± 2.3"  # .04 / sqrt(3)
+    assert common.over_seeds({"seeds": {"1": {"x": 0.9}}}, lambda found: found["x"], 0) == "90"
+
+
+def test_what_a_model_wrote_does_not_break_a_table():
+    assert common.shown("a|b\n`c`\x1b[31m") == "`a\\|b ⏎ 'c'\\x1b[31m`" and common.shown("\n") == "(nothing)"
+
+
+def test_tables_need_results():
+    missing = [name for name in tasks.RECIPES if not tasks.results_of(name).exists()]
+    for name in missing[:1]:
+        done = subprocess.run(
+            [common.sys.executable, "benchmarks/tasks.py", name, "--tables"],
+            cwd=common.ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no results yet" in done.stderr
