@@ -10,6 +10,7 @@ from kernels import token_logprobs
 from minirlhf import checkpoint, data
 from minirlhf.measure import stats
 from minirlhf.support import hardware
+from minirlhf.support.context import fit
 from minirlhf.tokenizer import Tokenizer
 
 BATCH = 64
@@ -36,7 +37,8 @@ class Judge:
     @torch.no_grad()
     def __call__(self, rows: list[dict]) -> list[float]:
         """Scores of whole texts, on the scale of the model's raters up to a constant."""
-        ids = [data.encode_example(self.tokenizer, r["prompt"], r["response"], self.context)[0] for r in rows]
+        fitted = [fit(self.tokenizer, r["prompt"], [r["response"]], self.context, "error") for r in rows]
+        ids = [one.sequences[0] for one in fitted]
         scores = torch.empty(len(ids))
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), BATCH):
@@ -62,11 +64,12 @@ class Fluency:
         """Perplexity per token of its own, over the tokens of all responses, without their end."""
         nats = tokens = 0
         context = self.model.config.context
-        encoded = [
-            data.encode_example(self.tokenizer, r["prompt"], r["response"], context, eos=False)
+        fitted = [
+            fit(self.tokenizer, r["prompt"], [r["response"]], context, "error", eos=False)
             for r in rows
             if r["response"].strip()
         ]
+        encoded = [(one.sequences[0], one.loss_mask) for one in fitted]
         encoded.sort(key=lambda pair: len(pair[0]))
         for start in range(0, len(encoded), BATCH):
             ids, mask = data.collate([e[0] for e in encoded[start : start + BATCH]], self.tokenizer.pad)

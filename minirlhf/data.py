@@ -81,15 +81,6 @@ class Judged:
     n_prompt: int = 0  # how many of ids, and of ids_b, are `<bos> prompt`
 
 
-def encode_example(tok, prompt: str, completion: str, context: int, eos=True) -> tuple[list, list]:
-    """(ids of `<bos> prompt completion <eot>`, loss_mask): True = learn this token [D19].
-
-    What exceeds the context is cut on the right.  Raises UserError for a prompt that leaves no room.
-    """
-    found = fit(tok, prompt, [completion], context, "error", eos=eos)
-    return found.sequences[0], found.loss_mask
-
-
 def encode_examples(
     tok,
     records: Records,

@@ -30,7 +30,6 @@ from minirlhf.data import (
     account,
     batches,
     collate,
-    encode_example,
     encode_examples,
     encode_judged,
     encode_pair,
@@ -40,8 +39,15 @@ from minirlhf.data import (
 )
 from minirlhf.interop import vader
 from minirlhf.support import sources
+from minirlhf.support.context import fit
 from minirlhf.support.ledger import REMEDIES
 from minirlhf.tools import inspect as inspect_tool
+
+
+def encode_example(tok, prompt, completion, context, eos=True):
+    """(ids, loss_mask) of one text."""
+    found = fit(tok, prompt, [completion], context, "error", eos=eos)
+    return found.sequences[0], found.loss_mask
 
 
 class ByteTokenizer:

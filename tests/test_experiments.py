@@ -12,6 +12,7 @@ from benchmarks.readers import Fluency, Judge, rows_of
 from minirlhf import checkpoint, data
 from minirlhf.feedback.store import Policy, Store
 from minirlhf.rollout import Sampling, Texts, response_logprobs
+from minirlhf.support.context import fit
 from tests.feedback.conftest import make_items
 
 ROWS = [
@@ -23,7 +24,7 @@ ROWS = [
 def test_judge_and_fluency_are_the_models_own_numbers(smoke):
     model, tokenizer = checkpoint.load_reward(smoke / "judge")
     for row, score in zip(ROWS, Judge(smoke / "judge")(ROWS), strict=True):
-        ids, _ = data.encode_example(tokenizer, row["prompt"], row["response"], 64)
+        (ids,) = fit(tokenizer, row["prompt"], [row["response"]], 64, "error").sequences
         alone = model.eval()(*data.collate([ids], tokenizer.pad))[0].item()
         assert score == pytest.approx(alone, abs=0.02)  # bf16 where the machine has it
     policy, nats, count = checkpoint.load_gpt(smoke / "sft").eval(), 0.0, 0

@@ -154,7 +154,7 @@ def first_prompts(tok: Any, records: Sequence[Any], n: int, room: int) -> list[l
 
 
 def lay_out(tok: Any, prompt: str, text: str, learn: Learn = "last", eos: bool = True) -> LaidOut:
-    """A prompt and a text in the ids that models train on and judge.
+    """A prompt and a text in the ids that models train on and judge, and which of them SFT learns [D19].
 
     By a template these are the template's own, up to the end of the assistant's last turn.  Otherwise they
     are `<bos> prompt text <eot>`, where prompt and text are encoded apart, so that the prompt's ids are a
