@@ -18,10 +18,10 @@ from minirlhf.support.rows import OwnRow
 def in_process(run, monkeypatch):
     """Stages of recipes run in this process, as they would in one of their own."""
 
-    def call(words, cwd, check):
-        assert run(words[1].removesuffix(".py"), *words[2:]) == 0, words
+    def call(script, *options):
+        assert run(script.removesuffix(".py"), *options) == 0, options
 
-    monkeypatch.setattr(common.subprocess, "run", call)
+    monkeypatch.setattr(common, "command", call)
     return monkeypatch
 
 
@@ -63,7 +63,10 @@ def test_functions_are_disjoint_and_their_programs_pass():
 
 
 def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_path):
-    in_process.setattr(common.subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    in_process.setattr(common, "command", stop)
     for recipe in (arithmetic, code):
         home = tmp_path / recipe.__name__
         with pytest.raises(KeyboardInterrupt):

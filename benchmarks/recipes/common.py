@@ -2,7 +2,6 @@
 
 import json
 import math
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from statistics import mean, stdev
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.demo import command  # noqa: E402
 from minirlhf import checkpoint, data  # noqa: E402
 from minirlhf.rewards import fields_read, load_rewards  # noqa: E402
 from minirlhf.support import functions  # noqa: E402
@@ -30,9 +30,7 @@ def write_rows(file: Path, rows: Iterable[Row]) -> Path:
 
 def stage(script: str, out: Path, seed: int, *options: object) -> float:
     """Train a stage, or go on with it; the seconds that it took, those of an earlier call included."""
-    words = [script, "--out", out, "--seed", seed, "--resume", *options]
-    print("\n$ python", *words, flush=True)
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
+    command(script, "--out", out, "--seed", seed, "--resume", *options)
     return json.loads((out / "config.json").read_text())["results"]["seconds"]
 
 
