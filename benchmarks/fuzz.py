@@ -5,8 +5,7 @@
     python benchmarks/fuzz.py --only json --at 137         # that input again, with its traceback
 
 An input is a few files.  Input number i of a kind is a valid seed with one to four mutations, and depends on
---seed, the kind and i alone.  It fails where anything but UserError is raised, where the message is not one
-line that a terminal can show, where a file outside the input's folder is written (or a file planted beside
+--seed, the kind and i alone.  It fails where anything but UserError is raised, where a file outside the input's folder is written (or a file planted beside
 it is read), where a process is started, a pickle read or a connection made, and where it takes more than
 10 seconds of processor time or 1.5 GB of memory.  Batches run in children: a crash of an interpreter is a
 failure like any other.  What fails is made smaller before it is shown.
@@ -15,7 +14,9 @@ failure like any other.  What fails is made smaller before it is shown.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
+import io
 import json
 import os
 import random
@@ -38,8 +39,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 Files = dict[str, bytes]  # name in the input's folder -> content
-SECONDS, MEMORY, PATIENCE = 10.0, 1_500_000_000, 120.0  # of processor time; bytes; seconds without a word
-LONGEST_MESSAGE = 4000
+SECONDS, MEMORY = 10.0, 1_500_000_000  # of processor time (three times as many for a bomb), and bytes
+PATIENCE = 100  # seconds of processor time without a word, after which a child is killed
 BATCH = 250  # inputs per child
 CANARY = "canary.safetensors"  # lies beside the input's folder: nobody may read or write it
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -59,6 +60,7 @@ class Kind:
     repair: Callable[[Files], Files] | None = None
     bombs: dict[str, Callable[[], Files]] = field(default_factory=dict)
     damage: tuple[str, ...] = ()  # names of files that are mutated; (): all
+    prepare: Callable[[Path], None] = lambda folder: None  # once in each child, in a folder of its own
 
 
 # ---------------------------------------------------------------- mutations
@@ -245,7 +247,7 @@ class Watch:
 WATCH: Watch | None = None
 
 
-def judge(kind: Kind, files: Files, folder: Path) -> tuple[str, str]:
+def judge(kind: Kind, files: Files, folder: Path, seconds: float = SECONDS) -> tuple[str, str]:
     """(outcome, detail) of one input: accepted, refused, or what is wrong."""
     from minirlhf import UserError
 
@@ -262,8 +264,6 @@ def judge(kind: Kind, files: Files, folder: Path) -> tuple[str, str]:
         kind.read(folder)
     except UserError as error:
         outcome, detail = "refused", str(error)
-        if len(detail) > LONGEST_MESSAGE:
-            outcome, detail = "long message", f"{len(detail):,} characters: {detail[:100]}"
     except BaseException as error:  # whatever it is, it is foreign
         outcome, detail = "foreign", signature(error)
     WATCH.folder = None
@@ -271,7 +271,7 @@ def judge(kind: Kind, files: Files, folder: Path) -> tuple[str, str]:
     grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     if WATCH.seen:
         return "forbidden", WATCH.seen[0]
-    if took > SECONDS:
+    if took > seconds:
         return "slow", f"{took:.0f} s of processor time; {detail[:100]}"
     if grown > MEMORY:
         return "memory", f"{grown / 1e9:.1f} GB; {detail[:100]}"
@@ -294,7 +294,7 @@ def group_of(detail: str) -> str:
 # ---------------------------------------------------------------- many inputs, in children
 
 
-def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+def in_child(kind: Kind, home: Path, work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
     """What `work(send)` sends from a process of its own; ends with None if it ended well, or with a text."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -306,6 +306,7 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
             os.dup2(quiet, 1)
             if not os.environ.get("FUZZ_STDERR"):
                 os.dup2(quiet, 2)
+            kind.prepare(home / "prepared" / str(os.getpid()))
             global WATCH
             WATCH = Watch()
             # Threads of libraries and torch's arenas take address space, not memory: judge() looks at memory.
@@ -320,15 +321,17 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
     os.close(writing)
     selector, rest = selectors.DefaultSelector(), b""
     selector.register(reading, selectors.EVENT_READ)
-    reason = None
+    reason, heard = None, processor_time(child)
     try:
-        while True:
-            if not selector.select(PATIENCE):
-                reason = f"no answer within {PATIENCE:.0f} s"
-                break
+        while reason is None:
+            if not selector.select(1.0):
+                if processor_time(child) - heard > PATIENCE:
+                    reason = f"no answer within {PATIENCE} s of processor time"
+                continue
             block = os.read(reading, 1 << 16)
             if not block:
                 break
+            heard = processor_time(child)
             *lines, rest = (rest + block).split(b"\n")
             yield from map(json.loads, lines)
     finally:
@@ -340,12 +343,29 @@ def in_child(work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
     yield reason or (None if code == 0 else f"the process ended with code {code}")
 
 
+def warm_up(kind: Kind, files: Files, folder: Path) -> None:
+    """Read a seed unwatched: libraries are imported, and make folders for what they keep."""
+    kind.prepare(folder.with_name("prepared"))
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    with contextlib.redirect_stdout(io.StringIO()):
+        kind.read(folder)
+
+
+def processor_time(process: int) -> float:
+    """Seconds that a process has computed."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def run_kind(name: str, kind: Kind, seeds: list[Files], n: int, seed: int, home: Path) -> dict[str, Any]:
     """{outcomes: {word: count}, failures: [{group, at, detail, files}], slowest}"""
     counts: dict[str, int] = {}
     failures: dict[str, dict] = {}
     inputs: list[int | str] = [*kind.bombs, *range(n)]
     make = lambda at: kind.bombs[at]() if isinstance(at, str) else make_input(kind, seeds, name, seed, at)
+    warm_up(kind, seeds[0], home / "in" / "warm")
     good = judged(kind, seeds, home)
     for outcome, detail in good:
         if outcome != "accepted":
@@ -357,9 +377,10 @@ def run_kind(name: str, kind: Kind, seeds: list[Files], n: int, seed: int, home:
         def work(send: Callable, batch: list = batch) -> None:
             for at in batch:
                 began = time.process_time()
-                send([*judge(kind, make(at), home / "in" / name), time.process_time() - began])
+                seconds = 3 * SECONDS if isinstance(at, str) else SECONDS
+                send([*judge(kind, make(at), home / "in" / name, seconds), time.process_time() - began])
 
-        for message in in_child(work):
+        for message in in_child(kind, home, work):
             if isinstance(message, list):
                 outcome, detail, took = message
                 slowest = max(slowest, took)
@@ -379,7 +400,7 @@ def run_kind(name: str, kind: Kind, seeds: list[Files], n: int, seed: int, home:
             raise SystemExit(f"{name}: a child ends before its first input")
     for found in failures.values():
         outcome = found["group"].partition(":")[0]
-        found["least"] = shown(shrink(kind, make(found["at"]), outcome, home))
+        found["least"] = shown(shrink(kind, make(found["at"]), outcome, home), seeds)
     return {"outcomes": counts, "failures": list(failures.values()), "slowest_seconds": round(slowest, 2)}
 
 
@@ -388,7 +409,7 @@ def judged(kind: Kind, inputs: list[Files], home: Path) -> list[tuple[str, str]]
         for files in inputs:
             send(list(judge(kind, files, home / "in" / "one")))
 
-    return [("died", m) if isinstance(m, str) else tuple(m) for m in in_child(work) if m is not None]
+    return [("died", m) if isinstance(m, str) else tuple(m) for m in in_child(kind, home, work) if m is not None]
 
 
 def shrink(kind: Kind, files: Files, outcome: str, home: Path, tries: int = 150) -> Files:
@@ -429,8 +450,24 @@ def _smaller(content: bytes) -> Iterator[bytes]:
             yield content[:start] + content[start + size :]
 
 
-def shown(files: Files) -> dict[str, str]:
-    return {name: repr(content[:300])[2:-1] + ("..." if len(content) > 300 else "") for name, content in files.items()}
+def shown(files: Files, seeds: list[Files]) -> dict[str, str]:
+    """Where an input differs from the seed that is nearest to it."""
+    alike = lambda seed: sum(seed.get(name) == content for name, content in files.items())
+    seed = max(seeds, key=alike)
+    return {
+        name: "missing" if name not in files else _difference(seed.get(name, b""), files[name])
+        for name in {**seed, **files}
+        if seed.get(name) != files.get(name)
+    }
+
+
+def _difference(a: bytes, b: bytes) -> str:
+    """'{"n_head": <2 -> 0>, ...' of two contents."""
+    start = len(os.path.commonprefix([a, b]))
+    end = len(os.path.commonprefix([a[start:][::-1], b[start:][::-1]]))
+    text = lambda x: repr(x)[2:-1]
+    was, now = a[start : len(a) - end], b[start : len(b) - end]
+    return f"{text(b[max(0, start - 60) : start])}<{text(was[:150])} -> {text(now[:300])}>{text(b[len(b) - end :][:30])}"
 
 
 # ---------------------------------------------------------------- the command
@@ -481,7 +518,8 @@ def show_one(name: str, kind: Kind, seeds: list[Files], args: argparse.Namespace
     global WATCH
     bomb = kind.bombs.get(args.at)
     files = bomb() if bomb else make_input(kind, seeds, name, args.seed, int(args.at))
-    print(shown(files))
+    print(shown(files, seeds))
+    kind.prepare(home / "prepared")
     WATCH = Watch()
     print(*judge(kind, files, home / "in" / name))
     try:

@@ -163,8 +163,9 @@ def checkpoints(folder: Path) -> list[Files]:
 
 
 def sound_again(files: Files) -> Files:
-    """The checksums in config.json and trainer.json made those of the files beside them."""
+    """The checksums in config.json, trainer.json and SHA256SUMS made those of the files beside them."""
     found = dict(files)
+    found.pop("SHA256SUMS", None)
     for name in ("model", "trainer"):
         about = f"{'config' if name == 'model' else name}.json"
         document = json.loads(found[about])
@@ -413,7 +414,7 @@ MESSAGES = [
 TEMPLATES = [
     "{% for m in messages %}{{ '<|endoftext|>' + m['role'] + '\n' + m['content'] + '<|pad|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|endoftext|>assistant\n' }}{% endif %}",
     "{%- for m in messages %}{%- if m.role == 'assistant' %}A: {% generation %}{{ m.content | trim }}{% endgeneration %}{%- else %}{{ loop.index ~ ': ' ~ m.content }}{%- endif %}\n{%- endfor %}",
-    "{% set ns = namespace(found=false) %}{% macro show(x, depth=0) %}{{ x | tojson(indent=1) }}{% if depth < 3 %}{{ show(x, depth + 1) }}{% endif %}{% endmacro %}{% for m in messages[::-1] | reverse %}{{ show(m) | length }}{{ m['content'].split('>')[-1].strip() }}{{ '%s: %d' % (m.role, loop.index) }}{{ bos_token * 2 }}{% endfor %}",
+    "{% set ns = namespace(found=false) %}{% macro show(x, depth=0) %}{{ x | tojson(indent=1) }}{% if depth < 3 %}{{ show(x, depth + 1) }}{% endif %}{% endmacro %}{% for m in messages[::-1] | reverse %}{{ show(m) | length }}{{ '%s: %d' % (m.role, loop.index) }}{{ bos_token * 2 }}{% endfor %}",
 ]
 
 
@@ -556,22 +557,27 @@ def requests(folder: Path) -> list[Files]:
     return [{"request.json": json.dumps({"path": p, "body": b, "headers": headers}).encode(), "body": json.dumps(b).encode()} for p, b in bodies]
 
 
-def read_requests(folder: Path) -> None:
-    """Send the request, and its body as bytes; a bug of the server's (status 500, or an exception) is raised."""
+SERVER: dict[str, Any] = {}
+
+
+def start_server(folder: Path) -> None:
     from minirlhf.feedback.server import create_app
     from minirlhf.feedback.store import Policy, Store
 
-    if not hasattr(read_requests, "store"):
-        read_requests.store = Store(make_store(folder / "s"), Policy())
-        read_requests.app = create_app(read_requests.store, token="t" * 20)
-        read_requests.app.logger.disabled = True
-    store, client = read_requests.store, read_requests.app.test_client()
+    SERVER["store"] = Store(make_store(folder), Policy())
+    SERVER["app"] = create_app(SERVER["store"], token="t" * 20)
+    SERVER["app"].logger.disabled = not os.environ.get("FUZZ_STDERR")
+
+
+def read_requests(folder: Path) -> None:
+    """Send the request, and its body as bytes; a bug of the server's (status 500, or an exception) is raised."""
+    store, client = SERVER["store"], SERVER["app"].test_client()
     base = {"Origin": "http://localhost", "X-CSRF-Token": client.get("/api/me").json["csrf"]}
     client.post("/api/join", json={"name": "ann", "token": "t" * 20}, headers=base)
     item = store.next("ann", release=False) or {"item": "x", "lease": "y"}
     filled = lambda raw: raw.replace(b"ITEM", item["item"].encode()).replace(b"LEASE", item["lease"].encode())
     path, headers, body = "/api/vote", {}, b""
-    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError):
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         document = json.loads(filled((folder / "request.json").read_bytes()))
         body = json.dumps(document["body"]).encode("utf-8", "surrogatepass")
         headers = {k: str(v).replace("\n", " ").replace("\r", " ") for k, v in document["headers"].items() if k.isascii() and k}
@@ -705,7 +711,7 @@ KINDS: dict[str, Made] = {
     "hf": kind(8, hf_folders, read_hf, bombs=HF_BOMBS),
     "template": kind(10, templates, read_template, bombs=TEMPLATE_BOMBS),
     "reward": kind(4, rewards, read_reward, bombs=REWARD_BOMBS),
-    "server": kind(8, requests, read_requests, bombs=REQUEST_BOMBS),
+    "server": kind(8, requests, read_requests, bombs=REQUEST_BOMBS, prepare=start_server),
     "store": kind(4, stores, read_store),
     "results": kind(2, results, read_results),
 }  # fmt: skip

@@ -306,8 +306,8 @@ class Store:
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         if os.path.lexists(out):
             raise UserError(f"{out}: exists already: name another file")
+        make_private(temporary)
         try:
-            make_private(temporary)
             copy = sqlite3.connect(temporary)
             with closing(copy), self.reading:
                 self.reader.backup(copy)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from minirlhf import UserError
 from minirlhf.support.text import one_line
 
+FOREIGN = (Exception, SystemExit, GeneratorExit)  # what code of others may raise; not Ctrl-C
 Reward = Callable[[list[str], list[str]], list[float]]
 SPEC = re.compile(r"(rm|(?!rm:)[\w.]+:\w+)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))?")
 
@@ -38,7 +39,7 @@ def find(name: str) -> Reward:
     module, function = name.split(":")
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises while it loads
+    except FOREIGN as error:  # whatever the user's module raises while it loads
         raise UserError(f"--reward {name}: {_reason(error)}; is {module} on PYTHONPATH?") from error
     if not callable(found):
         raise UserError(f"--reward {name}: no such function in {module}; check the spelling")
@@ -60,7 +61,7 @@ def call(function: Reward, prompts: list[str], responses: list[str], name: str =
     name = name or f"{function.__module__}:{getattr(function, '__qualname__', type(function).__name__)}"
     try:
         result = function(list(prompts), list(responses))
-    except (Exception, SystemExit) as error:
+    except FOREIGN as error:
         raise UserError(f"--reward {name} failed: {_reason(error)}") from error
     if isinstance(result, str | bytes | dict | set | frozenset):
         raise UserError(
@@ -68,11 +69,11 @@ def call(function: Reward, prompts: list[str], responses: list[str], name: str =
         )
     try:
         numbers = iter(result)
-    except (Exception, SystemExit):
+    except FOREIGN:
         raise UserError(f"--reward {name}: returned {type(result).__name__}, not a list of numbers") from None
     try:
         values = list(itertools.islice(numbers, len(responses) + 1))  # a generator may have no end
-    except (Exception, SystemExit) as error:
+    except FOREIGN as error:
         raise UserError(f"--reward {name} failed: {_reason(error)}") from error
     if len(values) != len(responses):
         count = len(values) if len(values) < len(responses) else f"more than {len(responses)}"
@@ -99,4 +100,8 @@ def _shown(value: object) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    try:
+        words = " ".join(str(error).split())
+    except FOREIGN:  # an error whose text cannot be made
+        words = "no reason given"
+    return one_line(f"{type(error).__name__}: {words}")

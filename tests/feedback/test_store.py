@@ -1,6 +1,7 @@
 """The store: what is in it, who gets what, and that it only grows."""
 
 import json
+import os
 import sqlite3
 import tempfile
 import threading
@@ -292,6 +293,72 @@ def test_a_full_disk_stores_nothing_and_says_so(make_store, judge):
     store.db.execute("PRAGMA max_page_count = 100000")
     store.vote("ann", held["item"], held["lease"], {"rating": 1, "note": "x" * 2000})  # the same again
     assert len(store.judgements()) == stored + 1 == len(store.events())
+
+
+def test_a_store_is_its_owner_s_alone(tmp_path, judge):
+    """It holds the key of the raters' sessions, and was made with the umask's mode."""
+    before = os.umask(0)
+    try:
+        store = Store(tmp_path / "store.db", create=True, seed=1)
+        store.add([{"mode": "rating", "prompt": "p", "a": f"a {i}"} for i in range(3)])
+        judge(store, "ann")
+        store.backup(tmp_path / "copy.db")
+    finally:
+        os.umask(before)
+    files = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert {"store.db", "store.db-wal", "copy.db"} <= files.keys() and {*files.values()} == {0o600}, files
+
+
+def test_a_backup_while_a_rater_works(make_store, judge, tmp_path):
+    store = make_store(ratings=200)
+    stop = threading.Event()
+    worker = threading.Thread(target=lambda: [judge(store, f"r{i}", 5) for i in range(40) if not stop.is_set()])
+    worker.start()
+    counts = []
+    for i in range(5):
+        store.backup(tmp_path / f"copy {i}.db")
+        counts.append(len(Store(tmp_path / f"copy {i}.db").events()))
+    stop.set()
+    worker.join()
+    assert counts == sorted(counts) and counts[-1] <= len(store.events())
+    held = {event["id"] for event in store.events()}
+    assert {event["id"] for event in Store(tmp_path / "copy 4.db").events()} <= held
+    with pytest.raises(UserError, match="exists already"):
+        store.backup(tmp_path / "copy 0.db")
+    for out in (tmp_path / "no" / "x.db", tmp_path / "store.db" / "x"):
+        with pytest.raises(UserError, match="cannot be made"):
+            store.backup(out)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("value", [b"\x00\xff", 3, 2.5, None, "", "{", "\x1b[31m", '{"choice": 5, "shown": "ab", "seconds": 1}'])
+@pytest.mark.parametrize(
+    "place",
+    ["items.prompt", "items.a", "items.gold", "items.source", "items.votes", "items.place", "events.at", "events.kind",
+     "events.data", "events.rater", "current.event", "current.repeat", "meta.value", "leases.expires", "leases.item"],
+)  # fmt: skip
+def test_a_damaged_value_is_one_line_in_every_subcommand(make_store, judge, run, capsys, tmp_path, monkeypatch, place, value):
+    store = make_store(pairs=2, ratings=2)
+    judge(store, "ann", 3)
+    store.close()
+    table, column = place.split(".")
+    db = sqlite3.connect(store.path)
+    db.execute("DROP TRIGGER no_update")
+    db.execute("PRAGMA ignore_check_constraints = ON")
+    try:
+        db.execute(f"UPDATE {table} SET {column} = ?", [value])
+    except sqlite3.IntegrityError:
+        pytest.skip("SQLite refuses it")
+    db.commit()
+    db.close()
+    monkeypatch.setattr("builtins.input", lambda *_: "q")
+    commands = (["stats"], ["export", tmp_path / "out"], ["backup", tmp_path / "b.db"], ["rate", "--rater", "eve"])
+    for command in commands:
+        code = run("minirlhf.feedback.__main__", *command, "--store", store.path)
+        said = capsys.readouterr().err
+        assert code in (0, 2) and (code == 0 or said.count("\n") == 1 and said.startswith("error: ")), said
+        assert "\x1b" not in said
+    assert (tmp_path / "b.db").exists() or code == 2
 
 
 K, RATERS = 2, ("ann", "bob", "cy")
