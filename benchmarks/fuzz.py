@@ -44,8 +44,24 @@ PATIENCE = 100  # seconds of processor time without a word, after which a child 
 BATCH = 250  # inputs per child
 CANARY = "canary.safetensors"  # lies beside the input's folder: nobody may read or write it
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FORBIDDEN = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect", "pickle.find_class"}
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod"}
+FORBIDDEN = {
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "socket.connect",
+    "pickle.find_class",
+}
+CHANGES = {
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "os.link",
+    "os.truncate",
+    "os.chmod",
+}
 
 
 @dataclass
@@ -66,10 +82,42 @@ class Kind:
 # ---------------------------------------------------------------- mutations
 
 
-NUMBERS = (0, -1, 1, 2, 3, 7, 2**31, 2**63, -(2**31), 10**9, 10**400, 1e-9, 0.5, 1e308, float("inf"), float("nan"))
+NUMBERS = (
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    2**31,
+    2**63,
+    -(2**31),
+    10**9,
+    10**400,
+    1e-9,
+    0.5,
+    1e308,
+    float("inf"),
+    float("nan"),
+)
 TEXTS = ("", "x", "\0", "\n", "\x1b[31m", "\ud800", "<script>alert(1)</script>", "x" * 5000, "../" + CANARY)
 TEXTS += ("/etc/passwd", "..", "a\r\nb", "\u202e", "{{ 1/0 }}", "__class__", "1e3", "null", "\u00e9" * 300)
-TOKENS = (b"null", b"true", b"{}", b"[]", b"-1", b"1e999", b'"', b"\\", b"\xff", b"\x00", b"\n", b"{", b"[", b"NaN")
+TOKENS = (
+    b"null",
+    b"true",
+    b"{}",
+    b"[]",
+    b"-1",
+    b"1e999",
+    b'"',
+    b"\\",
+    b"\xff",
+    b"\x00",
+    b"\n",
+    b"{",
+    b"[",
+    b"NaN",
+)
 
 
 def odd_value(rng: random.Random) -> Any:
@@ -110,7 +158,9 @@ def mutate_json(rng: random.Random, document: Any) -> Any:
         changed = mutate_bytes(rng, parent[key].encode("utf-8", "surrogatepass"))
         parent[key] = changed.decode("utf-8", "replace")
     elif pick == 5 and type(parent[key]) in (int, float):
-        parent[key] = rng.choice((-parent[key], parent[key] + 1, parent[key] * 2, parent[key] * 10**6, str(parent[key])))
+        parent[key] = rng.choice(
+            (-parent[key], parent[key] + 1, parent[key] * 2, parent[key] * 10**6, str(parent[key]))
+        )
     else:
         parent[key] = odd_value(rng)
     return document
@@ -155,7 +205,11 @@ def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
 
 def parts_of(content: bytes) -> tuple[bytes, Any, bytes] | None:
     """(what stands before JSON in a file, the JSON, what follows it), of a .json, .safetensors or a line."""
-    if len(content) > 8 and (n := struct.unpack("<Q", content[:8])[0]) <= len(content) - 8 and content[8:9] == b"{":
+    if (
+        len(content) > 8
+        and (n := struct.unpack("<Q", content[:8])[0]) <= len(content) - 8
+        and content[8:9] == b"{"
+    ):
         try:
             return b"safetensors", json.loads(content[8 : 8 + n]), content[8 + n :]
         except (ValueError, RecursionError):
@@ -409,7 +463,9 @@ def judged(kind: Kind, inputs: list[Files], home: Path) -> list[tuple[str, str]]
         for files in inputs:
             send(list(judge(kind, files, home / "in" / "one")))
 
-    return [("died", m) if isinstance(m, str) else tuple(m) for m in in_child(kind, home, work) if m is not None]
+    return [
+        ("died", m) if isinstance(m, str) else tuple(m) for m in in_child(kind, home, work) if m is not None
+    ]
 
 
 def shrink(kind: Kind, files: Files, outcome: str, home: Path, tries: int = 150) -> Files:
@@ -476,7 +532,9 @@ def _difference(a: bytes, b: bytes) -> str:
 def main() -> None:
     from benchmarks.fuzz_kinds import KINDS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--inputs", type=int, default=50_000, help="Number of inputs over all kinds.")
     parser.add_argument("--only", choices=KINDS, help="One kind of input.")
     parser.add_argument("--at", help="Only this input of --only: its number, or the name of a bomb.")
@@ -503,11 +561,19 @@ def main() -> None:
             print(f"{name:12s} {counts}; slowest {found[name]['slowest_seconds']} s", flush=True)
             for failure in found[name]["failures"]:
                 print(f"    {failure['count']} x {failure['group']}\n        {failure['detail']}")
-                print(f"        --only {name} --at {failure['at']} --seed {args.seed}: {failure['least']}", flush=True)
+                print(
+                    f"        --only {name} --at {failure['at']} --seed {args.seed}: {failure['least']}",
+                    flush=True,
+                )
     failed = sum(f["count"] for result in found.values() for f in result["failures"])
     total = sum(sum(result["outcomes"].values()) for result in found.values())
     print(f"{total:,} inputs, {failed:,} failures")
-    report = {"seed": args.seed, "inputs": total, "failures": failed, "seconds": round(time.monotonic() - began)}
+    report = {
+        "seed": args.seed,
+        "inputs": total,
+        "failures": failed,
+        "seconds": round(time.monotonic() - began),
+    }
     out = args.out or (None if args.only or args.inputs < 50_000 else ROOT / "benchmarks/results/fuzz.json")
     if out:
         out.write_text(json.dumps(report | {"kinds": found}, indent=1) + "\n")

@@ -33,8 +33,20 @@ from minirlhf.tokenizer import Tokenizer
 
 TEXTS = ["the cat sat on the mat, the cat's hat", "naïve café 1234 567", "  def f(x):\n    return x\n\n"]
 SHAPE = {"context": 32, "n_layer": 1, "n_head": 2, "n_embd": 8}
-LLAMA = SHAPE | {"n_kv_head": 1, "n_inner": 24, "norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False}
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA = SHAPE | {
+    "n_kv_head": 1,
+    "n_inner": 24,
+    "norm": "rms",
+    "positions": "rotary",
+    "mlp": "swiglu",
+    "bias": False,
+}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 MEGA = 1 << 20
 
 
@@ -45,7 +57,11 @@ def tokenizer() -> Tokenizer:
 
 
 def files_in(folder: Path) -> Files:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != ".lock"
+    }
 
 
 # ---------------------------------------------------------------- data
@@ -73,9 +89,19 @@ def rows_as(suffix: str) -> Callable[[Path], list[Files]]:
     def seeds(folder: Path) -> list[Files]:
         found = []
         for i, row in enumerate(ROWS):
-            rows = [{k: f"{v} {n}" if k in ("text", "prompt") and isinstance(v, str) else v for k, v in row.items()} for n in range(5)]
+            rows = [
+                {
+                    k: f"{v} {n}" if k in ("text", "prompt") and isinstance(v, str) else v
+                    for k, v in row.items()
+                }
+                for n in range(5)
+            ]
             lines = "".join(json.dumps(r) + "\n" for r in rows).encode()
-            content = json.dumps(rows if i % 2 else {"data": rows}).encode() if "json" in suffix and "l" not in suffix else lines
+            content = (
+                json.dumps(rows if i % 2 else {"data": rows}).encode()
+                if "json" in suffix and "l" not in suffix
+                else lines
+            )
             content = b"A line.\nAnother one.\n\nA third.\n" if suffix == ".txt" else content
             found.append({f"rows{suffix}": gzip.compress(content) if suffix.endswith(".gz") else content})
         return found
@@ -143,9 +169,13 @@ def make_checkpoint(out: Path, stage: str, shape: dict, head: dict | None = None
     out.mkdir(parents=True)
     lines = [{"step": i, "train/loss": 1.0} for i in (1, 2, 3)]
     (out / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    (out / "samples.jsonl").write_text("".join(json.dumps({"step": 1, "prompt": "a", "response": "b"}) + "\n" for _ in "ab"))
+    (out / "samples.jsonl").write_text(
+        "".join(json.dumps({"step": 1, "prompt": "a", "response": "b"}) + "\n" for _ in "ab")
+    )
     more = {"head": head} if head else {}
-    described = checkpoint.describe(stage, config, settings, 3, False, tok, world=1, inputs={"data": "x" * 64}, **more, **about)
+    described = checkpoint.describe(
+        stage, config, settings, 3, False, tok, world=1, inputs={"data": "x" * 64}, **more, **about
+    )
     checkpoint.save(out, 3, model.state_dict(), described, tok, trainer)
 
 
@@ -155,7 +185,11 @@ def checkpoints(folder: Path) -> list[Files]:
         ("sft", LLAMA | {"tied": False, "rope_scaling": SCALING, "nope_layers": [0]}, None),
         ("rm", SHAPE, {"members": 2, "pooling": "last", "mlp": True}),
         ("ppo", LLAMA | {"qk_norm": True, "lora_rank": 2}, None),
-        ("rm", SHAPE | {"causal": False, "pre_norm": False}, {"members": 1, "pooling": "last+mean", "mlp": False}),
+        (
+            "rm",
+            SHAPE | {"causal": False, "pre_norm": False},
+            {"members": 1, "pooling": "last+mean", "mlp": False},
+        ),
     ]
     for i, (stage, shape, head) in enumerate(shapes):
         make_checkpoint(folder / str(i), stage, shape, head)
@@ -236,7 +270,10 @@ CHECKPOINT_BOMBS = {
 
 def runs(folder: Path) -> list[Files]:
     make_checkpoint(folder / "sft", "sft", SHAPE)
-    return [files_in((folder / "sft" / "latest").resolve()) | {"samples.jsonl": (folder / "sft/samples.jsonl").read_bytes()}]
+    return [
+        files_in((folder / "sft" / "latest").resolve())
+        | {"samples.jsonl": (folder / "sft/samples.jsonl").read_bytes()}
+    ]
 
 
 def read_run(folder: Path) -> None:
@@ -299,7 +336,10 @@ def hashed_again(files: Files) -> Files:
     from minirlhf.support import bpe, vocabulary
 
     saved = json.loads(files["tokenizer.json"])
-    ranks = {base64.b64decode(t): int(r) for t, r in (row.split() for row in files["tokenizer.tiktoken"].splitlines())}
+    ranks = {
+        base64.b64decode(t): int(r)
+        for t, r in (row.split() for row in files["tokenizer.tiktoken"].splitlines())
+    }
     kind = type("Unchecked", (Tokenizer,), {})
     check, vocabulary.check = vocabulary.check, lambda tokenizer, ids: None
     try:
@@ -315,14 +355,23 @@ def hashed_again(files: Files) -> Files:
 
 def hf_folders(folder: Path) -> list[Files]:
     found = []
-    shapes = {"gpt2": SHAPE, "llama": LLAMA | {"tied": False, "rope_scaling": SCALING}, "qwen": LLAMA | {"qkv_bias": True, "tied": False}}
+    shapes = {
+        "gpt2": SHAPE,
+        "llama": LLAMA | {"tied": False, "rope_scaling": SCALING},
+        "qwen": LLAMA | {"qkv_bias": True, "tied": False},
+    }
     for name, shape in shapes.items():
         make_checkpoint(folder / f"{name} ours", "sft", shape)
         convert.export_model(folder / f"{name} ours", folder / name, backbone=False)
         found.append(files_in(folder / name))
     weights = found[1]["model.safetensors"]
-    index = {"metadata": {}, "weight_map": {key: "model.safetensors" for key in ("model.norm.weight", "lm_head.weight")}}
-    found.append(found[1] | {"model.safetensors.index.json": json.dumps(index).encode(), "model.safetensors": weights})
+    index = {
+        "metadata": {},
+        "weight_map": {key: "model.safetensors" for key in ("model.norm.weight", "lm_head.weight")},
+    }
+    found.append(
+        found[1] | {"model.safetensors.index.json": json.dumps(index).encode(), "model.safetensors": weights}
+    )
     return found
 
 
@@ -379,7 +428,9 @@ def gguf_files(folder: Path) -> list[Files]:
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list([word(t) for t in ranks] + ["<|end|>", "<|user|>"])
     writer.add_token_types([1] * len(ranks) + [3] * 2)
-    writer.add_token_merges([f"{word(a)} {word(t[len(a) :])}" for a, t in zip(pieces, ranks[256:], strict=True)])
+    writer.add_token_merges(
+        [f"{word(a)} {word(t[len(a) :])}" for a, t in zip(pieces, ranks[256:], strict=True)]
+    )
     writer.add_eos_token_id(len(ranks))
     writer.add_bos_token_id(len(ranks) + 1)
     shapes = {"token_embd": (300, 8), "output_norm": (8,), "output": (300, 8), "blk.0.attn_norm": (8,), "blk.0.ffn_norm": (8,),
@@ -488,11 +539,18 @@ REWARD = b"def reward(prompts, responses):\n    return [len(r) / 10 for r in res
 
 
 def rewards(folder: Path) -> list[Files]:
-    return [{"spec": spec.encode(), "mine.py": REWARD} for spec in ("mine:reward", "mine:reward:-0.5", "rm:2", "minirlhf.rewards:length:1e-2")]
+    return [
+        {"spec": spec.encode(), "mine.py": REWARD}
+        for spec in ("mine:reward", "mine:reward:-0.5", "rm:2", "minirlhf.rewards:length:1e-2")
+    ]
 
 
 def read_reward(folder: Path) -> None:
-    spec = (folder / "spec").read_bytes().decode("utf-8", "replace") if (folder / "spec").exists() else "mine:reward"
+    spec = (
+        (folder / "spec").read_bytes().decode("utf-8", "replace")
+        if (folder / "spec").exists()
+        else "mine:reward"
+    )
     sys.path.insert(0, str(folder))
     sys.modules.pop("mine", None)
     importlib.invalidate_caches()
@@ -508,7 +566,10 @@ def read_reward(folder: Path) -> None:
 
 
 def reward_bomb(body: str) -> Callable[[], Files]:
-    return lambda: {"spec": b"mine:reward", "mine.py": f"def reward(prompts, responses):\n    {body}\n".encode()}
+    return lambda: {
+        "spec": b"mine:reward",
+        "mine.py": f"def reward(prompts, responses):\n    {body}\n".encode(),
+    }
 
 
 REWARD_BOMBS = {
@@ -529,8 +590,17 @@ def make_store(folder: Path) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     store = Store(folder / "store.db", Policy(), create=True, seed=1)
-    items = [{"mode": "pair", "prompt": f"P {i}", "a": f"a {i}", "b": f"b {i}", "gold": "a" if i == 3 else None} for i in range(6)]
-    store.add(items + [{"mode": "rating", "prompt": f"P {i}", "a": f"a {i}", "gold": 3 if i == 2 else None} for i in range(6)])
+    items = [
+        {"mode": "pair", "prompt": f"P {i}", "a": f"a {i}", "b": f"b {i}", "gold": "a" if i == 3 else None}
+        for i in range(6)
+    ]
+    store.add(
+        items
+        + [
+            {"mode": "rating", "prompt": f"P {i}", "a": f"a {i}", "gold": 3 if i == 2 else None}
+            for i in range(6)
+        ]
+    )
     for rater in ("ann", "bob"):
         item = store.next(rater)
         for n in range(8):
@@ -548,13 +618,26 @@ def requests(folder: Path) -> list[Files]:
     bodies = [
         ("/api/join", {"name": "ann", "token": "t" * 20}),
         ("/api/next", {"release": True}),
-        ("/api/vote", {"item": "ITEM", "lease": "LEASE", "answer": {"choice": "left", "strength": 2, "note": "n", "seconds": 1.5}}),
+        (
+            "/api/vote",
+            {
+                "item": "ITEM",
+                "lease": "LEASE",
+                "answer": {"choice": "left", "strength": 2, "note": "n", "seconds": 1.5},
+            },
+        ),
         ("/api/vote", {"item": "ITEM", "lease": "LEASE", "answer": {"skip": True}}),
         ("/api/undo", {}),
         ("/api/edit", {"item": "ITEM", "repeat": 0}),
     ]
     headers = {"Host": "localhost", "Origin": "http://localhost", "Content-Type": "application/json"}
-    return [{"request.json": json.dumps({"path": p, "body": b, "headers": headers}).encode(), "body": json.dumps(b).encode()} for p, b in bodies]
+    return [
+        {
+            "request.json": json.dumps({"path": p, "body": b, "headers": headers}).encode(),
+            "body": json.dumps(b).encode(),
+        }
+        for p, b in bodies
+    ]
 
 
 SERVER: dict[str, Any] = {}
@@ -580,7 +663,11 @@ def read_requests(folder: Path) -> None:
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError, TypeError, KeyError):
         document = json.loads(filled((folder / "request.json").read_bytes()))
         body = json.dumps(document["body"]).encode("utf-8", "surrogatepass")
-        headers = {k: str(v).replace("\n", " ").replace("\r", " ") for k, v in document["headers"].items() if k.isascii() and k}
+        headers = {
+            k: str(v).replace("\n", " ").replace("\r", " ")
+            for k, v in document["headers"].items()
+            if k.isascii() and k
+        }
         path = "/" + str(document["path"]).lstrip("/").encode("ascii", "replace").decode()
     raw = filled((folder / "body").read_bytes()) if (folder / "body").exists() else b""
     for sent, more in ((body, headers), (raw, {"Content-Type": "application/json"})):
@@ -606,7 +693,12 @@ REQUEST_BOMBS = {
 
 
 def stores(folder: Path) -> list[Files]:
-    return [{"store.db": make_store(folder).read_bytes(), "change.json": b'{"table": "", "column": "", "value": 0, "row": 0}'}]
+    return [
+        {
+            "store.db": make_store(folder).read_bytes(),
+            "change.json": b'{"table": "", "column": "", "value": 0, "row": 0}',
+        }
+    ]
 
 
 def read_store(folder: Path) -> None:
@@ -616,7 +708,18 @@ def read_store(folder: Path) -> None:
     from minirlhf.feedback import __main__ as feedback
 
     path = folder / "store.db"
-    with contextlib.suppress(OSError, ValueError, RecursionError, sqlite3.Error, OverflowError, UnicodeError, TypeError, KeyError, IndexError, AttributeError):
+    with contextlib.suppress(
+        OSError,
+        ValueError,
+        RecursionError,
+        sqlite3.Error,
+        OverflowError,
+        UnicodeError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+    ):
         change = json.loads((folder / "change.json").read_bytes())
         columns = ["items.prompt", "items.a", "items.b", "items.gold", "items.source", "items.place", "items.votes", "events.at", "events.kind",
                    "events.data", "events.rater", "current.repeat", "meta.value", "items.mode", "leases.expires", "meta.key"]  # fmt: skip
@@ -627,14 +730,23 @@ def read_store(folder: Path) -> None:
             for trigger in ("no_update", "no_delete"):
                 db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
             db.execute("PRAGMA ignore_check_constraints = ON")
-            value = change.get("value") if isinstance(change.get("value"), int | float | str) else json.dumps(change)
+            value = (
+                change.get("value")
+                if isinstance(change.get("value"), int | float | str)
+                else json.dumps(change)
+            )
             value = value.encode() if isinstance(value, str) and key[1] % 2 else value
             db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid % 3 = {key[2] % 3}" if table not in ("current", "leases", "meta")
                        else f"UPDATE {table} SET {column} = ?", [value])  # fmt: skip
             db.commit()
             db.close()
     failed = None
-    for words in (["stats"], ["export", folder / "out"], ["backup", folder / "copy.db"], ["rate", "--rater", "eve"]):
+    for words in (
+        ["stats"],
+        ["export", folder / "out"],
+        ["backup", folder / "copy.db"],
+        ["rate", "--rater", "eve"],
+    ):
         sys.stdin = io.StringIO("1\n\n2\nq\n")
         args = feedback.parse([words[0], "--store", str(path), *map(str, words[1:])])
         try:
@@ -658,8 +770,17 @@ def results(folder: Path) -> list[Files]:
         "samples": [{"prompt": "p", "sft": "s", "ppo": "q", "kl": 1.0, "score_sft": 0.1, "score_ppo": 0.2}], "versions": {"torch": "2"},
         "prompts": 4, "seed": 1, "split": "test", "reward": ["rm"],
     }  # fmt: skip
-    metrics = b"".join(line(step=i, **{"objective/kl": 1.0, "objective/scores": 0.5, "val/bits_per_byte": 2.0}) for i in range(1, 9))
-    return [{"run/results.json": json.dumps(document).encode(), "run/ppo/metrics.jsonl": metrics, "run/sft/metrics.jsonl": metrics}]
+    metrics = b"".join(
+        line(step=i, **{"objective/kl": 1.0, "objective/scores": 0.5, "val/bits_per_byte": 2.0})
+        for i in range(1, 9)
+    )
+    return [
+        {
+            "run/results.json": json.dumps(document).encode(),
+            "run/ppo/metrics.jsonl": metrics,
+            "run/sft/metrics.jsonl": metrics,
+        }
+    ]
 
 
 def read_results(folder: Path) -> None:
@@ -716,7 +837,9 @@ KINDS: dict[str, Made] = {
     "results": kind(2, results, read_results),
 }  # fmt: skip
 if importlib.util.find_spec("gguf"):
-    KINDS["gguf"] = kind(6, gguf_files, read_gguf, bombs={"fields": gguf_bomb(2**60, 0), "tensors": gguf_bomb(0, 2**40)})
+    KINDS["gguf"] = kind(
+        6, gguf_files, read_gguf, bombs={"fields": gguf_bomb(2**60, 0), "tensors": gguf_bomb(0, 2**40)}
+    )
 if importlib.util.find_spec("pyarrow"):
 
     def parquet(folder: Path) -> list[Files]:

@@ -57,10 +57,23 @@ RUNS: dict[str, tuple[str, list]] = {  # name -> script, options; names of runs 
     "lora": ("train_sft", [*SMALL, "--batch", 104, "--epochs", 2, "--samples", 0, "--lora", 4, "--init", "sft"]),
     "lora-ppo": ("train_ppo", [*SMALL, *PPO, "--lora", 4]),
 }  # fmt: skip
-FRONTS = {"chat": "minirlhf.tools.chat", "evaluate": "minirlhf.tools.evaluate", "report": "minirlhf.tools.report"}
+FRONTS = {
+    "chat": "minirlhf.tools.chat",
+    "evaluate": "minirlhf.tools.evaluate",
+    "report": "minirlhf.tools.report",
+}
 FRONTS |= {"export": "minirlhf.interop.command", "estimate": "minirlhf.tools.estimate"}
 PATIENCE = 600.0  # seconds that a child may take, on a busy machine
-CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.symlink", "os.link", "shutil.copyfile", "os.rmdir")
+CHANGES = (
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.symlink",
+    "os.link",
+    "shutil.copyfile",
+    "os.rmdir",
+)
 
 
 @dataclass
@@ -77,11 +90,17 @@ class Ended:
     def is_one_line(self) -> bool:
         """Whether it ended as the user's mistakes do: exit code 2, its last line an error, no traceback."""
         lines = self.err.strip().splitlines()
-        return self.code == 2 and "Traceback" not in self.err and bool(lines) and lines[-1].startswith("error: ")
+        return (
+            self.code == 2 and "Traceback" not in self.err and bool(lines) and lines[-1].startswith("error: ")
+        )
 
 
 def child(
-    module: str, words: list, log: Path, before: Callable[[], None] = lambda: None, die: tuple[int, int] | None = None
+    module: str,
+    words: list,
+    log: Path,
+    before: Callable[[], None] = lambda: None,
+    die: tuple[int, int] | None = None,
 ) -> tuple[int, int]:
     """Start module.main() with these words in a process of its own -> (its id, a pipe that tells of saves).
 
@@ -151,7 +170,9 @@ def without_baselines() -> None:
     baselines.vader_lexicon = lambda *args: None
 
 
-def wait(pid: int, pipe: int, log: Path, act: Callable[[Callable[[], str]], None] = lambda read: None) -> Ended:
+def wait(
+    pid: int, pipe: int, log: Path, act: Callable[[Callable[[], str]], None] = lambda read: None
+) -> Ended:
     """Let act() disturb a child, and wait for its end.  act gets read(): what the child told of saves so far."""
     began, told = time.monotonic(), b""
     os.set_blocking(pipe, False)
@@ -229,7 +250,9 @@ class Torture:
                     pid, pipe = self.start(name, out, "--resume")
                     how = f"save {number}, {share * 60:.1f} ms in"
 
-                    def act(read: Callable, pid: int = pid, number: int = number, share: float = share) -> None:
+                    def act(
+                        read: Callable, pid: int = pid, number: int = number, share: float = share
+                    ) -> None:
                         limit = time.monotonic() + PATIENCE
                         while read().count("s") < number and time.monotonic() < limit and alive(pid):
                             time.sleep(0.0005)
@@ -241,7 +264,12 @@ class Torture:
             else:
                 pid, pipe = self.start(name, out, "--resume")
                 how, within = f"after {share * usual.seconds:.2f} s", False
-                ended = wait(pid, pipe, self.log, lambda read, pid=pid, s=share: (time.sleep(s * usual.seconds), kill(pid, signal.SIGKILL)))
+                ended = wait(
+                    pid,
+                    pipe,
+                    self.log,
+                    lambda read, pid=pid, s=share: (time.sleep(s * usual.seconds), kill(pid, signal.SIGKILL)),
+                )
             if ended.code != -signal.SIGKILL:
                 if ended.code:
                     self.tell({"kills": name, "wrong": f"code {ended.code}: {ended.err.strip()[-300:]}"})
@@ -270,7 +298,13 @@ class Torture:
                     pid, pipe = self.start(name, out)
                     delay = self.rng.random() * self.ended[name].seconds
 
-                    def act(read: Callable, pid: int = pid, delay: float = delay, times: int = times, number: int = number) -> None:
+                    def act(
+                        read: Callable,
+                        pid: int = pid,
+                        delay: float = delay,
+                        times: int = times,
+                        number: int = number,
+                    ) -> None:
                         time.sleep(delay)
                         for _ in range(times):
                             kill(pid, number)
@@ -280,7 +314,16 @@ class Torture:
                     fine = ended.code in (0, 128 + number, -number) and "Traceback" not in ended.err
                     wrong = "" if fine else f"code {ended.code}: {ended.err.strip()[-300:]}"
                     wrong = wrong or self.resume(name, out)
-                    self.tell({"signals": name, "signal": number.name, "times": times, "after": round(delay, 2), "code": ended.code, "wrong": wrong})
+                    self.tell(
+                        {
+                            "signals": name,
+                            "signal": number.name,
+                            "times": times,
+                            "after": round(delay, 2),
+                            "code": ended.code,
+                            "wrong": wrong,
+                        }
+                    )
 
     def disk(self, names: list[str]) -> None:
         for name in names:
@@ -288,7 +331,11 @@ class Torture:
             for share in (0.0, self.rng.random() ** 3, self.rng.random()):
                 out, limit = self.home / "full", int(share * largest)
                 shutil.rmtree(out, ignore_errors=True)
-                ended = self.run(name, out, before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+                ended = self.run(
+                    name,
+                    out,
+                    before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+                )
                 # Nothing could be printed to the log either: its size is limited as well.
                 fine = ended.code == 0 or ended.code == 2 and "Traceback" not in ended.err
                 wrong = "" if fine else f"code {ended.code}: {ended.err.strip()[-300:]}"
@@ -304,7 +351,11 @@ class Torture:
             out.mkdir(mode=0o555)
             nobody = (lambda: os.setuid(65534)) if os.geteuid() == 0 else (lambda: None)
             ended = self.run(name, out, before=nobody)
-            wrong = "" if ended.is_one_line and not [*out.iterdir()] else f"code {ended.code}: {ended.err.strip()[-300:]}"
+            wrong = (
+                ""
+                if ended.is_one_line and not [*out.iterdir()]
+                else f"code {ended.code}: {ended.err.strip()[-300:]}"
+            )
             out.chmod(0o755)
             self.tell({"read-only": name, "code": ended.code, "wrong": wrong or self.resume(name, out)})
 
@@ -327,8 +378,30 @@ class Torture:
         """name -> (the run whose files are damaged, module, words); results go to home/result."""
         runs, result = self.whole, self.home / "result"
         stage = lambda name: [*self.words(name, result)]
-        rm = [*SMALL, "--batch", 312, "--epochs", 1, "--normalise-samples", 8, "--init", runs / "sft", "--out", result]
-        ppo = [*SMALL, "--iterations", 1, "--init", runs / "sft", "--reward-model", runs / "rm", "--out", result]
+        rm = [
+            *SMALL,
+            "--batch",
+            312,
+            "--epochs",
+            1,
+            "--normalise-samples",
+            8,
+            "--init",
+            runs / "sft",
+            "--out",
+            result,
+        ]
+        ppo = [
+            *SMALL,
+            "--iterations",
+            1,
+            "--init",
+            runs / "sft",
+            "--reward-model",
+            runs / "rm",
+            "--out",
+            result,
+        ]
         evaluate = ["--run", runs, "--prompts", 4, "--best-of", 2, "--samples", 1, "--results", result]
         return {
             "chat with sft": ("sft", "chat", [runs / "sft"]),
@@ -354,7 +427,7 @@ class Torture:
             ended = self.run(name, out, die=None, before=stop_after_one_save)
             if ended.code not in (130, 143):
                 raise SystemExit(f"{name}: {ended.code} {ended.err[-500:]}")
-        for i in range(n):
+        for _ in range(n):
             label = self.rng.choice([*commands])
             target, module, words = commands[label]
             if label not in expected:
@@ -374,10 +447,16 @@ class Torture:
                 outcome = "ACCEPTED, and the result is another"
             else:
                 outcome = "NOT ONE LINE"
-            wrong = "" if outcome in ("refused", "harmless") else f"{outcome}: code {ended.code}: {ended.err.strip()[-400:]}"
+            wrong = (
+                ""
+                if outcome in ("refused", "harmless")
+                else f"{outcome}: code {ended.code}: {ended.err.strip()[-400:]}"
+            )
             self.tell({"damages": label, "file": file, "how": how, "outcome": outcome, "wrong": wrong})
 
-    def result_of(self, label: str, target: str, module: str, words: list, damage: tuple | None) -> tuple[Ended, str]:
+    def result_of(
+        self, label: str, target: str, module: str, words: list, damage: tuple | None
+    ) -> tuple[Ended, str]:
         """The command's end, and a digest of what came out, with a damage that is undone afterwards."""
         result = self.home / "result"
         shutil.rmtree(result, ignore_errors=True)
@@ -531,13 +610,21 @@ def digest_of(result: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100, help="Number of SIGKILLs.")
     parser.add_argument("--damages", type=int, default=800, help="Number of damages to checkpoints.")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=[*RUNS], help="The runs that are disturbed.")
-    parser.add_argument("--only", nargs="+", default=["kills", "signals", "disk", "read_only", "clock", "damages"])
+    parser.add_argument(
+        "--runs", nargs="+", choices=RUNS, default=[*RUNS], help="The runs that are disturbed."
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=["kills", "signals", "disk", "read_only", "clock", "damages"]
+    )
     parser.add_argument("--seed", type=int, default=1, help="Random seed.")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/torture.txt", help="File to write.")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "benchmarks/results/torture.txt", help="File to write."
+    )
     args = parser.parse_args(argv)
     for module in ("train_sft", "train_rm", "train_ppo", "train_dpo", *FRONTS.values()):
         importlib.import_module(module)
@@ -550,7 +637,9 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)  # for nobody
         torture = Torture(Path(folder).resolve(), args.seed, tell)
-        torture.undisturbed([*RUNS] if "damages" in args.only else [name for name in RUNS if needed(name, args.runs)])
+        torture.undisturbed(
+            [*RUNS] if "damages" in args.only else [name for name in RUNS if needed(name, args.runs)]
+        )
         for what in args.only:
             work = getattr(torture, what)
             if what == "damages":

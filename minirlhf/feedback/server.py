@@ -210,7 +210,9 @@ def serve(store: Store, host: str, port: int, token: str | None) -> None:
             f"{store.path}: no items yet: put some in with python -m minirlhf.feedback sample, or add"
         )
     if os.name != "nt" and store.path.stat().st_mode & 0o077:
-        print(f"{store.path}: other users of this machine may read it: chmod 600 {store.path}", file=sys.stderr)
+        print(
+            f"{store.path}: other users of this machine may read it: chmod 600 {store.path}", file=sys.stderr
+        )
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a short queue is no news
     try:
         server = listen(create_app(store, host, token), host, port, MAX_BODY)

@@ -81,7 +81,14 @@ TYPES = {  # SQLite accepts any value in any column
     | {"gold": "'text', 'null'", "place": WHOLE, "votes": WHOLE},
     "events": {"at": NUMBER, "kind": TEXT, "rater": TEXT, "item": TEXT, "repeat": WHOLE, "data": TEXT},
     "current": {"rater": TEXT, "item": TEXT, "repeat": WHOLE, "event": WHOLE},
-    "leases": {"rater": TEXT, "lease": TEXT, "item": TEXT, "repeat": WHOLE, "opened": NUMBER, "expires": NUMBER},
+    "leases": {
+        "rater": TEXT,
+        "lease": TEXT,
+        "item": TEXT,
+        "repeat": WHOLE,
+        "opened": NUMBER,
+        "expires": NUMBER,
+    },
 }
 
 

@@ -20,9 +20,8 @@ def damage_is_one_line(out: Path) -> Iterator[None]:
     try:
         yield
     except (*ODD, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
-            if not isinstance(error, RecursionError):
-                raise
+        if type(error) is RuntimeError and "loading state_dict" not in str(error):
+            raise  # the device's, not the file's
         reason = one_line(" ".join(str(error).split()), 120)
         raise UserError(
             f"{out}/latest: its trainer's state is damaged, or another run's ({reason}): "
