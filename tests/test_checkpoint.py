@@ -75,7 +75,7 @@ def test_save_and_load(tmp_path):
     assert write(out, 120, OLD) == out / "step-000120"
     assert listing(out) == sorted([*RUN[1:], "step-000120"])
     assert listing(out / "step-000120") == sorted(
-        ["trainer.json", "trainer.safetensors", *RUN[1:2], *RUN[3:]]
+        ["SHA256SUMS", "trainer.json", "trainer.safetensors", *RUN[1:2], *RUN[3:]]
     )
     for path in (out, str(out), out / "latest", out / "step-000120"):
         assert read(path) == OLD.vocab_size
@@ -515,6 +515,9 @@ def test_models_come_back_from_their_checkpoints(tmp_path):
     with pytest.raises(UserError, match="a sft checkpoint, not a reward model"):
         checkpoint.load_reward(tmp_path / "sft")
     NEW.save(tmp_path / "rm" / "latest")
+    with pytest.raises(UserError, match="tokenizer.tiktoken: damaged: its checksum"):
+        checkpoint.load_reward(tmp_path / "rm")
+    (tmp_path / "rm" / "latest" / "SHA256SUMS").unlink()
     with pytest.raises(UserError, match="tokenizer does not match"):
         checkpoint.load_reward(tmp_path / "rm")
     checkpoint.save(tmp_path / "sft", 1, gpt.state_dict(), about | {"model": TINY | {"n_embd": 16}}, OLD)

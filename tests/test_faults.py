@@ -693,6 +693,10 @@ def test_F3_F5_no_command_takes_a_damaged_checkpoint(run, refused, mine, monkeyp
     }
     weights, about = mine / "sft" / "latest" / "model.safetensors", mine / "sft" / "latest" / "config.json"
     good = weights.read_bytes(), about.read_text()
+    about.write_text(good[1].replace('"norm_eps": 1e-05', '"norm_eps": 1e-02'))
+    for name, command in commands.items():
+        assert "config.json: damaged: its checksum" in (told := refused(*command)), (name, told)
+    about.with_name("SHA256SUMS").unlink()  # whoever changes the file on purpose is told to do so
 
     def changed(**fields) -> None:
         config = json.loads(good[1])

@@ -706,6 +706,7 @@ def mistakes(smoke, tmp_path_factory):
     (folder / "empty.jsonl").write_text("")
     for stage in ("sft", "rm"):
         shutil.copytree(smoke / stage, folder / stage, symlinks=True)
+        (folder / stage / "latest" / "SHA256SUMS").unlink()
     Tokenizer.train(["abc abd"], 260).save(
         folder / "sft" / "latest"
     )  # not the one that its weights were trained with

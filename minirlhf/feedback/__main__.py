@@ -1,12 +1,12 @@
 """Collect human feedback and export it for training.
 
-    python -m minirlhf.feedback sample runs/demo/ppo --prompts vader --per-prompt 2   # continuations by a
-    checkpoint python -m minirlhf.feedback add texts.jsonl                                       # ready-made
-    items python -m minirlhf.feedback serve                                                 # judge in the
-    browser python -m minirlhf.feedback rate --rater ann                                      # ... or in the
-    terminal python -m minirlhf.feedback stats                                                 # agreement,
-    reliability, bias python -m minirlhf.feedback export runs/feedback                                  #
-    JSONL for train_rm.py
+    python -m minirlhf.feedback sample runs/demo/ppo --prompts vader --per-prompt 2   # two continuations each
+    python -m minirlhf.feedback add texts.jsonl            # ready-made items
+    python -m minirlhf.feedback serve                      # judge in the browser
+    python -m minirlhf.feedback rate --rater ann           # ... or in the terminal
+    python -m minirlhf.feedback stats                      # agreement, reliability, bias
+    python -m minirlhf.feedback export runs/feedback       # JSONL for train_rm.py
+    python -m minirlhf.feedback backup copy.db             # a copy of the store, also while raters work
 
 Each command has --help.  Items are kept in one SQLite file, --store (feedback.db).
 """
@@ -21,6 +21,7 @@ from minirlhf import UserError
 from minirlhf.feedback.store import Policy, Store
 from minirlhf.support import cli, files
 from minirlhf.support.cli import Above0, Count, CountOr0, Seed, number
+from minirlhf.support.text import one_line
 
 Port = Annotated[int, cli.Range(0, 65535)]
 
@@ -52,13 +53,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     serve.add_argument(
         "--host",
         default="127.0.0.1",
-        help="Address to listen on; beyond loopback --token is needed (%(default)s).",
+        help="Address to listen on; beyond loopback a token is needed (%(default)s).",
     )
     serve.add_argument(
         "--port", type=number(Port), default=8000, help="Port, 0 to 65535; 0 takes a free one (%(default)s)."
     )
     serve.add_argument(
-        "--token", help="Secret that raters must know.  It is part of the link that is printed."
+        "--token",
+        help="Secret that raters must know.  It is part of the link that is printed.  Other users of this "
+        "machine can see it among its processes: --token-file keeps it from them.",
+    )
+    serve.add_argument(
+        "--token-file",
+        type=Path,
+        help="File whose first line is the secret.  Default: the variable MINIRLHF_FEEDBACK_TOKEN, if it is "
+        "set.",
     )
 
     rate = command("rate", "Judge in the terminal.")
@@ -70,6 +79,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     export = command("export", "Write OUT/preferences.jsonl, ratings.jsonl, pairs.jsonl and events.jsonl.")
     export.add_argument("out", type=Path, metavar="OUT", help="Folder to write to.")
+
+    backup = command("backup", "Write a copy of the store, also while raters work on it.")
+    backup.add_argument("out", type=Path, metavar="FILE", help="The copy, which must not exist.")
     return parser.parse_args(argv)
 
 
@@ -172,9 +184,9 @@ def work(args: argparse.Namespace) -> None:
         except (OSError, ValueError) as e:
             raise UserError(f"--guidelines {args.guidelines}: cannot be read: {e}") from None
     if args.command == "serve":
-        from minirlhf.feedback.server import serve
+        from minirlhf.feedback.server import serve, token_from
 
-        serve(store, args.host, args.port, args.token)
+        serve(store, args.host, args.port, token_from(args.token, args.token_file))
     else:
         from minirlhf.feedback.rate import rate
 
@@ -200,19 +212,26 @@ def run(args: argparse.Namespace) -> None:
         print_stats(found)
         if args.json:
             files.write_output(args.json, json.dumps(found, indent=1))
+    elif args.command == "backup":
+        Store(args.store).backup(args.out)
+        print(f"{args.out}: a copy of {args.store}")
     else:
         from minirlhf.feedback.export import export
 
         export(Store(args.store), args.out)
 
 
-def main() -> None:
-    args = parse()
+def guarded(args: argparse.Namespace) -> None:
+    """The command; what SQLite refuses is a UserError."""
     try:
         run(args)
     except sqlite3.Error as error:
         remedy = "the file is damaged, locked, or its disk is full: free it, or take a copy"
-        raise UserError(f"{args.store}: {error}: {remedy}") from None
+        raise UserError(f"{args.store}: {one_line(error)}: {remedy}") from None
+
+
+def main() -> None:
+    guarded(parse())
 
 
 if __name__ == "__main__":

@@ -5,26 +5,27 @@ served if its Host is ours (a name that an attacker points at us is not).  One t
 also have that Host as its Origin, JSON as its body and the session's CSRF token.  There are no accounts:
 raters are colleagues, and a name is what they say it is.
 
-Waitress serves the page, not Flask's development server, which is not made for use.  Waitress reads a request
-whole before a thread sees it, so that slow clients hold no thread.
+Waitress serves the page, not Flask's development server, which is not made for use; see door.py.
 """
 
 import hmac
 import json
 import logging
+import os
 import secrets
 import sqlite3
+import sys
 from hashlib import sha256
-from urllib.parse import urlsplit
 
 from minirlhf import UserError
-from minirlhf.feedback.store import Refused, Store, rater_name
+from minirlhf.feedback.store import Refused, Store, plain, rater_name
 from minirlhf.support.loopback import is_loopback, is_ours
 
 try:
     from flask import Flask, Response, abort, jsonify, request, session
-    from waitress import create_server
     from werkzeug.exceptions import HTTPException
+
+    from minirlhf.feedback.door import TOKEN_VARIABLE, WINDOW, Attempts, listen, token_from  # noqa: F401
 except ImportError as e:
     raise UserError(
         f"the page needs {e.name}: pip install 'minirlhf[feedback]', or use feedback rate in the terminal"
@@ -44,7 +45,7 @@ HEADERS = {
 
 def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) -> Flask:
     """The WSGI application.  `token` is the secret that raters must have been given."""
-    app = Flask(__name__)
+    app, attempts = Flask(__name__), Attempts()
     digest = sha256((token or "").encode()).hexdigest()
     app.config |= {
         "SECRET_KEY": store.meta["secret"],  # sessions outlive the server
@@ -59,7 +60,7 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
         if not is_ours(request.host, host):
             abort(400, "wrong Host: open the page under the address that the server printed")
         if request.method == "POST":
-            if urlsplit(request.headers.get("Origin", "")).netloc != request.host:
+            if request.headers.get("Origin", "").partition("://")[2] != request.host:
                 abort(403, "wrong Origin: this page does not belong to this server")
             if request.mimetype != "application/json":
                 abort(415, "expected application/json")
@@ -101,7 +102,15 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
             found = None
         if not isinstance(found, dict) or any(type(found.get(f, "")) is not str for f in fields):
             raise UserError(f"body: expected a JSON object with the texts {', '.join(fields) or '(none)'}")
-        return [found, *(found.get(f, "") for f in fields)]
+        return [found, *(plain(found.get(f, ""), f, MAX_BODY) for f in fields)]
+
+    def check_token(given: str) -> None:
+        address = request.remote_addr or ""
+        if attempts.too_many(address):
+            abort(429, f"too many wrong tokens from your address: wait {WINDOW:.0f} seconds")
+        if not hmac.compare_digest(given.encode(), (token or "").encode()):
+            attempts.count(address)
+            abort(401, "wrong token: open the whole link that you were given")
 
     def rater() -> str:
         if "rater" not in session or (token and session.get("token") != digest):
@@ -128,12 +137,8 @@ def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) 
     @app.post("/api/join")
     def join() -> Response:
         _, name, given = body("name", "token")
-        if (
-            token
-            and session.get("token") != digest
-            and not hmac.compare_digest(given.encode(), token.encode())
-        ):
-            abort(401, "wrong token: open the whole link that you were given")
+        if token and session.get("token") != digest:
+            check_token(given)
         session["rater"], session["token"] = rater_name(name), digest
         return me()
 
@@ -168,26 +173,24 @@ def serve(store: Store, host: str, port: int, token: str | None) -> None:
     """Serve until Ctrl-C; beyond loopback only with a token."""
     if token is not None and len(token) < MIN_TOKEN:
         raise UserError(
-            f"--token must have {MIN_TOKEN} characters or more, such as {secrets.token_urlsafe(16)}"
+            f"the token must have {MIN_TOKEN} characters or more, such as {secrets.token_urlsafe(16)}"
         )
     if not is_loopback(host) and token is None:
         raise UserError(
-            f"--host {host} lets others in: it needs a --token too, such as {secrets.token_urlsafe(16)}"
+            f"--host {host} lets others in: it needs a --token-file too (or {TOKEN_VARIABLE}) with a secret "
+            f"such as {secrets.token_urlsafe(16)}"
         )
     if not store.rows("SELECT 1 FROM items LIMIT 1"):
         raise UserError(
             f"{store.path}: no items yet: put some in with python -m minirlhf.feedback sample, or add"
         )
+    if os.name != "nt" and store.path.stat().st_mode & 0o077:
+        print(
+            f"{store.path}: other users of this machine may read it: chmod 600 {store.path}", file=sys.stderr
+        )
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a short queue is no news
     try:
-        server = create_server(
-            create_app(store, host, token),
-            host=host,
-            port=port,
-            threads=16,
-            max_request_body_size=MAX_BODY,
-            ident=None,
-        )
+        server = listen(create_app(store, host, token), host, port, MAX_BODY)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot listen on {host}:{port}: {e}: choose another --port or --host") from None
     port = getattr(server, "effective_port", port)

@@ -12,6 +12,7 @@ other order.
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import secrets
@@ -22,12 +23,15 @@ import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import TypeVar
 
 from minirlhf import UserError
+from minirlhf.support.files import fsync
+from minirlhf.support.text import one_line
 
 Result = TypeVar("Result")
 APPLICATION, FORMAT = 0x6D726C66, 1
@@ -68,6 +72,24 @@ CREATE TABLE leases (
     opened REAL NOT NULL, expires REAL NOT NULL
 );
 """
+
+
+TEXT, WHOLE, NUMBER = "'text'", "'integer'", "'real', 'integer'"
+TYPES = {  # SQLite accepts any value in any column
+    "meta": {"key": TEXT, "value": TEXT},
+    "items": {"id": TEXT, "mode": TEXT, "prompt": TEXT, "a": TEXT, "b": "'text', 'null'", "source": TEXT}
+    | {"gold": "'text', 'null'", "place": WHOLE, "votes": WHOLE},
+    "events": {"at": NUMBER, "kind": TEXT, "rater": TEXT, "item": TEXT, "repeat": WHOLE, "data": TEXT},
+    "current": {"rater": TEXT, "item": TEXT, "repeat": WHOLE, "event": WHOLE},
+    "leases": {
+        "rater": TEXT,
+        "lease": TEXT,
+        "item": TEXT,
+        "repeat": WHOLE,
+        "opened": NUMBER,
+        "expires": NUMBER,
+    },
+}
 
 
 class Refused(UserError):
@@ -125,6 +147,14 @@ def _script(character: str) -> str:
     return unicodedata.name(character, "").partition(" ")[0]
 
 
+def make_private(path: Path) -> None:
+    """Make a file that its owner alone can read, where there is none: it holds the key of raters' sessions."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}") from None
+
+
 def check_answer(mode: str, answer: object) -> tuple[str, dict]:
     """(kind, data) of an answer, in the order in which the texts were shown.
 
@@ -173,7 +203,8 @@ def written(method: Callable) -> Callable:
 class Store:
     """One connection that writes and one that reads, for all threads.
 
-    Other processes (a terminal rater, an export) share the file through SQLite's own locks.
+    Other processes (a terminal rater, an export, a second server) share the file through SQLite's own locks:
+    all that decides who gets which item is in the file.
     """
 
     def __init__(
@@ -189,6 +220,8 @@ class Store:
             wanted = "--raters must be 1 or more, --lease above 0, --gold-every and --repeat-every 0 or more"
             raise UserError(wanted)
         options = {"timeout": 5.0, "isolation_level": None, "check_same_thread": False}
+        if create:
+            make_private(self.path)
         try:
             self.db, self.reader = (sqlite3.connect(self.path, **options) for _ in range(2))
             self.db.row_factory = self.reader.row_factory = sqlite3.Row
@@ -209,6 +242,18 @@ class Store:
         self.db.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits with the power
         self.write(lambda: self._create(seed) if fresh() else None)  # asked again: two may have come at once
         self.meta = dict(tuple(row) for row in self.db.execute("SELECT key, value FROM meta"))
+        self._check()
+
+    def _check(self) -> None:
+        """Raise UserError for a damaged file: pages of which SQLite can make nothing, and values of a type that
+        no command of ours has written."""
+        found = [row[0] for row in self.db.execute("PRAGMA quick_check(1)")]
+        if found != ["ok"]:
+            raise UserError(f"{self.path}: damaged ({one_line(found[0], 80)}): {DAMAGED}")
+        for table, kinds in TYPES.items():
+            wrong = " OR ".join(f"typeof({column}) NOT IN ({kind})" for column, kind in kinds.items())
+            if self.db.execute(f"SELECT 1 FROM {table} WHERE {wrong} LIMIT 1").fetchone():
+                raise UserError(f"{self.path}: its table {table} is damaged: {DAMAGED}")
         if not {"seed", "secret", "guidelines"} <= self.meta.keys():
             raise UserError(f"{self.path}: its table meta is damaged: {DAMAGED}")
 
@@ -258,6 +303,30 @@ class Store:
         """Rows as they are on the disk; those who write are not waited for."""
         with self.reading:
             return self.reader.execute(query, values).fetchall()
+
+    def close(self) -> None:
+        self.db.close()
+        self.reader.close()
+
+    def backup(self, out: Path) -> None:
+        """Write a copy of the store, whole or not at all, while others may be writing.  Raises UserError."""
+        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        if os.path.lexists(out):
+            raise UserError(f"{out}: exists already: name another file")
+        make_private(temporary)
+        try:
+            copy = sqlite3.connect(temporary)
+            with closing(copy), self.reading:
+                self.reader.backup(copy)
+            Store(temporary).close()  # is it whole?
+            fsync(temporary)
+            os.replace(temporary, out)
+        except (OSError, sqlite3.Error) as error:
+            reason = getattr(error, "strerror", None) or one_line(error)
+            raise UserError(f"{out}: cannot be written: {reason}") from None
+        finally:
+            for end in ("", "-wal", "-shm", "-journal"):
+                Path(f"{temporary}{end}").unlink(missing_ok=True)
 
     @written
     def set_guidelines(self, text: str) -> None:
@@ -486,12 +555,7 @@ class Store:
         found = []
         for row in self.rows(JUDGEMENTS + " WHERE kind = 'vote' ORDER BY event"):
             data = self._decode(row["data"])
-            whole = type(data.get("seconds")) in (int, float) and (
-                type(data.get("rating")) is int
-                if row["mode"] == "rating"
-                else data.get("choice") in CHOICES and data.get("shown") in ("ab", "ba")
-            )
-            if not whole:
+            if not _is_vote(row["mode"], row["gold"], data):
                 raise UserError(f"{self.path}: event {row['event']} is damaged: {DAMAGED}")
             found.append({key: row[key] for key in keys} | {"source": self._decode(row["source"])} | data)
         return found
@@ -514,6 +578,20 @@ class Store:
         if not isinstance(found, dict):
             raise UserError(f"{self.path}: an event or an item is damaged: {DAMAGED}")
         return found
+
+
+def _is_vote(mode: str, gold: str | None, data: dict) -> bool:
+    """Whether this is what vote() stores of an answer to an item with this known answer."""
+    seconds, note = data.get("seconds"), data.get("note", "")
+    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf or not isinstance(note, str):
+        return False
+    ratings = range(SCALE[0], SCALE[1] + 1)
+    if gold is not None and gold not in (CHOICES if mode == "pair" else map(str, ratings)):
+        return False
+    if mode == "rating":
+        return type(data.get("rating")) is int and data["rating"] in ratings
+    known = data.get("choice") in CHOICES and data.get("shown") in ("ab", "ba")
+    return known and data.get("strength", 1) in (1, 2)
 
 
 UNSEEN = "NOT EXISTS (SELECT 1 FROM current WHERE rater = ? AND current.item = items.id)"

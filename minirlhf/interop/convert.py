@@ -51,6 +51,7 @@ from minirlhf.interop.families import (
 from minirlhf.interop.wordpiece import WordPiece
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble, rotary
 from minirlhf.support.files import sha256_of
+from minirlhf.support.fit import head_of, shapes_of
 from minirlhf.support.layout import TEMPLATE, TRANSCRIPT, set_layout
 from minirlhf.support.shape import MAX_LAYERS
 from minirlhf.support.text import escaped, one_line
@@ -495,7 +496,7 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
         prefix = "backbone."
         state = {key.removeprefix(prefix): t for key, t in member.items() if key.startswith(prefix)}
         if not backbone:
-            name, more = _classifier(family, about["head"], member, state, tokenizer, source)
+            name, more = _classifier(family, head_of(about, source), member, state, tokenizer, source)
             tokenizer.hf["pad_token"] = tokenizer.token_str(tokenizer.pad)
     by_transcripts = about.get("stage") != "import" and tokenizer.layout.name == TRANSCRIPT
     if isinstance(tokenizer, Tokenizer) and by_transcripts:
@@ -540,13 +541,13 @@ def family_of(source: Path, about: dict, config: GPTConfig) -> Family:
 def checked_state(source: Path, about: dict, config: GPTConfig) -> dict[str, Tensor]:
     """The weights of a checkpoint, its adapters merged; UserError unless they are exactly those of the model
     in its config.json."""
-    try:
-        with torch.device("meta"):
-            model = RewardEnsemble(config, **about["head"]) if "head" in about else GPT(config)
-    except TypeError as error:
-        raise UserError(f"{source}/config.json: head: {error}: take another step folder") from None
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     state = checkpoint.load_state(source)
+    if "head" in about:
+        head = head_of(about, source)
+        build, layers = lambda: RewardEnsemble(config, **head), config.n_layer * head["members"]
+    else:
+        build, layers = lambda: GPT(config), config.n_layer
+    expected = shapes_of(build, layers, state, source)
     found = {name: tuple(t.shape) for name, t in state.items()}
     if odd := sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name)):
         raise UserError(f"{source}: weights do not fit config.json: {odd[0]}: take another step folder")
@@ -574,7 +575,7 @@ def _classifier(
 ) -> tuple[str, dict]:
     """A reward model as transformers' sequence classifier: the class, and its head's tensor."""
     remedy = "--backbone exports the model below the head"
-    if head.get("mlp", True) or head["pooling"] != "last" or family is BERT:
+    if head["mlp"] or head["pooling"] != "last" or family is BERT:
         raise UserError(
             f"{source}: transformers' sequence classifiers read one linear layer at the last token of a "
             f"language model; this is another: {remedy}; "

@@ -96,10 +96,7 @@ def build(
             )
     if named.get("eos_token") is None:
         raise UserError(f"{source}: no eos_token: name the token that ends a text in tokenizer_config.json")
-    if (highest := max([*ranks.values(), *specials.values()])) >= vocab_size:
-        raise UserError(
-            f"{source}: id {highest}, but the model has {vocab_size} rows: take both from one model"
-        )
+    _check_rows(source, [*ranks.values(), *specials.values()], vocab_size)
     bos, eot, pad = (specials.get(named.get(name)) for name in ("bos_token", "eos_token", "pad_token"))
     hf = {"bos_token": named.get("bos_token"), "pad_token": named.get("pad_token")} | (hf or {})
     hf |= {"unreached": [*unreached]} if unreached else {}
@@ -137,6 +134,12 @@ def build(
                 f"{source}: the text of ids {ids} is {theirs!r:.200}, here {ours!r:.200}: not supported"
             )
     return tokenizer
+
+
+def _check_rows(source: Path, ids: list[int], rows: int) -> None:
+    """UserError where an id has no row in the model's embedding; so a file cannot hold a million tokens."""
+    if (highest := max(ids, default=0)) >= rows:
+        raise UserError(f"{source}: id {highest}, but the model has {rows} rows: take both from one model")
 
 
 def trial_texts(tokenizer: Tokenizer) -> Iterator[str]:
@@ -258,6 +261,7 @@ def from_folder(folder: Path, model: dict) -> Tokenizer | WordPiece:
         raise UserError(
             f"{folder}: no tokenizer.json, and no vocab.json with merges.txt: copy the tokenizer there"
         )
+    _check_rows(file, [*vocab.values(), *(token["id"] for token in tokens)], model["vocab_size"])
     specials = {token["content"]: token["id"] for token in tokens}
     vocab = {token: i for token, i in vocab.items() if token not in specials}
     named = _named_tokens(folder, about, model, vocab | specials)

@@ -34,7 +34,7 @@ import tyro
 
 from minirlhf import Stopped, UserError
 from minirlhf.support import ctrl_c
-from minirlhf.support.text import escaped, one_line
+from minirlhf.support.text import as_message, one_line
 
 Config = TypeVar("Config")
 EMPTY = "its value is empty; is a shell variable unset?"
@@ -319,7 +319,7 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _end(message: str, code: int) -> typing.NoReturn:
     """One line, whatever names of files and texts of others stand in the message."""
-    print(escaped(message.replace("\n", " ")), file=sys.stderr)
+    print(as_message(message), file=sys.stderr)
     sys.exit(code)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minirlhf import UserError, checkpoint, data
 from minirlhf.rollout import Texts
-from minirlhf.support import adapters, claims, ledger, logs, steps, track
+from minirlhf.support import adapters, claims, ledger, logs, steps, track, trainer
 from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
 from minirlhf.support.layout import check_alike
@@ -108,18 +108,8 @@ class Folder:
                 raise UserError(f"{self.out}: another process has begun a run here: choose another --out")
         self.tokenizer, self.model, self.parts, self.counters = tokenizer, model, parts, counters or {}
         if self.state == "resume":
-            tensors, state = checkpoint.load_trainer(self.out)
-            model.load_state_dict(checkpoint.load_state(self.out))
-            for name, part in parts.items():
-                if isinstance(part, nn.Module):
-                    prefix, (_, of_base) = f"{name}.", adapters.split_state(part)
-                    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                    part.load_state_dict(of_base | own)
-                else:
-                    unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
-            self.counters |= state["counters"]
-            self.step = self.saved_step = state["step"]
-            self.seconds = state["seconds"]
+            with trainer.damage_is_one_line(self.out):
+                self._load()
         elif self.rank == 0:
             steps.forget(self.out)
         tracker = None
@@ -128,6 +118,22 @@ class Folder:
             tracker = track.start(self.config.track, self.out, settings, self.step > 0)
         self.logger = MetricLogger(self.out, self.rank, self.step, tracker)
         return self.counters
+
+    def _load(self) -> None:
+        """The state of the last checkpoint into the models, the optimizers and the counters."""
+        tensors, state = checkpoint.load_trainer(self.out)
+        trainer.check_state(state, self.counters, self.saved["step"])
+        self.model.load_state_dict(checkpoint.load_state(self.out))
+        for name, part in self.parts.items():
+            if isinstance(part, nn.Module):
+                prefix, (_, of_base) = f"{name}.", adapters.split_state(part)
+                own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+                part.load_state_dict(of_base | own)
+            else:
+                unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
+        self.counters |= state["counters"]
+        self.step = self.saved_step = state["step"]
+        self.seconds = state["seconds"]
 
     def save(self, step: int, complete: bool = False, best: bool = False, **about: Any) -> None:
         """Write the checkpoint of `step`, the best so far or not; `about` goes into its config.json.
@@ -150,9 +156,9 @@ class Folder:
             self.stage, shape, self.config, step, complete, self.tokenizer, **more
         )
         if self.rank == 0:
-            trainer = {"tensors": tensors, "state": state}
             own, _ = adapters.split_state(self.model)
-            checkpoint.save(self.out, step, own, described, self.tokenizer, trainer, best)
+            resumed = {"tensors": tensors, "state": state}
+            checkpoint.save(self.out, step, own, described, self.tokenizer, resumed, best)
             if complete:
                 self.logger.finish(about.get("results", {}))
         self.saved_step = step

@@ -19,6 +19,7 @@ from minirlhf import UserError
 from minirlhf.support.rows import MissingField, Needs, Reads, rows_of
 from minirlhf.support.text import one_line
 
+FOREIGN = (Exception, SystemExit, GeneratorExit)  # what code of others may raise; not Ctrl-C
 Reward = Callable[..., list[float]]  # of (prompts, responses) or of (prompts, responses, rows)
 SPEC = re.compile(r"(rm|(?!rm:)[\w.]+:\w+)(?::([-+]?(?:\d+\.?\d*|\.\d+)(?:e-?\d\d?)?))?")
 
@@ -45,7 +46,7 @@ def find(name: str) -> Reward:
     module, function = name.split(":")
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except (Exception, SystemExit) as error:  # whatever the user's module raises while it loads
+    except FOREIGN as error:  # whatever the user's module raises while it loads
         raise UserError(f"--reward {name}: {_reason(error)}; is {module} on PYTHONPATH?") from error
     if not callable(found):
         raise UserError(f"--reward {name}: no such function in {module}; check the spelling")
@@ -95,7 +96,7 @@ def call(
         raise UserError(f"{error}, which --reward {name} reads") from error
     except UserError as error:
         raise UserError(f"--reward {name}: {error}") from error
-    except (Exception, SystemExit) as error:
+    except FOREIGN as error:
         raise UserError(f"--reward {name} failed: {_reason(error)}") from error
     if isinstance(result, str | bytes | dict | set | frozenset):
         raise UserError(
@@ -103,11 +104,11 @@ def call(
         )
     try:
         numbers = iter(result)
-    except (Exception, SystemExit):
+    except FOREIGN:
         raise UserError(f"--reward {name}: returned {type(result).__name__}, not a list of numbers") from None
     try:
         values = list(itertools.islice(numbers, len(responses) + 1))  # a generator may have no end
-    except (Exception, SystemExit) as error:
+    except FOREIGN as error:
         raise UserError(f"--reward {name} failed: {_reason(error)}") from error
     if len(values) != len(responses):
         count = len(values) if len(values) < len(responses) else f"more than {len(responses)}"
@@ -134,4 +135,8 @@ def _shown(value: object) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    return one_line(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    try:
+        words = " ".join(str(error).split())
+    except FOREIGN:  # an error whose text cannot be made
+        words = "no reason given"
+    return one_line(f"{type(error).__name__}: {words}")

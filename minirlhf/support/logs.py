@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from minirlhf.support import sums
 from minirlhf.support.files import write_atomically
 from minirlhf.support.track import Tracker
 
@@ -29,8 +30,9 @@ class MetricLogger:
             return
         for name in ("metrics.jsonl", "samples.jsonl"):
             kept = lines_until(out / name, keep_until)
-            if name == "metrics.jsonl" and keep_until:  # lost or damaged: the checkpoint has a copy
-                kept = max(kept, lines_until(out / "latest" / name, keep_until), key=len)
+            copy = out / "latest" / name
+            if keep_until and copy.is_file() and sums.agrees(copy):  # whatever became of the other
+                kept = lines_until(copy, keep_until)
             if kept:
                 write_atomically(out / name, "".join(line + "\n" for line in kept))
             else:

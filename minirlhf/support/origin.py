@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minirlhf import UserError
-from minirlhf.support.files import read_json
+from minirlhf.support.sums import read_json
 
 
 def names(config: dict, name: str) -> dict[str, object]:

@@ -1,5 +1,7 @@
 """An optimizer's state as named tensors and JSON, so that no checkpoint holds a pickle."""
 
+import json
+
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -13,6 +15,20 @@ def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict
 
 
 def unpack_optimizer(opt: Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
-    """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order."""
+    """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order.
+
+    Raises ValueError where the state is not that of these parameters."""
     state = {int(i): {k: tensors[f"{prefix}{i}.{k}"] for k in keys} for i, keys in saved["keys"].items()}
-    opt.load_state_dict({"state": state, "param_groups": saved["groups"]})
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    for i, slots in state.items():
+        if not 0 <= i < len(parameters) or not slots.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"the optimizer's state of parameter {i} is incomplete")
+        if any(x.shape not in ((), parameters[i].shape) for x in slots.values()):
+            raise ValueError(f"the optimizer's state of parameter {i} has another shape than the parameter")
+    groups = opt.state_dict()["param_groups"]
+    for own, theirs in zip(groups, saved["groups"], strict=True):
+        plain = json.loads(json.dumps(own))
+        if odd := [key for key in plain if key != "lr" and theirs.get(key, plain[key]) != plain[key]]:
+            raise ValueError(f"the optimizer's {odd[0]} was another")
+        own["lr"] = float(theirs["lr"])
+    opt.load_state_dict({"state": state, "param_groups": groups})

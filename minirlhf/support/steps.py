@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minirlhf import UserError
+from minirlhf.support import sums
 from minirlhf.support.files import fsync, sha256_of
 
 OURS = re.compile(r"step-\d+|\.step-\d+\.[0-9a-f]{8}(\.old|\.gone)?|\.gone-step-[0-9a-f]{8}")  # folders
@@ -40,6 +41,7 @@ def write_step(out: Path, step: int, write: Callable[[Path], None], best: bool =
     try:
         new.mkdir(parents=True)
         write(new)
+        sums.write(new)
         for path in [*new.iterdir(), new]:
             fsync(path)
         if not os.path.lexists(out / "latest"):  # the first step: its folder and its links appear at once

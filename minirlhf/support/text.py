@@ -20,3 +20,10 @@ def one_line(message: object, longest: int = 200) -> str:
     """The first line of somebody else's message, printable, cut to `longest` characters."""
     first = next(iter(str(message).splitlines()), "")
     return escaped(first if len(first) <= longest else first[: longest - 3] + "...")
+
+
+def as_message(text: str, longest: int = 2000) -> str:
+    """An error as one line for a terminal, whatever it quotes; of a very long one the middle is left out."""
+    if len(text) > longest:
+        text = f"{text[: longest - 400]} ... {text[-400:]}"
+    return escaped(text.replace("\n", " "))

@@ -14,7 +14,7 @@ import regex
 import tiktoken
 
 from minirlhf import UserError
-from minirlhf.support import bpe
+from minirlhf.support import bpe, sums
 from minirlhf.support.added import FLAGS
 from minirlhf.support.files import write_atomically
 
@@ -45,6 +45,8 @@ def load(kind: type[Tokenizer], source: str | Path) -> Tokenizer:
             raise UserError(f"tokenizer gpt2: not fetched ({type(error).__name__}); {remedy}") from error
         return kind(gpt2._mergeable_ranks, gpt2._pat_str)
     file, meta = files_of(source)
+    for each in filter(None, (file, meta)):
+        sums.check(each)
     if file is None:
         return importlib.import_module("minirlhf.interop.wordpiece").WordPiece(meta)
     if not meta.is_file():

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from minirlhf import UserError
 from minirlhf.support import origin, steps
-from minirlhf.support.files import read_json, sha256_of
-
-DAMAGED = "take another step folder or train again"
+from minirlhf.support.files import sha256_of
+from minirlhf.support.fit import DAMAGED, head_of
+from minirlhf.support.sums import read_json
 
 
 def resolve(path: str | Path, remedy: str = "train that stage first or fix the path") -> Path:
@@ -61,7 +61,7 @@ def base_of(path: str | Path) -> Path:
 
 def _trunks(config: dict) -> list[str]:
     """The names of the GPTs in a checkpoint's model, as prefixes of their weights."""
-    members = config["head"].get("members", 1) if "head" in config else 0
+    members = head_of(config, "")["members"] if "head" in config else 0
     return [f"members.{k}.backbone." for k in range(members)] or [""]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ import pytest
 pytest.importorskip("flask", reason="pip install 'minirlhf[feedback]'")
 pytest.importorskip("waitress", reason="pip install 'minirlhf[feedback]'")
 
-from benchmarks.feedback import Rater, audit, drive, running_server
+from benchmarks.feedback import Rater, audit, drive, half_sent, page_ms, running_server
 from minirlhf import UserError
 from minirlhf.feedback import server
+from minirlhf.feedback.door import ROOM, TOKEN_VARIABLE, WINDOW, WRONG, Attempts, token_from
 from minirlhf.feedback.server import create_app, is_ours
 from tests.feedback.conftest import make_items
 
@@ -366,3 +368,102 @@ def test_from_serve_to_the_first_vote(make_store):
 def test_serve_needs_no_torch(make_store):
     code = "import sys; import minirlhf.feedback.server, minirlhf.feedback.__main__; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "False"
+
+
+# ----------------------------------------------------------------------------- who is let in
+
+
+def test_F11_half_sent_requests_do_not_keep_the_page_from_others(make_store):
+    """300 of them once held all of waitress' 100 connections, and nobody got an answer for two minutes."""
+    store = make_store(ratings=3)
+    with running_server(store.path) as (_, address):
+        rater = Rater(address, "ann")
+        item = rater.join()
+        with half_sent(address, 300):
+            assert max(page_ms(address, 5)) < 20_000  # a second, where the machine does nothing else
+            rater.connection.close()  # perhaps it made room: a browser opens another by itself
+            assert rater.vote(item, {"rating": 3})
+        assert ROOM < 300
+    assert len(store.judgements()) == 1
+
+
+@pytest.mark.parametrize("field", ["item", "lease", "name", "token"])
+@pytest.mark.parametrize("text", ["\ud800", "a\udfffb", "\0"])
+def test_F12_half_a_surrogate_pair_is_a_bad_request(store, field, text):
+    page = Page(store, token=TOKEN)
+    path = "/api/vote" if field in ("item", "lease") else "/api/join"
+    body = {"item": "x", "lease": "y", "answer": {"rating": 1}, "name": "ann", "token": TOKEN} | {field: text}
+    refused(page.post(path, body), 400, f"{field}: holds a NUL or half a surrogate pair")
+
+
+@pytest.mark.parametrize("origin", ["http://[", "http://loc[alhost", "http://localhost]", "http://[::1"])
+def test_an_origin_that_is_no_address_is_a_wrong_origin(store, origin):
+    refused(Page(store).post("/api/next", {}, {"Origin": origin}), 403, "wrong Origin")
+
+
+def test_F18_wrong_tokens_are_counted_and_reported_once(store, capsys):
+    page = Page(store, token=TOKEN)
+    for i in range(WRONG):
+        stranger = page.client.application.test_client()
+        csrf = stranger.get("/api/me").json["csrf"]
+        sent = page.headers | {"X-CSRF-Token": csrf}
+        answer = stranger.post("/api/join", json={"name": "eve", "token": f"wrong {i}"}, headers=sent)
+        refused(answer, 401, "wrong token")
+    answer = stranger.post("/api/join", json={"name": "eve", "token": TOKEN}, headers=sent)
+    refused(answer, 429, f"wait {WINDOW:.0f} seconds")
+    said = capsys.readouterr().err
+    assert said.count("a wrong token from 127.0.0.1") == 1 and TOKEN not in said
+    assert page.next() and page.post("/api/join", {"name": "ann", "token": "x"}).status_code == 200  # is in
+
+
+def test_F18_an_address_is_forgiven_after_a_while(capsys):
+    now = [0.0]
+    attempts = Attempts(lambda: now[0])
+    for _ in range(WRONG):
+        assert not attempts.too_many("a")
+        attempts.count("a")
+    assert attempts.too_many("a") and not attempts.too_many("b")
+    now[0] = WINDOW - 1
+    assert attempts.too_many("a")
+    now[0] = WINDOW + 1
+    assert not attempts.too_many("a")
+    attempts.count("\x1b[31m")
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_F18_a_token_need_not_stand_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    assert token_from(None, None) is None
+    monkeypatch.setenv(TOKEN_VARIABLE, "of the environment")
+    assert token_from(None, None) == "of the environment" and token_from("given", None) == "given"
+    (tmp_path / "token").write_text(f"  {TOKEN}\nnot this\n")
+    assert token_from(None, tmp_path / "token") == TOKEN
+    (tmp_path / "empty").write_text("\n")
+    for given, file, message in (
+        ("x", tmp_path / "token", "give one of them"),
+        (None, tmp_path / "none", "cannot be read"),
+        (None, tmp_path / "empty", "is empty"),
+        (None, tmp_path, "cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            token_from(given, file)
+
+
+def test_two_servers_on_one_store_lose_and_double_nothing(make_store):
+    """All that decides who gets which item is in the file, and SQLite locks it: a second process is safe."""
+    store = make_store(ratings=300)
+    options = ("--raters", 2, "--repeat-every", 0)
+    with running_server(store.path, *options) as (_, one), running_server(store.path, *options) as (_, two):
+        found = []
+        work = lambda address, first: found.append(drive(address, 4, 2.0, first=first))
+        threads = [threading.Thread(target=work, args=job) for job in ((one, 0), (two, 4))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [error for part in found for error in part["errors"]] == []
+    acknowledged = found[0]["acknowledged"] | found[1]["acknowledged"]
+    counts = audit(store.path, acknowledged, sum(part["undone"] for part in found))
+    assert counts.pop("acknowledged") > 0 and not any(counts.values()), counts
+    items = Counter(vote["item"] for vote in store.judgements())
+    assert max(items.values()) == 2

@@ -1,12 +1,14 @@
 """The store: what is in it, who gets what, and that it only grows."""
 
 import json
+import os
 import sqlite3
 import tempfile
 import threading
 import time
 import unicodedata
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from minirlhf import UserError
+from minirlhf.feedback import __main__ as feedback
 from minirlhf.feedback import store as module
 from minirlhf.feedback.store import Policy, Refused, Store, check_answer, rater_name
 from tests.feedback.conftest import make_items
@@ -292,6 +295,88 @@ def test_a_full_disk_stores_nothing_and_says_so(make_store, judge):
     store.db.execute("PRAGMA max_page_count = 100000")
     store.vote("ann", held["item"], held["lease"], {"rating": 1, "note": "x" * 2000})  # the same again
     assert len(store.judgements()) == stored + 1 == len(store.events())
+
+
+def test_a_store_is_its_owner_s_alone(tmp_path, judge):
+    """It holds the key of the raters' sessions, and was made with the umask's mode."""
+    before = os.umask(0)
+    try:
+        store = Store(tmp_path / "store.db", create=True, seed=1)
+        store.add([{"mode": "rating", "prompt": "p", "a": f"a {i}"} for i in range(3)])
+        judge(store, "ann")
+        store.backup(tmp_path / "copy.db")
+    finally:
+        os.umask(before)
+    files = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert {"store.db", "store.db-wal", "copy.db"} <= files.keys() and {*files.values()} == {0o600}, files
+
+
+def test_a_backup_while_a_rater_works(make_store, judge, tmp_path):
+    store = make_store(ratings=200)
+    stop = threading.Event()
+    worker = threading.Thread(
+        target=lambda: [judge(store, f"r{i}", 5) for i in range(40) if not stop.is_set()]
+    )
+    worker.start()
+    counts = []
+    for i in range(5):
+        store.backup(tmp_path / f"copy {i}.db")
+        counts.append(len(Store(tmp_path / f"copy {i}.db").events()))
+    stop.set()
+    worker.join()
+    assert counts == sorted(counts) and counts[-1] <= len(store.events())
+    held = {event["id"] for event in store.events()}
+    assert {event["id"] for event in Store(tmp_path / "copy 4.db").events()} <= held
+    with pytest.raises(UserError, match="exists already"):
+        store.backup(tmp_path / "copy 0.db")
+    for out in (tmp_path / "no" / "x.db", tmp_path / "store.db" / "x"):
+        with pytest.raises(UserError, match="cannot be made"):
+            store.backup(out)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+VALUES = [b"\x00\xff", 3, 2.5, None, "", "{", "\x1b[31m", '{"choice": 5, "shown": "ab", "seconds": 1}']
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["items.prompt", "items.a", "items.gold", "items.source", "items.votes", "items.place", "events.at", "events.kind",
+     "events.data", "events.rater", "current.event", "current.repeat", "meta.value", "leases.expires", "leases.item"],
+)  # fmt: skip
+def test_a_damaged_value_is_one_line_in_every_subcommand(
+    make_store, judge, capsys, tmp_path, monkeypatch, place
+):
+    """SQLite stores any value in any column: SQLite's own check finds nothing wrong with these."""
+    monkeypatch.setattr("builtins.input", lambda *_: "q")
+    commands = (
+        ["stats"],
+        ["export", tmp_path / "out"],
+        ["backup", tmp_path / "b.db"],
+        ["rate", "--rater", "eve"],
+    )
+    table, column = place.split(".")
+    refused = 0
+    for i, value in enumerate(VALUES):
+        store = make_store(pairs=2, ratings=2, name=f"{i}.db")
+        judge(store, "ann", 3)
+        store.close()
+        with closing(sqlite3.connect(store.path)) as db:
+            db.execute("DROP TRIGGER no_update")
+            db.execute("PRAGMA ignore_check_constraints = ON")
+            try:
+                db.execute(f"UPDATE {table} SET {column} = ?", [value])
+                db.commit()
+            except sqlite3.IntegrityError:  # SQLite refuses it
+                continue
+        for command in commands:
+            try:
+                feedback.guarded(feedback.parse([*map(str, command), "--store", str(store.path)]))
+            except UserError as error:
+                assert str(store.path) in str(error)
+                refused += 1
+        (tmp_path / "b.db").unlink(missing_ok=True)
+    capsys.readouterr()
+    assert refused or place == "items.place"
 
 
 K, RATERS = 2, ("ann", "bob", "cy")
