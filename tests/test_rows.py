@@ -199,6 +199,19 @@ def test_a_row_that_judges_nothing_is_refused_before_the_run(tmp_path, reward_na
     assert str(error.value).startswith(f"{file}:1: {reason}") and str(error.value).isprintable()
 
 
+def test_what_a_function_says_of_itself_may_be_anything(tmp_path):
+    file = lines(tmp_path / "d.jsonl", SUMS)
+    for said in ("answer", ("answer", ("no", "id")), {"answer": None}, []):
+        assert len(data.load(file, reads=fields_read(reward(answers, said))).records) == 20
+    with pytest.raises(UserError, match="--reward mine:f: its attribute `fields` must hold names of fields"):
+        fields_read(reward(answers, 3))
+    with pytest.raises(
+        UserError, match=r"d.jsonl:1: answer: object of type 'int' has no len\(\), for --reward mine:f"
+    ):
+        data.load(file, reads=fields_read(reward(answers, {"answer": len})))
+    del answers.fields
+
+
 def test_a_function_that_does_not_say_what_it_reads_is_told_at_the_call(tmp_path):
     file = lines(tmp_path / "d.jsonl", [*SUMS[:2], {"prompt": "x"}])
     found = data.load(file, reads=fields_read(reward(answers)))

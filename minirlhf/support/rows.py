@@ -9,6 +9,7 @@ from typing import Any
 
 from minirlhf import UserError
 from minirlhf.support.dataset import Dataset
+from minirlhf.support.text import one_line
 
 EVERYTHING = "*"  # among the columns that are read: a function that does not say which it reads
 Check = Callable[[Any], object]  # of a value; raises ValueError for one that the function cannot use
@@ -55,8 +56,12 @@ class Needs:
         if said is None:
             return cls(name, None)
         said = (said,) if isinstance(said, str) else said
-        checks = said if isinstance(said, dict) else dict.fromkeys(said)
-        return cls(name, {(f,) if isinstance(f, str) else tuple(f): check for f, check in checks.items()})
+        try:
+            checks = said if isinstance(said, dict) else dict.fromkeys(said)
+            found = {(f,) if isinstance(f, str) else tuple(f): check for f, check in checks.items()}
+        except TypeError:
+            raise UserError(f"--reward {name}: its attribute `fields` must hold names of fields") from None
+        return cls(name, found)
 
     def check(self, row: OwnRow) -> None:
         """Raises UserError("field: reason") for a row that the function cannot judge by."""
@@ -67,8 +72,8 @@ class Needs:
             try:
                 if check:
                     check(row[there[0]])
-            except ValueError as error:
-                raise UserError(f"{there[0]}: {error}, for --reward {self.function}") from None
+            except Exception as error:  # a check may be anybody's code
+                raise UserError(f"{there[0]}: {one_line(error)}, for --reward {self.function}") from None
 
 
 Reads = Sequence[Needs]  # of all functions that take rows; (): rows are not kept
