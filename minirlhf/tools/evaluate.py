@@ -255,11 +255,27 @@ def trusted_rewards(about: dict[str, Any]) -> list[str]:
     return specs
 
 
-# ------------------------------------------------------------------------------------------------- the table
+@dataclasses.dataclass
+class Setting:
+    """What is compared: two models, the prompts that both continue, and who scores their texts."""
+
+    sft: GPT
+    policy: GPT
+    policy_dir: Path
+    about: dict[str, Any]  # the policy's config.json
+    tokenizer: Tokenizer
+    sampling: Sampling
+    scorers: Scorers
+    prompts: list[list[int]]
+    records: list[Any]  # those of the prompts
+
+    @property
+    def name(self) -> str:
+        return "DPO" if self.about.get("stage") == "dpo" else "PPO"
 
 
-def evaluate(config: Config) -> dict[str, Any]:
-    """The table as a dict: sft_samples, best_of_n, ppo, samples, split, prompts, seed, versions."""
+def load(config: Config) -> Setting:
+    """The models, scorers and prompts that the options name; a line is printed on the prompts."""
     run = config.run
     policy_dir = checkpoint.resolve(
         config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy"
@@ -284,6 +300,18 @@ def evaluate(config: Config) -> dict[str, Any]:
     print(f"prompts, {config.split} split: {data.account(part.ledger)}")
     picked = data.cursor(len(prompts), min(config.prompts, len(prompts)), config.seed, 0)
     prompts, records = [prompts[i] for i in picked], [records[i] for i in picked]
+    return Setting(sft, policy, policy_dir, about, tokenizer, sampling, scorers, prompts, records)
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """The table as a dict: sft_samples, best_of_n, ppo, samples, split, prompts, seed, versions."""
+    setting = load(config)
+    sft, policy, about, tokenizer = setting.sft, setting.policy, setting.about, setting.tokenizer
+    sampling, scorers, prompts = setting.sampling, setting.scorers, setting.prompts
+    settings, records = about["training"], setting.records
 
     # One SFT sample that all are compared with, and n more to choose from.
     draws = range(1 + max(config.best_of, default=0))
@@ -325,7 +353,7 @@ def evaluate(config: Config) -> dict[str, Any]:
     return {
         "sft_samples": row(base, base_scores, 0.0, sft_entropy, sft_surprise),
         "best_of_n": {str(n): best_of(n) for n in config.best_of},
-        "policy": "DPO" if about.get("stage") == "dpo" else "PPO",  # the name of the row `ppo`
+        "policy": setting.name,  # of the row `ppo`
         "ppo": row(tuned, tuned_scores, kl.mean().item(), entropy, surprise),
         "samples": [
             {
