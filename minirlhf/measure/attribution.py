@@ -121,8 +121,8 @@ def rewritten(
     """
     responses = texts.responses.clone()
     for t in chosen.any(0).nonzero()[:, 0].tolist():
-        here = Texts(texts.prompts, texts.prompt_mask, responses, texts.response_mask)
-        other = _others(ref, here, sampling, t, 1, generator)[:, 0]
-        responses = responses.clone()
-        responses[:, t] = torch.where(chosen[:, t], other, responses[:, t])
+        rows = chosen[:, t].nonzero()[:, 0]
+        prefix = responses[rows, : t + 1], texts.response_mask[rows, : t + 1]
+        here = Texts(texts.prompts[rows], texts.prompt_mask[rows], *prefix)
+        responses[rows, t] = _others(ref, here, sampling, t, 1, generator)[:, 0]
     return Texts(texts.prompts, texts.prompt_mask, responses, texts.response_mask)
