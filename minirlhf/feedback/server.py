@@ -10,7 +10,6 @@ whole before a thread sees it, so that slow clients hold no thread.
 """
 
 import hmac
-import ipaddress
 import json
 import logging
 import secrets
@@ -20,6 +19,7 @@ from urllib.parse import urlsplit
 
 from minirlhf import UserError
 from minirlhf.feedback.store import Refused, Store, rater_name
+from minirlhf.support.loopback import is_loopback, is_ours
 
 try:
     from flask import Flask, Response, abort, jsonify, request, session
@@ -40,30 +40,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def is_ours(asked: str, host: str) -> bool:
-    """Whether a request with the Host header `asked` may be meant for a server bound to `host`.
-
-    A page elsewhere can point a name of its own at any address, but cannot take the address itself: beyond
-    loopback, literal addresses are accepted as well.
-    """
-    try:
-        name = urlsplit(f"//{asked}").hostname or ""
-        return (
-            is_loopback(name)
-            or name == host.strip("[]")
-            or (not is_loopback(host) and bool(ipaddress.ip_address(name)))
-        )
-    except ValueError:
-        return False
 
 
 def create_app(store: Store, host: str = "127.0.0.1", token: str | None = None) -> Flask:

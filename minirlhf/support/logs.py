@@ -82,6 +82,7 @@ SAMPLE_COLUMNS = {
     "objective/rm_disagreement": "disagreement",
     "objective/judge": "judge",
     "objective/kl": "kl",
+    "val/response_length": "length",
 }
 
 
