@@ -1,16 +1,16 @@
 """Are the tokens decisive that the page calls decisive?  They are replaced, and the score is read again.
 
-    python benchmarks/why.py runs/seed-1 runs/seed-2 runs/seed-3     # runs of make demo; some minutes each
-    python benchmarks/why.py --tables                                # prints the table of the committed results
+    python benchmarks/why.py runs/seed-1 runs/seed-2 runs/seed-3    # runs of make demo; some minutes each
+    python benchmarks/why.py --tables                               # the table of the committed results
 
 PPO's texts on the test prompts of minirlhf.evaluate.  Of each text a fifth of the tokens is chosen, or one
-token: by a column of the page (minirlhf/tools/why.py), or at random.  The reference model then draws other tokens
-in their places, from left to right, and the reward model and the judge read the new text.  The column `replaced`
-comes from other draws than those that are measured, so that a token chosen for the luck of its draws gains
-nothing by it.  The end of a text is never replaced.
+token: by a column of the page (minirlhf/tools/why.py), or at random.  The reference model then draws other
+tokens in their places, from left to right, and the reward model and the judge read the new text.  The column
+`replaced` comes from other draws than those that are measured, so that a token chosen for the luck of its
+draws gains nothing by it.  The end of a text is never replaced.
 
-A mask token would be simpler.  None of the models has seen one, though, so their scores would tell how strange it
-is; what the reference writes in the place is text as it was before PPO.
+A mask token would be simpler.  None of the models has seen one, though, so their scores would tell how
+strange it is; what the reference writes in the place is text as it was before PPO.
 
 Writes benchmarks/results/why.json after each run, with the mean fall of every text.
 """
@@ -97,7 +97,13 @@ def measure(run: Path, prompts: int, replacements: int, draws: int) -> dict:
                 name: [round(x, 4) for x in torch.stack(values).mean(0).tolist()]
                 for name, values in found.items()
             }
-            print(run.name, count, way, {name: round(mean(v), 3) for name, v in falls[count][way].items()}, flush=True)
+            print(
+                run.name,
+                count,
+                way,
+                {name: round(mean(v), 3) for name, v in falls[count][way].items()},
+                flush=True,
+            )
     tokens = {"fifth": mean(len(attribution.decisive(c["replaced"])) for c in columns), "one": 1}
     return {
         "texts": len(rows), "replacements": replacements, "draws": draws, "tokens": tokens,
@@ -135,7 +141,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("runs", type=Path, nargs="*", help="folders of demo runs, with sft, ppo and a judge")
     parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--replacements", type=int, default=8, help="draws per token for the column `replaced`")
+    parser.add_argument(
+        "--replacements", type=int, default=8, help="draws per token for the column `replaced`"
+    )
     parser.add_argument("--draws", type=int, default=4, help="rewritten texts per way and text")
     parser.add_argument("--tables", action="store_true", help="print the table of what is there")
     args = parser.parse_args()

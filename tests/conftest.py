@@ -14,8 +14,8 @@ import pytest
 # busy cores make a test a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
-FRONTS = {f"minirlhf.{name}": f"minirlhf.tools.{name}" for name in ("chat", "evaluate", "report", "estimate")}
-FRONTS["minirlhf.conformance"] = "minirlhf.tools.conformance.__main__"
+FRONTS = {f"minirlhf.{name}": f"minirlhf.tools.{name}" for name in ("chat", "evaluate", "why", "estimate")}
+FRONTS |= {f"minirlhf.{name}": f"minirlhf.tools.{name}.__main__" for name in ("conformance", "report")}
 sys.path.insert(0, str(ROOT))  # the stage scripts belong to no package
 
 

@@ -34,7 +34,8 @@ OF_PARSERS = [
     "minirlhf.tools.chat",
     "minirlhf.tools.estimate",
     "minirlhf.tools.conformance.__main__",
-    "minirlhf.tools.report",
+    "minirlhf.tools.report.__main__",
+    "minirlhf.tools.why",
     "minirlhf.tools.inspect",
     "minirlhf.interop.command",
     "minirlhf.feedback.__main__",
@@ -289,7 +290,7 @@ def test_F15_tools_refuse_in_one_line_what_is_no_number(name, parser_of, capsys,
             assert code == 2 and is_one_line(lines) and option in lines[0], (argv, code, lines)
     assert not any(tmp_path.iterdir())
     assert numbers >= {
-        "minirlhf.tools.report": 0,
+        "minirlhf.tools.report.__main__": 1,
         "minirlhf.interop.command": 0,
         "minirlhf.tools.conformance.__main__": 1,
         "kernels.tools.audit": 0,

@@ -1,7 +1,7 @@
 """Which tokens of a response its score hangs on: by replacing them, and by cutting the text behind them.
 
-`score` is any function of Texts -> [N]: a reward model, a judge, a rule.  It reads whole texts, so it may have
-another tokenizer than the texts, and may read in both directions.
+`score` is any function of Texts -> [N]: a reward model, a judge, a rule.  It reads whole texts, so it may
+have another tokenizer than the texts, and may read in both directions.
 
 Dimensions: B sequences, R response tokens, K replacements per token, V vocabulary.
 """

@@ -102,9 +102,7 @@ def of_critic(
     scores = ppo.apply_missing_eos(scores, texts.ended(sampling.eos), penalty, mode)
     coef = kl_coef if in_reward else 0.0
     rewards = ppo.shape_rewards(scores, logprobs, ref_logprobs, texts.response_mask, coef)
-    advantages, _ = gae(
-        rewards, values, texts.response_mask, gamma=settings["gamma"], lam=settings["lam"]
-    )
+    advantages, _ = gae(rewards, values, texts.response_mask, gamma=settings["gamma"], lam=settings["lam"])
     return values, advantages
 
 
@@ -170,7 +168,9 @@ class Explainer:
         for token, ids, shares in zip(row.responses[0].tolist(), *map(Tensor.tolist, top[::-1]), strict=True):
             pairs = [(i, share) for i, share in zip(ids, shares, strict=True) if i != token]
             named = [(i, "<end>" if i in tokenizer.ends else tokenizer.token_str(i)) for i, _ in pairs]
-            found.append([[name, rounded(s)] for (_, name), (_, s) in zip(named, pairs, strict=True)][:OTHERS])
+            found.append(
+                [[name, rounded(s)] for (_, name), (_, s) in zip(named, pairs, strict=True)][:OTHERS]
+            )
         return found
 
 
@@ -192,7 +192,9 @@ def explain(
         "sft": (setting.sft, evaluate.write(setting.sft, few, setting.sampling, seed)),
         "ppo": (setting.policy, evaluate.write(setting.policy, few, setting.sampling, seed)),
     }
-    of_model = not config.reward and (config.reward_model or evaluate.maximised_model(setting.about, config.run))
+    of_model = not config.reward and (
+        config.reward_model or evaluate.maximised_model(setting.about, config.run)
+    )
     explainer = Explainer(setting, of_model or None, replacements, seed)
     rows = []
     for i in range(min(samples, len(prompts))):
@@ -245,12 +247,19 @@ def parse() -> tuple[argparse.Namespace, evaluate.Config]:
         help="Reward function, package.module:function[:WEIGHT], for a policy that was trained without a "
         "reward model.  May be repeated.",
     )
-    parser.add_argument("--judge", type=Path, help="A second reward model.  Default: RUN/judge, if it is there.")
     parser.add_argument(
-        "--seed", type=cli.number(cli.Seed), default=1, help="Random seed, 0 or larger, as of minirlhf.evaluate."
+        "--judge", type=Path, help="A second reward model.  Default: RUN/judge, if it is there."
+    )
+    parser.add_argument(
+        "--seed",
+        type=cli.number(cli.Seed),
+        default=1,
+        help="Random seed, 0 or larger, as of minirlhf.evaluate.",
     )
     args = parser.parse_args()
-    options = {name: getattr(args, name) for name in ("run", "sft", "policy", "reward_model", "judge", "seed")}
+    options = {
+        name: getattr(args, name) for name in ("run", "sft", "policy", "reward_model", "judge", "seed")
+    }
     return args, evaluate.Config(reward=tuple(args.reward), **options)
 
 

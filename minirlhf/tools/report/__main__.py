@@ -4,8 +4,8 @@
     python -m minirlhf.report runs/demo --watch                      # live, while the run goes
     python -m minirlhf.report runs/seed-1 runs/seed-2 runs/seed-3    # beside each other: runs/comparison.html
 
-After python -m minirlhf.why RUN the page shows of single tokens what pushed them.  A run may come from somebody
-else: every file is checked before it is used, and all text stays text.
+After python -m minirlhf.why RUN the page shows what pushed each token.  A run may come from somebody else:
+every file is checked before it is used, and all text stays text.
 """
 
 from __future__ import annotations

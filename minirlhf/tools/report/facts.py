@@ -35,7 +35,9 @@ def load(file: Path) -> dict[str, Any] | None:
         return None
     given = parse(text, str(file))
     if given.get("version") != VERSION:
-        raise UserError(f"{file}: version: of another minirlhf: run python -m minirlhf.why {file.parent} again")
+        raise UserError(
+            f"{file}: version: of another minirlhf: run python -m minirlhf.why {file.parent} again"
+        )
     found = {name: kind(given.get(name), f"{file}: {name}") for name, kind in ABOUT.items()}
     for name in ("kl_coef", "beta"):
         if given.get(name) is not None:
@@ -65,7 +67,9 @@ def _text(value: Any, where: str) -> dict[str, Any]:
     n = len(tokens)
     columns = object_of(given.get("columns"), f"{where}.columns")
     found: dict[str, Any] = {"tokens": tokens, "ended": given.get("ended") is True, "columns": {}}
-    found |= {name: number_of(given[name], f"{where}.{name}") for name in SCORES if given.get(name) is not None}
+    found |= {
+        name: number_of(given[name], f"{where}.{name}") for name in SCORES if given.get(name) is not None
+    }
     for name in COLUMNS:
         if name in columns:
             at = f"{where}.columns.{name}"

@@ -1,7 +1,7 @@
 """Files of JSON lines that grow while a run goes: only what was added is read, and only so much is kept.
 
-A line is whole once its newline is written; half a line is waited for.  A file that was replaced, as a resumed
-run does, is read from its start again.
+A line is whole once its newline is written; half a line is waited for.  A file that was replaced, as by a
+resumed run, is read from its start again.
 """
 
 from __future__ import annotations
@@ -82,9 +82,16 @@ class Rows:
         size: Callable[[Row], int] = lambda row: 1,
         strict: bool = True,
     ):
-        """check(line, where) -> row, or UserError, which ends the reading if `strict`.  Rows with a number that
-        is RARE are kept longest."""
-        self.lines, self.check, self.limit, self.size_of, self.strict = Lines(file), check, limit, size, strict
+        """check(line, where) -> row, or UserError, which ends the reading if `strict`.
+
+        Rows with one of the RARE numbers are kept longest."""
+        self.lines, self.check, self.limit, self.size_of, self.strict = (
+            Lines(file),
+            check,
+            limit,
+            size,
+            strict,
+        )
         self.generation = 0
         self._start()
 

@@ -1,8 +1,8 @@
 """The page: one file, with its own style and script, that asks nobody for anything.
 
-Numbers and texts reach the script as JSON in a block that is never executed, and enter the page as text nodes.
-Tables are written here, escaped, so that they are there without a script.  The page's own policy allows the one
-script and the one style below, by their hashes; nothing that stands in a text can run.
+Numbers and texts reach the script as JSON in a block that is never executed, and enter the page as text
+nodes.  Tables are written here, escaped, so that they are there without a script.  The page's own policy
+allows the one script and the one style below, by their hashes; nothing that stands in a text can run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SHORT |= {metric: name for name, (metric, _) in STRIPS.items()}
 VALIDATION = ("val/bits_per_byte", "val/pearson", "val/accuracy", "val/auc")
 MARKS = ("kl", "score", "judge", "entropy", "mean_length")  # of a writer, drawn into the curves
 SAMPLE_FIELDS = ("step", "prompt", "response", "score", "judge", "kl", "length", "disagreement", "rm")
+SCRIPT = ("dom.js", "tokens.js", "curves.js", "texts.js", "live.js")
 NO_SAMPLES = "No texts were recorded. train_ppo.py --save-samples 6 records those of every sixth rollout."
 
 
@@ -84,8 +85,10 @@ def json_block(data: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def static(name: str) -> str:
-    return resources("minirlhf.tools.report").joinpath("static", name).read_text(encoding="utf-8").strip()
+def static(*names: str) -> str:
+    """Files of static/, one after the other."""
+    folder = resources("minirlhf.tools.report").joinpath("static")
+    return "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in names)
 
 
 def hash_of(text: str) -> str:
@@ -94,8 +97,13 @@ def hash_of(text: str) -> str:
 
 def policy(live: bool) -> str:
     """The page's Content-Security-Policy; a live page may ask the server that it came from."""
-    rules = ["default-src 'none'", f"script-src {hash_of(static('page.js'))}"]
-    rules += [f"style-src {hash_of(static('page.css'))}", "img-src data:", "base-uri 'none'", "form-action 'none'"]
+    rules = ["default-src 'none'", f"script-src {hash_of(static(*SCRIPT))}"]
+    rules += [
+        f"style-src {hash_of(static('page.css'))}",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
     return "; ".join(rules + ["connect-src 'self'"] * live)
 
 
@@ -138,13 +146,17 @@ def beside(runs: list[Run]) -> str:
 
 
 def section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{body}</section>'
+    head = f'<h2 id="{name}-title">{title}</h2>'
+    return f'<section id="{name}" aria-labelledby="{name}-title">{head}{body}</section>'
 
 
 def page(
     title: str, runs: list[Run], facts: dict[str, Any] | None = None, live: dict[str, Any] | None = None
 ) -> str:
-    """The whole page of one run, or of several beside each other.  facts: of why.json.  live: see watch.py."""
+    """The whole page of one run, or of several beside each other.
+
+    facts: what facts.load returns.  live: what the script needs to ask for more, see watch.py.
+    """
     first, several = runs[0], len(runs) > 1
     parts: dict[str, tuple[str, str]] = {}
     if facts:
@@ -162,7 +174,9 @@ def page(
     top = headline(first.results) if first.results and not several else ""
     hint = ""
     if first.results and not facts and not several:
-        hint = f'<p class="soft">To see why each token was written: <code>python -m minirlhf.why {escape(str(first.followed.run))}</code>, then this command again.</p>'
+        command = f"python -m minirlhf.why {escape(str(first.followed.run))}"
+        sentence = f"To see why each token was written: <code>{command}</code>, then this command again."
+        hint = f'<p class="soft">{sentence}</p>'
     data = {
         "runs": [data_of(run) for run in runs],
         "facts": facts,
@@ -189,7 +203,7 @@ def page(
 </main>
 <div id="tip" hidden></div>
 <script type="application/json" id="data">{json_block(data)}</script>
-<script>{static("page.js")}</script>
+<script>{static(*SCRIPT)}</script>
 </body>
 </html>
 """

@@ -129,8 +129,6 @@ def load_results(file: Path) -> dict[str, Any]:
     }
 
 
-
-
 def cell(row: Row | None, name: str) -> str:
     """A measured number as text, with its interval if it has one; a dash for what was not measured."""
     if row is None or row.get(name) is None:

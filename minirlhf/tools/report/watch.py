@@ -1,7 +1,7 @@
 """The page of a run while it goes, on loopback: `python -m minirlhf.report RUN --watch`.
 
-Two things are served: / is the page as it is now, /data what was added since.  A request names for each file the
-generation and the number of the rows that it has; only new rows are sent.  Nothing is ever written.
+Two things are served: / is the page as it is now, /data what was added since.  A request names, for each
+file, the generation and the number of the rows that it has; only new rows are sent.  Nothing is ever written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Watched:
 
     def update(self) -> None:
         policy = self.followed.policy
-        if policy != self.run and (self.run / "metrics.jsonl").is_file():  # RUN turned out to be a stage's folder
+        if (
+            policy != self.run and (self.run / "metrics.jsonl").is_file()
+        ):  # RUN turned out to be a stage's folder
             self.followed = Followed(self.run, strict=False)
         self.followed.update()
 
@@ -94,7 +96,9 @@ class Watched:
         asked = {name: values[-1] for name, values in parse_qs(query).items()}
         with self.lock:
             self.update()
-            parts = {name: self._since(name, rows, asked.get(name, "")) for name, rows in self.files().items()}
+            parts = {
+                name: self._since(name, rows, asked.get(name, "")) for name, rows in self.files().items()
+            }
             left = self.followed.samples.left
             return {"parts": parts, "left": left, "said": self.said(), "stamp": self.stamp()}
 
@@ -115,7 +119,9 @@ def handler_of(watched: Watched) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             if not is_ours(self.headers.get("Host", ""), HOST):
-                return self.answer(400, "text/plain", "wrong Host: open the address that the command printed\n")
+                return self.answer(
+                    400, "text/plain", "wrong Host: open the address that the command printed\n"
+                )
             where = urlsplit(self.path)
             if where.path == "/":
                 return self.answer(200, "text/html", watched.page())
@@ -137,7 +143,9 @@ def handler_of(watched: Watched) -> type[BaseHTTPRequestHandler]:
             for name, value in HEADERS.items():
                 self.send_header(name, value)
             if kind == "text/html":
-                self.send_header("Content-Security-Policy", page.policy(live=True) + "; frame-ancestors 'none'")
+                self.send_header(
+                    "Content-Security-Policy", page.policy(live=True) + "; frame-ancestors 'none'"
+                )
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
