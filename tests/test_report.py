@@ -1,6 +1,7 @@
-"""The report of a run (minirlhf/tools/report.py), from made-up measurements with the keys that the stages write."""
+"""The report of a run (minirlhf/tools/report/), from made-up measurements with the keys that the stages write."""
 
 import base64
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,9 @@ from minirlhf.measure import stats
 from minirlhf.measure.agreement import human_ceiling
 from minirlhf.rollout import Texts
 from minirlhf.support import cli
-from minirlhf.tools import evaluate, report
+from minirlhf.tools import evaluate
+from minirlhf.tools.report import __main__ as command
+from minirlhf.tools.report import follow, page, plot
 
 HOSTILE = "<script src=//x.y>alert(1)</script><img src=x onerror='a'>&\"\u202e</div>"
 PPO_KEYS = {
@@ -107,7 +110,7 @@ def run_report(monkeypatch, capsys):
 
     def call(run: Path) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["report", str(run)])
-        report.main()
+        command.main()
         return (run / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out
 
     return call
@@ -118,19 +121,21 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.elements, self.text, self.open = [], "", 0
+        self.elements, self.text, self.open, self.within = [], "", 0, ""
         self.feed(html)
         assert self.open == 0
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
+        self.within = tag
         self.open += tag == "div"
 
     def handle_endtag(self, tag):
         self.open -= tag == "div"
+        self.within = ""
 
     def handle_data(self, data):
-        self.text += data
+        self.text += "" if self.within in ("script", "style") else data
 
 
 def test_a_whole_run(tmp_path, run_report):
@@ -138,12 +143,10 @@ def test_a_whole_run(tmp_path, run_report):
     sft = [{"step": 1, "train/loss": 5.0}, {"step": 2, "train/loss": 4.0, "val/bits_per_byte": 2.3456}]
     run = write_run(tmp_path / "demo", results, ppo, sft, [{"step": 9, "member": 0, "val/pearson": 0.6123}])
     html, out = run_report(run)
-    page = Page(html)
+    shown = Page(html)
     png = (run / "reward_kl.png").read_bytes()
-    assert (
-        png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") == 1500
-    )  # 10 inches at 150 dpi
-    assert f'src="data:image/png;base64,{base64.b64encode(png).decode()}"' in html
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(png[16:20], "big") == 1500  # 10 inches at 150 dpi
     assert sorted(p.name for p in run.iterdir()) == [
         "ppo",
         "report.html",
@@ -161,7 +164,7 @@ def test_a_whole_run(tmp_path, run_report):
         f"{p['lexicon_win_rate']:.1%}", f"{rm['test']['calibration']['bins'][0][0]:+.2f}", "256 test prompts", "Seed 7",
         "torch 2.13.0", " a delight, no. 2", "score +1.75, KL 8.2 nats", "SFT 2.346 bits per byte", "reward model 0.612",
     ):  # fmt: skip
-        assert text in page.text, text
+        assert text in shown.text, text
     for text in (
         "SFT",
         "1.893",
@@ -176,42 +179,50 @@ def test_a_whole_run(tmp_path, run_report):
 
 
 def test_plotted_keys_are_those_that_ppo_logs():
-    root = Path(report.__file__).parents[2]
+    root = Path(page.__file__).parents[3]
     source = [root / "train_ppo.py", root / "minirlhf/ppo.py", root / "minirlhf/rewards.py"]
     logged = {
         name for file in source for name in re.findall(r'"([a-z]+/\w+)"', file.read_text(encoding="utf-8"))
     }
-    plotted = {*report.REWARD_METRICS, report.JUDGE_METRIC, *(metric for metric, _ in report.STRIPS.values())}
+    plotted = {*follow.REWARD_METRICS, follow.JUDGE_METRIC, *(metric for metric, _ in follow.STRIPS.values())}
     assert plotted == PPO_KEYS and plotted <= logged
 
 
 def test_F19_text_of_models_and_users_is_escaped(tmp_path, run_report, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *shown: b"")
+    monkeypatch.setattr(plot, "draw", lambda *shown: b"")
     results, ppo = made_up()
     results["samples"] = [results["samples"][0] | {"prompt": HOSTILE, "sft": HOSTILE, "ppo": HOSTILE}]
     results["versions"] |= {"torch": HOSTILE, HOSTILE: "1"}
     results["rm"]["baselines"][HOSTILE] = None
     results["split"] = HOSTILE
-    page = Page(run_report(write_run(tmp_path / "<b>'run", results, ppo))[0])
-    tags = [tag for tag, _ in page.elements]
-    assert not {"script", "link", "iframe", "a", "form", "object"} & set(tags)
-    assert tags.count("img") == tags.count("style") == 1
-    assert all(not key.startswith("on") for _, attributes in page.elements for key in attributes)
-    links = [a[key] for _, a in page.elements for key in ("src", "href", "srcset", "action") if key in a]
-    assert len(links) == 1 and links[0].startswith("data:image/png;base64,")
-    assert "url(" not in report.STYLE and "@import" not in report.STYLE
+    shown = Page(run_report(write_run(tmp_path / "<b>'run", results, ppo))[0])
+    tags = [tag for tag, _ in shown.elements]
+    assert not {"iframe", "form", "object", "img", "svg"} & set(tags)
+    assert tags.count("script") == 2 and tags.count("style") == 1
+    assert all(not key.startswith("on") for _, attributes in shown.elements for key in attributes)
+    links = [a[key] for _, a in shown.elements for key in ("src", "href", "srcset", "action") if key in a]
+    assert all(link.startswith("#") or link == "data:," for link in links)
+    # prompt twice, both texts, a version and a name of one, baseline, split
+    assert shown.text.count(HOSTILE) == 8
+    assert "<b>'run" in shown.text
+
+
+def test_F19_the_page_allows_its_own_script_and_style_alone(tmp_path, run_report, monkeypatch):
+    monkeypatch.setattr(plot, "draw", lambda *shown: b"")
+    html = run_report(write_run(tmp_path, *made_up()))[0]
+    shown = Page(html)
+    (policy,) = [a["content"] for _, a in shown.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules.keys() == {"default-src", "script-src", "style-src", "img-src", "base-uri", "form-action"}
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+    for tag, rule in ("script>", "script-src"), ("style>", "style-src"):
+        (text,) = re.findall(f"<{tag}(.*?)</{tag}", html, re.S)
+        assert rules[rule] == f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     assert (
-        page.text.count(HOSTILE) == 8
-    )  # prompt twice, both texts, a version and a name of one, baseline, split
-    assert "<b>'run" in page.text
-
-
-def test_F19_the_page_forbids_scripts_itself(tmp_path, run_report, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *shown: b"")
-    page = Page(run_report(write_run(tmp_path, *made_up()))[0])
-    policies = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert len(policies) == 1 and {"default-src 'none'", "base-uri 'none'"} <= set(policies[0].split("; "))
-    assert "script-src" not in policies[0]
+        "url(" not in html
+        and "@import" not in html
+        and "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", "")
+    )
 
 
 def mutations():
@@ -248,7 +259,7 @@ def mutations():
 
 def test_F19_any_value_anywhere_is_shown_or_refused_in_one_line(tmp_path, run_report, monkeypatch, capsys):
     """Of results.json.  The plot is tried by the next test, where a page is written."""
-    monkeypatch.setattr(report, "draw", lambda *shown: b"")
+    monkeypatch.setattr(plot, "draw", lambda *shown: b"")
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     whole, ppo = made_up(iterations=3)
     write_run(tmp_path, whole | {"reward": ["rm"]}, ppo)
@@ -267,7 +278,7 @@ def test_F19_any_value_anywhere_is_shown_or_refused_in_one_line(tmp_path, run_re
             assert len(str(refused)) < 300 and str(place[0]) in str(refused)
         else:
             pages += 1
-            assert Page(html).elements.count(("script", {})) == 0 and html.count("<img") == 1
+            assert [tag for tag, _ in Page(html).elements].count("script") == 2 and "<img" not in html
     assert 60 < pages < 300
 
 
@@ -321,8 +332,8 @@ def test_a_policy_of_functions_alone(tmp_path, run_report):
     ppo = [
         {"objective/scores" if k == "objective/rm_scores" else k: v for k, v in row.items()} for row in ppo
     ]
-    page = Page(run_report(write_run(tmp_path, results, ppo))[0])
-    assert "reward: wins over SFT" in page.text and "reward model: wins" not in page.text
+    shown = Page(run_report(write_run(tmp_path, results, ppo))[0])
+    assert "reward: wins over SFT" in shown.text and "reward model: wins" not in shown.text
 
 
 def without(name):
@@ -361,15 +372,15 @@ OPTIONAL = ["judge and lexicon", "judge in training", "ratings", "results of the
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_optional_pieces_may_be_missing(tmp_path, run_report, name, monkeypatch):
     results, ppo, present, absent = without(name)
-    page = Page(run_report(write_run(tmp_path, results, ppo))[0])
+    shown = Page(run_report(write_run(tmp_path, results, ppo))[0])
     for text in present:
-        assert text in page.text, text
+        assert text in shown.text, text
     for text in absent:
-        assert text not in page.text, text
+        assert text not in shown.text, text
 
 
 def test_a_half_written_line_is_not_read(tmp_path, run_report, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda writers, history, label: repr(history).encode())
+    monkeypatch.setattr(plot, "draw", lambda writers, history, label: repr(history).encode())
     results, ppo = made_up()
     html, _ = run_report(write_run(tmp_path, results, ppo))
     with open(tmp_path / "ppo" / "metrics.jsonl", "a") as file:
@@ -386,7 +397,7 @@ def test_best_of_n_and_sft_lie_where_results_say():
     figures, savefig = [], Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or savefig(self, *a, **k))
-        report.draw(writers, ppo, "reward model")
+        plot.draw(writers, ppo, "reward model")
     left = figures[0].axes[0]
     markers = [c.get_offsets().tolist() for c in left.collections if len(c.get_offsets()) == 2]
     assert markers == [[[row["kl"], row["score"]], [row["kl"], row["judge"]]] for row in writers.values()]
@@ -430,5 +441,5 @@ def test_what_is_missing_is_told(tmp_path, run_report, monkeypatch, capsys):
     )  # nothing written by any of them
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="2"):
-        cli.run_script(report.main)
+        cli.run_script(command.main)
     assert capsys.readouterr().err.startswith("error: ") and not (tmp_path / "nowhere").exists()

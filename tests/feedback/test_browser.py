@@ -1,7 +1,6 @@
 """The page in a real browser: chromium, headless, driven through selenium; no network but loopback."""
 
 import json
-import shutil
 import sqlite3
 import time
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("flask", reason="pip install 'minirlhf[feedback]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="no selenium: pip install 'minirlhf[dev]'")
+import chromium  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
@@ -20,13 +19,7 @@ from minirlhf import data  # noqa: E402
 from minirlhf.feedback.export import tables  # noqa: E402
 from minirlhf.feedback.store import Store  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver"
-)
-FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-         "disable-component-update", "disable-sync", "disable-dev-shm-usage"]  # fmt: skip
+pytestmark = chromium.needs_browser
 PAYLOADS = [
     "<script>window.pwned=1</script>",
     '<img src=x onerror="window.pwned=1">',
@@ -40,22 +33,13 @@ MEANS = {
     "5": ("right", 2),
     "0": ("bad", None),
 }
-WAIT = 60  # seconds, at most, on a busy machine
 PAUSE = 0.3  # the page takes no key sooner than .2 s after it has shown an item
 
 
 @contextmanager
 def browser(profile: Path, size: str = "1100,760"):
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"window-size={size}", f"user-data-dir={profile}"]:
-        options.add_argument(f"--{flag}")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
-    driver.set_page_load_timeout(WAIT)
-    try:
+    with chromium.browser(profile, size) as driver:
         yield Tab(driver)
-    finally:
-        driver.quit()
 
 
 class Tab:
@@ -66,7 +50,7 @@ class Tab:
         return self.driver.find_element(By.ID, name)
 
     def until(self, condition, what: str):
-        return WebDriverWait(self.driver, WAIT, 0.02).until(lambda _: condition(), what)
+        return WebDriverWait(self.driver, chromium.WAIT, 0.02).until(lambda _: condition(), what)
 
     def text(self, name: str) -> str:
         return self.driver.execute_script("return document.getElementById(arguments[0]).textContent", name)
