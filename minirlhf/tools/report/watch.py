@@ -63,11 +63,11 @@ class Watched:
     def said(self) -> str:
         """Where the run is, in a sentence."""
         metrics = self.followed.metrics
-        damages = "".join(
-            f" {rows.damages} damaged lines are left out, the first: {rows.damaged}"
-            for rows in self.files().values()
-            if rows.damages
-        )
+        damages = ""
+        for rows in self.files().values():
+            if rows.damages:
+                lines = "line is" if rows.damages == 1 else "lines are"
+                damages += f" {rows.damages} damaged {lines} left out, the first: {rows.damaged}"
         for stage in ("ppo", "rm", "sft"):
             if rows := metrics[stage].rows:
                 step = f"{rows[-1].get('step', 0):g}"

@@ -73,6 +73,7 @@ const MEASURES = {
   },
 };
 const ROWS = [...Object.keys(MEASURES), "probability"];
+const PAIRS = 12; // prompts shown at a time
 let measure = "";
 let scales = {};
 
@@ -222,16 +223,22 @@ function whyView(facts) {
       node("p", { id: "cannot", class: "soft" }),
     ),
     node("div", { class: "scale", id: "scale" }),
-    ...facts.samples.map((sample, i) =>
-      node(
-        "article",
-        { class: "pair", "aria-label": `Prompt ${i + 1}` },
-        textColumn(sample, "sft"),
-        textColumn(sample, "ppo"),
-      ),
-    ),
+    node("div", { id: "pairs" }),
+    node("button", { type: "button", id: "more-pairs", onclick: showPairs }, "Show more prompts"),
   );
+  showPairs();
   choose(there[0]);
+}
+
+function showPairs() {
+  const { samples } = DATA.facts;
+  const begun = $("pairs").childElementCount;
+  for (let i = begun; i < Math.min(begun + PAIRS, samples.length); i++) {
+    const columns = [textColumn(samples[i], "sft"), textColumn(samples[i], "ppo")];
+    $("pairs").append(node("article", { class: "pair", "aria-label": `Prompt ${i + 1}` }, ...columns));
+  }
+  $("more-pairs").hidden = $("pairs").childElementCount === samples.length;
+  if (measure) for (const span of document.querySelectorAll(".tokens .t")) paint(span);
 }
 
 function showTip(span) {
