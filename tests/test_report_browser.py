@@ -109,6 +109,12 @@ class Tab:
         ]
         return [url for url in found if not url.startswith(("data:", "chrome"))]
 
+    def seconds_of_work(self) -> float:
+        """The page's CPU seconds so far: the clock on the wall would tell how busy the machine is."""
+        self.driver.execute_cdp_cmd("Performance.enable", {"timeDomain": "threadTicks"})
+        found = self.driver.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+        return next(m["value"] for m in found if m["name"] == "TaskDuration")
+
     def complaints(self) -> list[str]:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
@@ -258,19 +264,16 @@ def brightness(colour: str) -> float:
     return sum(float(x) for x in colour[colour.index("(") + 1 : -1].split(",")[:3])
 
 
-def test_the_largest_page_is_below_3_mb_and_opens_in_a_second(tab, tmp_path):
+def test_the_largest_page_is_below_3_mb_and_opens_within_a_second_of_work(tab, tmp_path):
     why = explained(400)
     for row in why["samples"]:
         row["ppo"] = text_of(["word"] * 60, 1.0)
     file = write_page(tmp_path, texts=30_000, why=why)
     assert 1_500_000 < file.stat().st_size < 3_000_000
-    seconds = []
-    for _ in range(5):  # the machine may be busy
-        tab.open(file)
-        seconds.append(tab.js("return performance.getEntriesByType('navigation')[0].loadEventEnd") / 1000)
-        if seconds[-1] < 1:
-            break
-    assert min(seconds) < 1, seconds
+    work = tab.seconds_of_work()
+    tab.open(file)
+    after = tab.seconds_of_work()
+    assert after - (work if after > work else 0) < 1  # another process may have taken over
     assert "are left out, evenly, to keep the page small" in tab.texts("#found")[0]
     assert "more are in why.json" in tab.texts("#why-view > p")[0]
 
