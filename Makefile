@@ -31,6 +31,7 @@ demo: .venv/installed
 	$(BIN)/python train_rm.py --out $(RUN)/judge --part b --seed $$(($(SEED) + 100)) --resume
 	$(BIN)/python train_ppo.py --out $(RUN)/ppo --seed $(SEED) --reward-model $(RUN)/rm-a --monitor $(RUN)/judge --resume
 	$(BIN)/python -m minirlhf.evaluate --run $(RUN)
+	$(BIN)/python -m minirlhf.why $(RUN)
 	$(BIN)/python -m minirlhf.report $(RUN)
 
 # As above, from weights that come in a package. One import serves all runs. rm-a reads from left to right, so that PPO's

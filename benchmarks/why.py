@@ -36,13 +36,13 @@ from minirlhf.tools import evaluate, why  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/why.json"
 WAYS = {
-    "replaced": "score share, token replaced",
-    "added": "score share, text cut there",
-    "nats": "nats against the reference",
-    "advantage": "advantage",
+    "replaced": "score share (`replaced`)",
+    "added": "score so far (`added`)",
+    "nats": "`nats`",
+    "advantage": "`advantage`",
     "random": "random tokens",
 }
-COUNTS = {"fifth": "a fifth of the tokens", "one": "one token"}
+COUNTS = {"fifth": "a fifth", "one": "one token"}
 READERS = {"score": "reward model", "judge": "judge"}
 
 
@@ -122,8 +122,9 @@ def ratio(falls: dict, way: str, reader: str) -> tuple[float, float, float]:
 
 def table(known: dict) -> str:
     """In Markdown: falls in points and against random tokens, mean over the runs."""
-    lines = ["| chosen by | " + " | ".join(f"{c}: {r}'s fall | ... times random" for c in COUNTS.values()
-             for r in READERS.values()) + " |", "|---" * 9 + "|"]  # fmt: skip
+    heads = [f"{count}: {reader}" for count in COUNTS.values() for reader in READERS.values()]
+    lines = ["| chosen by | " + " | ".join(f"{head} | x random" for head in heads) + " |"]
+    lines.append("|---" * (1 + 2 * len(heads)) + "|")
     for way, label in WAYS.items():
         cells = []
         for count in COUNTS:

@@ -1,4 +1,4 @@
-"""Whether a request is meant for a server on this machine: a check of its Host header, against DNS rebinding."""
+"""Whether a request is meant for a server on this machine: its Host header, checked against DNS rebinding."""
 
 from __future__ import annotations
 

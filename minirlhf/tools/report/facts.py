@@ -21,8 +21,8 @@ COLUMNS = (
     "entropy",
     "probability",
 )
-ABOUT = {"policy": text_of, "reward": text_of, "split": text_of, "left_out": text_of,
-         "seed": number_of, "prompts": number_of, "replacements": number_of}  # fmt: skip
+TEXTS = ("policy", "reward", "split", "left_out")
+NUMBERS = ("seed", "prompts", "replacements")
 MAX_CHARACTERS = 900_000  # of JSON on the page: what exceeds it is left out
 
 
@@ -38,7 +38,8 @@ def load(file: Path) -> dict[str, Any] | None:
         raise UserError(
             f"{file}: version: of another minirlhf: run python -m minirlhf.why {file.parent} again"
         )
-    found = {name: kind(given.get(name), f"{file}: {name}") for name, kind in ABOUT.items()}
+    found: dict[str, Any] = {name: text_of(given.get(name), f"{file}: {name}") for name in TEXTS}
+    found |= {name: number_of(given.get(name), f"{file}: {name}") for name in NUMBERS}
     for name in ("kl_coef", "beta"):
         if given.get(name) is not None:
             found[name] = number_of(given[name], f"{file}: {name}")

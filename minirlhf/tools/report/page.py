@@ -109,10 +109,11 @@ def policy(live: bool) -> str:
 
 def headline(results: dict[str, Any]) -> str:
     """A card for each stage: its key number."""
-    return grid([
-        f"<small>{escape(stage)}</small><b>{escape(number)}</b> {escape(what)}<small>{escape(time)}</small>"
-        for stage, number, what, time in stage_lines(results)
-    ])  # fmt: skip
+    cards = []
+    for stage, number, what, time in stage_lines(results):
+        measured = f"<b>{escape(number)}</b> {escape(what)}"
+        cards.append(f"<small>{escape(stage)}</small>{measured}<small>{escape(time)}</small>")
+    return grid(cards)
 
 
 def tables(run: Run, with_samples: bool) -> str:
