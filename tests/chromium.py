@@ -14,7 +14,7 @@ needs_browser = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no browser: apt-get install chromium chromium-driver"
 )
 FLAGS = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-         "disable-component-update", "disable-sync", "disable-dev-shm-usage"]  # fmt: skip
+         "disable-component-update", "disable-sync", "disable-dev-shm-usage", "force-prefers-reduced-motion"]  # fmt: skip
 WAIT = 60  # seconds, at most, on a busy machine
 
 

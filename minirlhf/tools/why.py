@@ -1,6 +1,6 @@
 """Why the policy wrote each token: RUN/why.json, which python -m minirlhf.report then shows as colours.
 
-    python -m minirlhf.why runs/demo                 # 12 test prompts, SFT's answer and PPO's: about a minute
+    python -m minirlhf.why runs/demo                 # 12 test prompts, SFT's answer and PPO's: under a minute
     python -m minirlhf.why runs/demo --samples 24 --replacements 16
     python -m minirlhf.why runs/demo --policy runs/demo/dpo
 
@@ -39,8 +39,8 @@ from minirlhf.support.cli import AtLeast0, Real, Share
 from minirlhf.support.ends import are_ends
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools import evaluate
+from minirlhf.tools.report.facts import VERSION
 
-VERSION = 1  # of the file's format
 OF_CRITIC = {"kl_coef": AtLeast0, "gamma": Share, "lam": Share, "missing_eos": str}
 OF_CRITIC |= {"missing_eos_penalty": Real, "value_init": str}
 OTHERS = 3  # likeliest other tokens that are shown

@@ -8,7 +8,7 @@ from typing import Any
 from minirlhf import UserError
 from minirlhf.tools.report.checked import list_of, number_of, object_of, parse, read, refuse, text_of
 
-VERSION = 1
+VERSION = 1  # of the file's format
 WRITERS = ("sft", "ppo")
 SCORES = ("score", "judge", "kl")
 COLUMNS = (

@@ -7,6 +7,7 @@ file, the generation and the number of the rows that it has; only new rows are s
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -43,10 +44,8 @@ class Watched:
         return {**self.followed.metrics, "samples": self.followed.samples}
 
     def update(self) -> None:
-        policy = self.followed.policy
-        if (
-            policy != self.run and (self.run / "metrics.jsonl").is_file()
-        ):  # RUN turned out to be a stage's folder
+        of_stage = (self.run / "metrics.jsonl").is_file()  # RUN turned out to be a stage's own folder
+        if of_stage and self.followed.policy != self.run:
             self.followed = Followed(self.run, strict=False)
         self.followed.update()
 
@@ -161,8 +160,6 @@ class Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A page that was closed while it was answered is no error."""
-        import sys
-
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
