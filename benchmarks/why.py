@@ -1,6 +1,6 @@
 """Are the tokens decisive that the page calls decisive?  They are replaced, and the score is read again.
 
-    python benchmarks/why.py runs/seed-1 runs/seed-2 runs/seed-3    # runs of make demo; some minutes each
+    python benchmarks/why.py runs/seed-1 runs/seed-2 runs/seed-3    # as make demo leaves them; minutes each
     python benchmarks/why.py --tables                               # the table of the committed results
 
 PPO's texts on the test prompts of minirlhf.evaluate.  Of each text a fifth of the tokens is chosen, or one
@@ -46,10 +46,15 @@ COUNTS = {"fifth": "a fifth", "one": "one token"}
 READERS = {"score": "reward model", "judge": "judge"}
 
 
+def reader_of(setting: evaluate.Setting, name: str) -> attribution.Score:
+    """The reward model, or the judge: neither reads the data's rows."""
+    return lambda texts: setting.scorers[name](texts, [])
+
+
 def columns_of(explainer: why.Explainer, row: Texts) -> dict[str, torch.Tensor]:
     """By way of choosing: a number per token [n] of one text, nan where the token cannot be replaced."""
     setting = explainer.setting
-    sampling, score = setting.sampling, setting.scorers_of()["score"]
+    sampling, score = setting.sampling, reader_of(setting, "score")
     where = attribution.replaceable(row, sampling)[0]
     others = attribution.alternatives(setting.sft, row, sampling, explainer.replacements, explainer.generator)
     found = attribution.replaced({"replaced": score}, row, others[0], where)
@@ -74,7 +79,8 @@ def measure(run: Path, prompts: int, replacements: int, draws: int) -> dict:
     rows = [Texts(r.prompts, r.prompt_mask, r.responses[:, :n], r.response_mask[:, :n])
             for r, n in zip(rows, lengths, strict=True)]  # fmt: skip
     columns = [columns_of(explainer, row) for row in rows]
-    before = {name: attribution.scored(score, texts) for name, score in setting.scorers_of().items()}
+    readers = {name: reader_of(setting, name) for name in READERS}
+    before = {name: attribution.scored(score, texts) for name, score in readers.items()}
     generator, rng = torch.Generator().manual_seed(2), np.random.default_rng(2)
     falls: dict = {}
     for count in COUNTS:
@@ -91,7 +97,7 @@ def measure(run: Path, prompts: int, replacements: int, draws: int) -> dict:
                         picks = attribution.decisive(column[way])[: len(picks)]
                     chosen[i, torch.as_tensor(np.asarray(picks, dtype=np.int64))] = True
                 new = attribution.rewritten(setting.sft, texts, chosen, setting.sampling, generator)
-                for name, score in setting.scorers_of().items():
+                for name, score in readers.items():
                     found[name].append(before[name] - attribution.scored(score, new))
             falls.setdefault(count, {})[way] = {
                 name: [round(x, 4) for x in torch.stack(values).mean(0).tolist()]

@@ -189,7 +189,7 @@ def test_value_and_advantage_are_those_of_the_trained_critic(explained):
     for name, tensor in explainer.critic.state_dict().items():
         assert torch.equal(tensor.cpu(), kept[f"value.{name}"]), name
     texts = evaluate.write(setting.policy, setting.prompts[:4], setting.sampling, 1)
-    scores = setting.scorers_of()["score"](texts).detach()
+    scores = setting.scorers["score"](texts, []).detach()
     values, advantages = why.of_critic(explainer.critic, setting, texts, scores, kl_coef=0.5)
     with torch.no_grad():
         ours, theirs = (
@@ -212,6 +212,21 @@ def test_what_is_left_out_is_told(explained, run, tmp_path):
         (home / "ppo" / "latest" / file).unlink()
     assert run("minirlhf.why", home, "--samples", 1, "--replacements", 1) == 0
     assert facts.load(home / "why.json")["left_out"].endswith("holds no critic")
+
+
+def knows_its_row(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
+    """A reward that needs the data's own row of each prompt."""
+    assert all(row["prompt"] in ("", prompt) for row, prompt in zip(rows, prompts, strict=True))
+    return [float(len(response)) for response in responses]
+
+
+def test_functions_that_read_rows_get_those_of_the_prompt(explained, run, tmp_path):
+    home = tmp_path / "run"
+    shutil.copytree(explained, home, symlinks=True)
+    options = ["--samples", 2, "--replacements", 1, "--reward", "test_why:knows_its_row"]
+    assert run("minirlhf.why", home, *options) == 0
+    text = facts.load(home / "why.json")["samples"][1]["ppo"]
+    assert text["score"] == len("".join(text["tokens"]))
 
 
 def test_functions_alone_are_asked(explained, run, tmp_path):

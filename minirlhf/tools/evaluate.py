@@ -267,15 +267,7 @@ class Setting:
     sampling: Sampling
     scorers: Scorers
     prompts: list[list[int]]
-    records: list  # of the prompts
-
-    def scorers_of(self, i: int | None = None) -> dict[str, Callable[[Texts], Tensor]]:
-        """The scorers as functions of texts alone: of versions of text i, or of any where no row is read."""
-
-        def bound(score: Callable[[Texts, list | None], Tensor]) -> Callable[[Texts], Tensor]:
-            return lambda texts: score(texts, None if i is None else [self.records[i]] * len(texts))
-
-        return {name: bound(score) for name, score in self.scorers.items()}
+    records: list[Any]  # those of the prompts
 
     @property
     def name(self) -> str:
@@ -318,8 +310,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     """The table as a dict: sft_samples, best_of_n, ppo, samples, split, prompts, seed, versions."""
     setting = load(config)
     sft, policy, about, tokenizer = setting.sft, setting.policy, setting.about, setting.tokenizer
-    sampling, scorers, prompts, records = setting.sampling, setting.scorers, setting.prompts, setting.records
-    settings = about["training"]
+    sampling, scorers, prompts = setting.sampling, setting.scorers, setting.prompts
+    settings, records = about["training"], setting.records
 
     # One SFT sample that all are compared with, and n more to choose from.
     draws = range(1 + max(config.best_of, default=0))

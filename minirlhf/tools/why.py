@@ -127,12 +127,18 @@ class Explainer:
         self.kl_coef = last_kl_coef(setting)
 
     @torch.no_grad()
-    def explain(self, i: int, row: Texts, writer: GPT) -> dict[str, Any]:
-        """The text on prompt i, and by column a number per token; None where there is none."""
+    def explain(self, row: Texts, writer: GPT, record: Any) -> dict[str, Any]:
+        """One text, and by column a number per token; None where there is none.
+
+        record: that of the prompt, whose row reward functions may read.
+        """
         setting, n = self.setting, int(row.response_mask.sum())
         row = Texts(row.prompts, row.prompt_mask, row.responses[:, :n], row.response_mask[:, :n])
         policy, ref, sampling = setting.policy, setting.sft, setting.sampling
-        scorers = setting.scorers_of(i)
+        scorers = {
+            name: lambda texts, score=score: score(texts, [record] * len(texts))
+            for name, score in setting.scorers.items()
+        }
         scores = {name: attribution.scored(score, row).item() for name, score in scorers.items()}
         where = attribution.replaceable(row, sampling)[0]
         others = attribution.alternatives(ref, row, sampling, self.replacements, self.generator)[0]
@@ -202,7 +208,10 @@ def explain(
         step(i)
         texts = {name: texts[i : i + 1] for name, (_, texts) in pairs.items()}
         row = {"prompt": texts["ppo"].decode(setting.tokenizer)[0][0]}
-        rows.append(row | {name: explainer.explain(i, text, pairs[name][0]) for name, text in texts.items()})
+        record = setting.records[i]
+        rows.append(
+            row | {name: explainer.explain(text, pairs[name][0], record) for name, text in texts.items()}
+        )
     about = setting.about
     return {
         "version": VERSION,
