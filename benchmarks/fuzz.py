@@ -257,10 +257,10 @@ def make_input(kind: Kind, seeds: list[Files], name: str, seed: int, i: int) -> 
             except (ValueError, OSError, EOFError, UnicodeError, RecursionError, OverflowError, TypeError):
                 continue
     if kind.repair and rng.random() < 0.7:
-        try:
+        with contextlib.suppress(
+            BaseException
+        ):  # damaged beyond repair: as it is (Rust's panics are no Exception)
             files = kind.repair(files)
-        except BaseException:  # damaged beyond repair: as it is, then (a panic of Rust's is no Exception)
-            pass
     return files
 
 
