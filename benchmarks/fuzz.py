@@ -257,9 +257,7 @@ def make_input(kind: Kind, seeds: list[Files], name: str, seed: int, i: int) -> 
             except (ValueError, OSError, EOFError, UnicodeError, RecursionError, OverflowError, TypeError):
                 continue
     if kind.repair and rng.random() < 0.7:
-        with contextlib.suppress(
-            BaseException
-        ):  # beyond repair: as it is (a panic of Rust's is no Exception)
+        with contextlib.suppress(BaseException):  # beyond repair: as it is (Rust's panics are no Exception)
             files = kind.repair(files)
     return files
 

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import sqlite3
 import struct
 import sys
 import types
@@ -692,54 +693,36 @@ REQUEST_BOMBS = {
 }  # fmt: skip
 
 
+COLUMNS = ("items.prompt", "items.a", "items.b", "items.gold", "items.source", "items.place", "items.votes", "items.mode", "events.at",
+           "events.kind", "events.data", "events.rater", "current.repeat", "meta.value", "meta.key", "leases.expires")  # fmt: skip
+
+
 def stores(folder: Path) -> list[Files]:
-    return [
-        {
-            "store.db": make_store(folder).read_bytes(),
-            "change.json": b'{"table": "", "column": "", "value": 0, "row": 0}',
-        }
-    ]
+    """A store, and what is put into a column of it: nothing, or where this is mutated, what it then is."""
+    return [{"store.db": make_store(folder).read_bytes(), "value": b"nothing"}]
+
+
+def change_value(path: Path, content: bytes) -> None:
+    """Put the content into a column that depends on it, as a number, a text or bytes."""
+    key = hashlib.sha256(content).digest()
+    table, column = COLUMNS[key[0] % len(COLUMNS)].split(".")
+    value = (content, content.decode("utf-8", "replace"), key[1] - 128, key[1] / 7)[key[2] % 4]
+    with contextlib.closing(sqlite3.connect(path)) as db, contextlib.suppress(sqlite3.Error):
+        for trigger in ("no_update", "no_delete"):
+            db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        db.execute(f"UPDATE {table} SET {column} = ?", [value])
+        db.commit()
 
 
 def read_store(folder: Path) -> None:
-    """Every subcommand on a store whose bytes, or one of whose values, were changed."""
-    import sqlite3
-
+    """Every subcommand on a store whose bytes, or one of whose columns, were changed."""
     from minirlhf.feedback import __main__ as feedback
 
     path = folder / "store.db"
-    with contextlib.suppress(
-        OSError,
-        ValueError,
-        RecursionError,
-        sqlite3.Error,
-        OverflowError,
-        UnicodeError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-    ):
-        change = json.loads((folder / "change.json").read_bytes())
-        columns = ["items.prompt", "items.a", "items.b", "items.gold", "items.source", "items.place", "items.votes", "events.at", "events.kind",
-                   "events.data", "events.rater", "current.repeat", "meta.value", "items.mode", "leases.expires", "meta.key"]  # fmt: skip
-        key = hashlib.sha256(json.dumps(change).encode()).digest()
-        table, column = columns[key[0] % len(columns)].split(".")
-        if change != {"table": "", "column": "", "value": 0, "row": 0}:
-            db = sqlite3.connect(path)
-            for trigger in ("no_update", "no_delete"):
-                db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
-            db.execute("PRAGMA ignore_check_constraints = ON")
-            value = (
-                change.get("value")
-                if isinstance(change.get("value"), int | float | str)
-                else json.dumps(change)
-            )
-            value = value.encode() if isinstance(value, str) and key[1] % 2 else value
-            db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid % 3 = {key[2] % 3}" if table not in ("current", "leases", "meta")
-                       else f"UPDATE {table} SET {column} = ?", [value])  # fmt: skip
-            db.commit()
-            db.close()
+    content = (folder / "value").read_bytes() if (folder / "value").exists() else b"nothing"
+    if path.exists() and content != b"nothing":
+        change_value(path, content)
     failed = None
     for words in (
         ["stats"],

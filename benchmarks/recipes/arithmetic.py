@@ -17,7 +17,7 @@ SAMPLES, K = 8, 8
 SFT = ("--vocab", 258, "--context", 40, "--n-layer", 2, "--n-head", 4, "--n-embd", 96, "--dropout", 0,
        "--epochs", 80, "--final-epochs", 0, "--batch", 64, "--lr", 3e-3, "--warmup", 30, "--patience", 80,
        "--samples", 0)  # fmt: skip
-RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 80, "--batch", 256, "--minibatch", 128, "--lr", 5e-4,
+RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 500, "--batch", 256, "--minibatch", 128, "--lr", 5e-4,
       "--missing-eos", "none", "--response-tokens", TOKENS, "--save-every", 20)  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One-line functions judged by their tests, from scratch: a sentence in, Python out.
 
 A prompt is "# the sum of a and the larger of b and 3", then "def f(a, b):" and "return"; the response is the
-expression.  A tiny GPT learns from 400 examples; GRPO then practises on 3,000 other sentences, of which it gets
+expression.  A tiny GPT learns from 2,000 examples; GRPO then practises on 3,000 other sentences, of which it gets
 five tests each, through `minirlhf.rewards:tests`, which runs the program in a sandbox.  Both are measured on 300
 more, and what became of each program is counted.
 """
@@ -15,7 +15,7 @@ from benchmarks.recipes.common import Asked, ask, over_seeds, shown, stage, writ
 from minirlhf.measure.program import verdicts
 
 REWARD, TOKENS = "minirlhf.rewards:tests", 32
-TEST, TAUGHT, PRACTISED = 300, 400, 3000
+TEST, TAUGHT, PRACTISED = 300, 2000, 5000
 SAMPLES, K = 4, 4
 PREFIX = "def f(a, b):\n    return"
 PHRASES = {
@@ -28,9 +28,9 @@ PHRASES = {
 LEAVES = ["a", "b", *map(str, range(2, 8))]
 VERDICTS = ("passed", "wrong", "error", "exit", "time", "refused")
 SFT = ("--vocab", 320, "--context", 80, "--n-layer", 3, "--n-head", 4, "--n-embd", 96, "--dropout", 0,
-       "--epochs", 60, "--final-epochs", 0, "--batch", 64, "--lr", 3e-3, "--warmup", 30, "--patience", 60,
+       "--epochs", 24, "--final-epochs", 0, "--batch", 64, "--lr", 3e-3, "--warmup", 30, "--patience", 24,
        "--samples", 0)  # fmt: skip
-RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 60, "--batch", 256, "--minibatch", 128, "--lr", 5e-4,
+RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 80, "--batch", 256, "--minibatch", 128, "--lr", 5e-4,
       "--missing-eos", "none", "--response-tokens", TOKENS, "--save-every", 20)  # fmt: skip
 
 
