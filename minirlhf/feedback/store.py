@@ -148,7 +148,7 @@ def _script(character: str) -> str:
 
 
 def make_private(path: Path) -> None:
-    """Make a file that its owner alone can read, where there is none: it holds the key of raters' sessions."""
+    """Make a file that its owner alone can read, if there is none: it holds the key of raters' sessions."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
@@ -245,7 +245,7 @@ class Store:
         self._check()
 
     def _check(self) -> None:
-        """Raise UserError for a damaged file: pages of which SQLite can make nothing, and values of a type that
+        """Raise UserError for a damaged file: pages of which SQLite can make nothing, values of a type that
         no command of ours has written."""
         found = [row[0] for row in self.db.execute("PRAGMA quick_check(1)")]
         if found != ["ok"]:

@@ -1,4 +1,4 @@
-"""A model from a checkpoint that somebody else may have written: built only once its weights are known to fit."""
+"""A model from a checkpoint that somebody else may have written: built once its weights are known to fit."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def shapes_of(
     """The names and shapes of build()'s weights, without memory for them."""
     if layers > len(state):
         raise UserError(
-            f"{where}: weights do not fit config.json: {layers:,} layers, but {len(state):,} tensors: {DAMAGED}"
+            f"{where}: weights do not fit config.json: {layers:,} layers, {len(state):,} tensors: {DAMAGED}"
         )
     try:
         with torch.device("meta"):

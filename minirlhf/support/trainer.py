@@ -30,7 +30,7 @@ def damage_is_one_line(out: Path) -> Iterator[None]:
 
 
 def check_state(state: dict[str, Any], counters: dict[str, Any], step: object) -> None:
-    """Raise ValueError unless the state has the step of config.json, and counters as this stage keeps them."""
+    """Raise ValueError unless the state has config.json's step, and counters as this stage keeps them."""
     if type(state["step"]) is not int or state["step"] != step or step < 0:
         raise ValueError(f"step {state['step']!r:.40}, but {step!r:.40} in config.json")
     numbers = {"seconds": state["seconds"]} | state["counters"]
