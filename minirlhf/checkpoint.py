@@ -1,7 +1,7 @@
 """Atomic, pickle-free checkpoints with checksums, and exact resume [D21].  A run's folder OUT holds:
 
 step-000120/    model.safetensors, config.json, tokenizer.*, metrics.jsonl so far;
-                to resume: trainer.safetensors, trainer.json
+                to resume: trainer.safetensors, trainer.json; SHA256SUMS of what is small
 latest, best    links to whole step folders; `latest` is flipped last
 config.json ... links through `latest`: OUT itself reads as a checkpoint folder
 

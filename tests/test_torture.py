@@ -16,9 +16,9 @@ from benchmarks.fuzz_kinds import KINDS
 QUICK = ("jsonl", "json", "txt", "tokenizer", "checkpoint", "run", "reward", "template", "store", "results")
 
 
-def test_killed_signalled_starved_and_with_a_clock_that_jumps_it_is_never_disturbed(tmp_path, capsys):
+def test_killed_starved_and_with_a_clock_that_jumps_it_is_never_disturbed(tmp_path, capsys):
     out = tmp_path / "torture.txt"
-    parts = ["kills", "signals", "disk", "clock"]
+    parts = ["kills", "disk", "clock"]
     with pytest.raises(SystemExit) as stop:
         torture.main(["--runs", "sft", "--kills", "4", "--only", *parts, "--out", str(out)])
     said = capsys.readouterr().out
@@ -48,8 +48,9 @@ def test_fuzzed_inputs_are_read_or_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(home / "in")
     kind = KINDS[name]
     monkeypatch.setattr(kind, "bombs", {})
-    found = fuzz.run_kind(name, kind, kind.seeds(home / "seeds"), 25, 1, home)
-    assert found["failures"] == [] and sum(found["outcomes"].values()) == 25
+    n = 5 if name == "results" else 25  # each draws a picture
+    found = fuzz.run_kind(name, kind, kind.seeds(home / "seeds"), n, 1, home)
+    assert found["failures"] == [] and sum(found["outcomes"].values()) == n
 
 
 def test_the_fuzzer_finds_a_planted_fault_and_makes_it_small(tmp_path, monkeypatch):
