@@ -126,6 +126,7 @@ def measure(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampl
     share = pairs.share + config.label_smoothing * (1 - 2 * pairs.share)
     pair_loss = preference.dpo_loss if config.loss == "dpo" else preference.ipo_loss
     loss = pair_loss(chosen, rejected, config.beta, share) * (len(pairs) / pairs.total)
+    loss = loss if len(pairs) else logps.sum()  # 0, of a rank without a pair, with a backward like others'
 
     margins = config.beta * (chosen - rejected).detach()
     right = torch.where(pairs.share > 0.5, (margins.sign() + 1) / 2, 0.5)  # no margin, or a tie: a half

@@ -228,7 +228,7 @@ def main() -> None:
         order = data.cursor(len(prompts), groups * run.world, config.seed, iteration)
         mine = [i for i in order[run.rank * groups : (run.rank + 1) * groups] for _ in range(G)]
         prompt_ids, prompt_mask = data.collate([prompts[i] for i in mine], pad, side="left")
-        with run.autocast():
+        with run.autocast(whole=policy):
             texts = generate(policy, prompt_ids, prompt_mask, sampling)
         response_mask, has_eos = texts.response_mask, texts.ended(eos)  # [B, R] and [B] [D9]
 

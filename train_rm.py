@@ -33,7 +33,7 @@ from minirlhf.model import GPT, RewardEnsemble
 from minirlhf.run import Run, RunConfig
 from minirlhf.support import cli, judgements
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, Share, ShareBelow1, Temperature
-from minirlhf.support.prepare import choose_trained, run_blocks
+from minirlhf.support.prepare import set_up
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule, ends_a_quarter
 
@@ -145,9 +145,7 @@ def make_model(config: Config, run: Run, backbone: GPT, first_score: float | Non
         member.backbone.load_state_dict(backbone.state_dict())
         if first_score is not None:  # start at the average, so that only differences are left to learn
             member.out.bias.data.fill_(first_score)
-    model.to(run.device).train()
-    choose_trained(model, config, run.frozen_dtype)
-    run_blocks([model], config.gradient_checkpointing, config.compile)
+    set_up(model.train(), config, run)
     return model
 
 
@@ -171,7 +169,7 @@ def loss_of(
 
     scores: [b] of rated texts, or [2 b] of pairs, the first texts before the second ones.
     """
-    loss = torch.zeros((), device=run.device)
+    loss = scores[:0].sum()  # 0; a rank without a row takes part in backward, too
     target = send(torch.tensor([judgements.target_of(batch[i]) for i in rows]), run.device)
     weight = len(rows) / len(batch)
     choices = isinstance(batch[0].record, data.Preference)
@@ -237,20 +235,15 @@ def main() -> None:
             (judged.train_lower if low else judged.train)[i]
             for i, low in zip(picks, in_lower_case, strict=True)
         ]
-        mine = list(range(run.rank, len(batch), run.world))
-        size = config.microbatch or len(batch)
         total = torch.zeros((), device=run.device)
-        for rows in [mine[i : i + size] for i in range(0, len(mine), size)] or [[]]:
+        for rows in run.machine.parts(range(len(batch)), config.microbatch) or [[]]:
             sequences = [batch[i].ids for i in rows]
             sequences += [batch[i].ids_b for i in rows if batch[i].ids_b is not None]
-            scores = torch.zeros(0, device=run.device)  # of a rank without a row
-            if rows:
-                tokens, mask = data.collate(sequences, tokenizer.pad)
-                with run.autocast():
-                    scores = model.members[k](send(tokens, run.device), mask)
+            tokens, mask = data.collate(sequences, tokenizer.pad)
+            with run.autocast():
+                scores = model.members[k](send(tokens, run.device), mask)
             loss = loss_of(run, config, loss_kind, step, batch, rows, scores)
-            if loss.requires_grad:
-                loss.backward()
+            loss.backward()
             total += loss.detach()
 
         # 2. Step.
@@ -279,13 +272,15 @@ def main() -> None:
         member.gain.fill_(gain)
         member.bias.fill_(bias)
         run.print(f"member {k}: scores x {gain:.3f} {bias:+.3f}: samples of the reference average 0")
+    report = {}
     if run.rank == 0:
         report = reward_report.reward_report(
             source.kind, predictions, judged.records, config.part, config.seed
         )
-        results = report | ({"raters": judged.raters} if judged.raters else {}) | {"seconds": run.elapsed}
-        scale = getattr(judged.test[0].record, "scale", None)
-        run.save(run.step, complete=True, results=results, normalise={"mode": normalise, "scale": scale})
+    results = report | ({"raters": judged.raters} if judged.raters else {}) | {"seconds": run.elapsed}
+    scale = getattr(judged.test[0].record, "scale", None)
+    run.save(run.step, complete=True, results=results, normalise={"mode": normalise, "scale": scale})
+    if run.rank == 0:
         reward_report.print_report(report)
         run.print(f"{run.elapsed:.0f} s; model in {config.out}")
 

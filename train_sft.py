@@ -29,10 +29,10 @@ from minirlhf import UserError, checkpoint, data, optim
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rollout import Sampling, generate
 from minirlhf.run import Run, RunConfig
-from minirlhf.support import cli
+from minirlhf.support import cli, shard
 from minirlhf.support.cli import Above0, AtLeast0, Count, CountOr0, Epsilon, ShareBelow1
 from minirlhf.support.layout import first_prompts, set_layout
-from minirlhf.support.prepare import choose_trained, run_blocks
+from minirlhf.support.prepare import set_up
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
@@ -141,9 +141,7 @@ def load_model(config: Config, run: Run, init: Path | None, records: list) -> tu
         shape = (config.context, config.n_layer, config.n_head, config.n_embd, config.dropout)
         model = GPT(GPTConfig(tokenizer.vocab_size, *shape))
     set_layout(tokenizer, config.layout)
-    model.to(run.device)
-    choose_trained(model, config, run.frozen_dtype)
-    run_blocks([model], config.gradient_checkpointing, config.compile)
+    set_up(model, config, run)
     return model, tokenizer
 
 
@@ -194,9 +192,9 @@ def bits_per_byte(
     model.eval()
     total = torch.zeros((), dtype=torch.float64, device=run.device)
     ordered = sorted(examples, key=lambda example: len(example[0]))
-    for i in range(64 * run.rank, len(ordered), 64 * run.world):
+    for part in run.machine.parts(ordered, 64):
         with run.autocast():
-            total += loss_sum(model, ordered[i : i + 64], tokenizer.pad, fused_head)
+            total += loss_sum(model, part, tokenizer.pad, fused_head)
     model.train()
     run.sum_(total)
     run.require_finite(validation_loss=total)
@@ -241,13 +239,11 @@ def main() -> None:
         optim.set_lr(optimizer, lr)
 
         # 1. Gradients: the mean over the learnt tokens of the whole batch, over microbatches and ranks [D17].
-        mine = batch[run.rank :: run.world]
         count = float(sum(sum(loss_mask[1:]) for _, loss_mask in batch))
         loss = torch.zeros((), device=run.device)
-        size = config.microbatch or config.batch
-        for i in range(0, len(mine), size):
+        for part in run.machine.parts(batch, config.microbatch):
             with run.autocast():
-                nll = loss_sum(model, mine[i : i + size], tokenizer.pad, config.fused_head)
+                nll = loss_sum(model, part, tokenizer.pad, config.fused_head)
             (nll / count).backward()
             loss += nll.detach() / count
 
@@ -268,8 +264,8 @@ def main() -> None:
         run.checkpoint(step + 1, due=last_of_epoch, best=state["best_step"] == step + 1)
 
     # The best checkpoint becomes the stage's result.
-    if run.rank == 0:
-        model.load_state_dict(checkpoint.load_state(config.out / "best"))
+    if run.rank == 0 or config.shard:
+        shard.load(model, checkpoint.load_state(config.out / "best"))
     results = {"val_bits_per_byte": state["best"], "best_step": state["best_step"], "seconds": run.elapsed}
     run.save(run.step, complete=True, results=results)
     run.print(f"best validation {state['best']:.4f} bits per byte, after {state['best_step']} steps")
@@ -278,7 +274,7 @@ def main() -> None:
         sampling = Sampling(min(48, model.config.context - 1), 0.8, tokenizer.ends, tokenizer.pad)
         room = model.config.context - sampling.max_new
         prompts = first_prompts(tokenizer, splits["val"].records, config.samples, room)
-        with run.autocast():
+        with run.autocast(whole=model):
             texts = generate(model.eval(), *data.collate(prompts, tokenizer.pad, "left"), sampling)
         run.print("\n".join(f"  {text}" for text in texts.decode(tokenizer)[1]))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -51,7 +52,8 @@ def save(
     """Write OUT/step-XXXXXX, make `latest` (and `best`) lead there, remove other steps -> the folder.
 
     Killed at any moment it leaves the old checkpoint or the new one, whole; where the disk is full it leaves
-    the old one and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON}."""
+    the old one and raises UserError.  `trainer`: {'tensors': dict, 'state': for JSON, 'files': to move here}.
+    """
 
     def write(new: Path) -> None:
         parts = [("model", state, "config.json", config)]
@@ -62,6 +64,8 @@ def save(
             (new / json_file).write_text(
                 json.dumps(document | {"sha256": digest}, indent=1), encoding="utf-8"
             )
+        for file in trainer.get("files", []) if trainer else []:
+            os.replace(file, new / file.name)
         tokenizer.save(new)
         if (Path(out) / "metrics.jsonl").is_file():
             shutil.copyfile(Path(out) / "metrics.jsonl", new / "metrics.jsonl")

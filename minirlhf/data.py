@@ -155,7 +155,7 @@ def collate(rows: Sequence[Sequence[int]], pad: int, side: str = "right", width:
     The mask comes from the lengths: a real token may equal `pad` [D6].
     """
     lengths = torch.tensor([len(row) for row in rows])
-    width = max(width, int(lengths.max()))
+    width = max([width, *lengths.tolist()])
     mask = torch.arange(width) < lengths[:, None]
     mask = mask.flip(1) if side == "left" else mask
     tokens = torch.full(mask.shape, pad)

@@ -48,7 +48,7 @@ def take_step(machine: Machine, optimizer: torch.optim.Optimizer, max_norm: floa
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     machine.sum_gradients(trained)
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf).item()
+    norm = machine.clip_gradients(trained, max_norm or math.inf)
     if not math.isfinite(norm):
         optimizer.zero_grad(set_to_none=True)
         raise UserError(f"the {name}'s gradient norm is {norm}: lower its learning rate, or use fp32")

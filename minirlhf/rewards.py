@@ -141,6 +141,8 @@ class Scorer:
             if self.reward_model.tokenizer.hash != self.tokenizer.hash:
                 parts["objective/rm_cut"] = cut
             cautious = rm_scores - self.disagreement_coef * disagreement
+        if self.judge is not None:  # before the functions, which may fail: sharded models read on all ranks
+            parts["objective/judge"] = self.judge.scores(texts, self.tokenizer, self.microbatch)[0]
         prompts, responses = texts.decode(self.tokenizer)
         scores = torch.zeros(len(texts), device=texts.tokens.device)
         for name, function, weight in self.rewards:
@@ -149,6 +151,4 @@ class Scorer:
             else:
                 values = functions.call(function, prompts, responses, name, records)
             scores = scores + weight * torch.as_tensor(values, dtype=scores.dtype, device=scores.device)
-        if self.judge is not None:
-            parts["objective/judge"] = self.judge.scores(texts, self.tokenizer, self.microbatch)[0]
         return scores, parts

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, optim
-from minirlhf.support import cli
+from minirlhf.support import cli, shard
 from minirlhf.support.folder import LOWER_LR, Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -44,8 +44,7 @@ class Run(Folder):
         """Raises UserError where OUT holds another run, cannot be resumed, or is in use."""
         cli.refuse_unread(["--lora-alpha"], "without --lora", config.lora is None)
         cli.refuse_unread(["--train-layers", "--embedding-lr"], "with --lora", config.lora is not None)
-        self.machine = setup_machine()
-        super().__init__(stage, config, self.machine)
+        super().__init__(stage, config, shard.on(setup_machine(), config))
         self.device = self.machine.device
         self.precision = pick_precision(config.precision)
         self.times: dict[str, float] = {}  # of the running step, by metric name
@@ -53,9 +52,10 @@ class Run(Folder):
         self.stop_signal = 0
         self.seed(0)
 
-    def autocast(self):
-        """The context in which models compute, at this run's precision."""
-        return self.machine.autocast(self.precision)
+    def autocast(self, whole: torch.nn.Module | None = None):
+        """The context in which models compute, at this run's precision; `whole` is one to hold unsharded."""
+        context = self.machine.autocast(self.precision)
+        return shard.whole(whole, context) if self.machine.sharded and whole else context
 
     def sum_(self, x: Tensor) -> Tensor:
         """x, summed over the ranks in place."""

@@ -36,6 +36,9 @@ class Rank:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.sum_(p.grad)
 
+    def clip_gradients(self, parameters, max_norm):
+        return ALONE.clip_gradients(parameters, max_norm)
+
 
 def test_D16_adam_eps_of_ppo_reaches_the_optimiser(run, smoke, monkeypatch, tmp_path):
     assert train_ppo.Config().adam_eps == 1e-5 and {p.adam_eps for p in train_ppo.PRESETS.values()} == {1e-5}

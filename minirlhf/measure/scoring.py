@@ -35,13 +35,12 @@ def score_sequences(run: Run, members: list[RewardModel], sequences: list[list[i
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     for member in members:
         member.eval()
-    for i in range(CHUNK * run.rank, len(order), CHUNK * run.world):
-        rows = order[i : i + CHUNK]
+    for rows in run.machine.parts(order, CHUNK):
         tokens, mask = data.collate([sequences[j] for j in rows], pad)
         tokens = send(tokens, run.device)
         with run.autocast():
             scores = torch.stack([member(tokens, mask) for member in members]).mean(0)
-        found[send(torch.tensor(rows), run.device)] = scores.float()
+        found[send(torch.tensor(rows, dtype=torch.long), run.device)] = scores.float()
     for member in members:
         member.train()
     run.sum_(found)

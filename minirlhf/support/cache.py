@@ -19,6 +19,8 @@ class KVCache:
 
     def __init__(self, model: GPT, batch: int, length: int):
         c, device = model.config, model.wte.weight.device
+        if hasattr(model.blocks[-1].ln_1.weight, "to_local"):
+            raise RuntimeError("a sharded model writes text in shard.whole(model): no token waits for others")
         if not c.reads_prefixes:
             raise UserError(
                 "a model that reads in both directions has no past to keep: every new token changes it"

@@ -17,6 +17,7 @@ NOT_SETTINGS = {
     "track",
     "data_dir",
     "save_samples",
+    "shard",
 }  # they change no result
 
 

@@ -33,7 +33,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from minirlhf import Stopped, UserError
-from minirlhf.support import ctrl_c
+from minirlhf.support import ctrl_c, elastic
 from minirlhf.support.text import as_message, one_line
 
 Config = TypeVar("Config")
@@ -304,6 +304,8 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (Python flushes once more at its end)
         sys.exit(141)
     except (MemoryError, OSError, RuntimeError) as error:
+        if lost := elastic.ended_elsewhere(error):
+            _end(f"error: {lost}", 1)
         reason = _refusal_of_machine(error)
         if reason is None:
             raise
@@ -319,7 +321,9 @@ def run_script(main: Callable[[], None]) -> None:
 
 def _end(message: str, code: int) -> typing.NoReturn:
     """One line, whatever names of files and texts of others stand in the message."""
-    print(as_message(message), file=sys.stderr)
+    line = as_message(message)
+    elastic.tell(line)
+    print(line, file=sys.stderr)
     sys.exit(code)
 
 

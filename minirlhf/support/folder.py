@@ -14,7 +14,18 @@ from tqdm import tqdm
 
 from minirlhf import UserError, checkpoint, data
 from minirlhf.rollout import Texts
-from minirlhf.support import adapters, claims, ledger, logs, steps, track, trainer
+from minirlhf.support import (
+    adapters,
+    claims,
+    elastic,
+    ledger,
+    logs,
+    shard,
+    shard_files,
+    steps,
+    track,
+    trainer,
+)
 from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
 from minirlhf.support.layout import check_alike
@@ -34,7 +45,8 @@ class Folder:
         Raises UserError where OUT holds another run, cannot be resumed, or is in use.
         """
         self.stage, self.config, self.out = stage, config, config.out
-        self.rank, self.world = machine.rank, machine.world
+        self.machine, self.rank, self.world = machine, machine.rank, machine.world
+        elastic.refuse_overwrite(config.overwrite)
         self.lock: Lock | None = None
         if self.rank == 0:
             refuse_unwritable(self.out)
@@ -56,7 +68,8 @@ class Folder:
                 if not overwrite:  # a damaged run may be replaced
                     raise
         settings = checkpoint.settings_of(self.config)
-        state = claims.claim(self.out, self.saved, self.stage, settings, self.config.resume, overwrite)
+        resume = self.config.resume or elastic.restarted()
+        state = claims.claim(self.out, self.saved, self.stage, settings, resume, overwrite)
         if state == "resume" and self.saved.get("world", self.world) != self.world:
             self.print(
                 f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other draws"
@@ -107,6 +120,9 @@ class Folder:
             if self._claim() != self.state:
                 raise UserError(f"{self.out}: another process has begun a run here: choose another --out")
         self.tokenizer, self.model, self.parts, self.counters = tokenizer, model, parts, counters or {}
+        if self.machine.sharded:
+            shard.agree(self.machine, lambda: None)  # until rank 0 has made the folder
+            shard.agree(self.machine, self._require_shared_folder)
         if self.state == "resume":
             with trainer.damage_is_one_line(self.out):
                 self._load()
@@ -121,14 +137,14 @@ class Folder:
 
     def _load(self) -> None:
         """The state of the last checkpoint into the models, the optimizers and the counters."""
-        tensors, state = checkpoint.load_trainer(self.out)
+        tensors, state = shard_files.read(self.out, self.machine)
         trainer.check_state(state, self.counters, self.saved["step"])
-        self.model.load_state_dict(checkpoint.load_state(self.out))
+        shard.load(self.model, checkpoint.load_state(self.out))
         for name, part in self.parts.items():
             if isinstance(part, nn.Module):
                 prefix, (_, of_base) = f"{name}.", adapters.split_state(part)
                 own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-                part.load_state_dict(of_base | own)
+                shard.load(part, of_base | own)
             else:
                 unpack_optimizer(part, tensors, state["optimizers"][name], f"{name}.")
         self.counters |= state["counters"]
@@ -150,17 +166,28 @@ class Folder:
                 packed, optimizers[name] = pack_optimizer(part, f"{name}.")
                 tensors |= packed
         state = {"step": step, "seconds": self.elapsed, "counters": self.counters, "optimizers": optimizers}
+        own, _ = adapters.split_state(self.model)
+        files: list[Path] = []
+        if self.machine.sharded:
+            own = shard.gather(own, self.machine)
+            tensors, state["shards"], files = shard_files.write(self.out, step, tensors, self.machine)
         shape = self.model.config if hasattr(self.model, "config") else self.model.members[0].backbone.config
         more = {"inputs": self.inputs, "world": self.world} | self.about | about
         described = checkpoint.describe(
             self.stage, shape, self.config, step, complete, self.tokenizer, **more
         )
-        if self.rank == 0:
-            own, _ = adapters.split_state(self.model)
-            resumed = {"tensors": tensors, "state": state}
-            checkpoint.save(self.out, step, own, described, self.tokenizer, resumed, best)
-            if complete:
-                self.logger.finish(about.get("results", {}))
+        resumed = {"tensors": tensors, "state": state, "files": files}
+
+        def write() -> None:
+            if self.rank == 0:
+                checkpoint.save(self.out, step, own, described, self.tokenizer, resumed, best)
+
+        if self.machine.sharded:  # all go on when the checkpoint is whole, or none
+            shard.agree(self.machine, write)
+        else:
+            write()
+        if self.rank == 0 and complete:
+            self.logger.finish(about.get("results", {}))
         self.saved_step = step
 
     def record_texts(
@@ -187,11 +214,16 @@ class Folder:
         changing = {"model": self.model} | self.parts
         for name, part in changing.items():
             weights = part.state_dict().values() if isinstance(part, nn.Module) else []
-            small = [(x.abs() < TOO_LARGE).all() for x in weights]
-            if small and not torch.stack(small).all():  # one wait for a GPU
+            small = [(shard.local(x).abs() < TOO_LARGE).all() for x in weights]
+            bad = bool(small) and not torch.stack(small).all()  # one wait for a GPU
+            if self.machine.any(bad) if self.machine.sharded else bad:
                 raise UserError(
                     f"weights of the {name}: too large, or not finite: {LOWER_LR} ({self._progress()})"
                 )
+
+    def _require_shared_folder(self) -> None:
+        if not self.out.is_dir():
+            raise UserError(f"{self.out}: not on a disk that all machines share, which --shard needs")
 
     def _progress(self) -> str:
         """Which step this is, and which checkpoint there is to go back to."""

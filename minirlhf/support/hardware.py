@@ -1,8 +1,8 @@
 """The machine: device, ranks, precision, seeds and memory.
 
-Distributed runs (`torchrun`) replicate the model and sum gradients.  Every loss in this project is a sum over
-tokens divided by the number of tokens in the whole batch, over all ranks, so summing is all there is to do
-[D17]."""
+Distributed runs (`torchrun`) replicate the models, or split them (--shard, support/shard.py), and sum
+gradients.  Every loss in this project is a sum over tokens divided by the number of tokens in the whole batch,
+over all ranks, so summing is all there is to do [D17]."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import os
 import platform
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+BUCKET = 25 * 2**20  # bytes of gradients that are summed in one call: a call per parameter waits for each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Machine:
     device: torch.device
     rank: int = 0
     world: int = 1
+    sharded: bool = False  # each rank holds a part of every model (support/shard.py)
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Sum tensors over the ranks, in place."""
@@ -41,12 +44,41 @@ class Machine:
                     t.copy_(whole)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum gradients over the ranks; a rank whose share had no token takes part with zeros [D17]."""
-        if self.world > 1:
-            for p in parameters:
-                if p.requires_grad:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                    self.sum_([p.grad])
+        """Sum gradients over the ranks; a rank whose share had no token takes part with zeros [D17].
+
+        Those of sharded models were summed in backward."""
+        if self.world == 1 or self.sharded:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for bucket in in_buckets([p.grad for p in trained], BUCKET):
+            flat = torch.cat([grad.flatten() for grad in bucket])
+            self.sum_([flat])
+            for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+                grad.copy_(total.view_as(grad))
+
+    @torch.no_grad()
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+        """Scale gradients down to the norm `max_norm`, taken over all of them and all shards -> the norm."""
+        if not self.sharded:
+            return nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        shards = [p.grad.to_local() for p in parameters if p.grad is not None]
+        square = nn.utils.get_total_norm(shards).square()
+        self.sum_([square])
+        norm = square.sqrt()
+        torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm.item()
+
+    def parts(self, items: Sequence, size: int | None) -> list[Sequence]:
+        """This rank's share of the items, every world-th, in lists of at most `size` (None: all in one).
+
+        A forward pass of a sharded model is a meeting of all ranks, so there all get as many lists as the
+        rank with most items: some may be empty, and are to be computed like others."""
+        mine = items[self.rank :: self.world]
+        most = -(-len(items) // self.world) if self.sharded else len(mine)
+        step = size or max(1, most)
+        return [mine[i : i + step] for i in range(0, most, step)]
 
     def any(self, condition: bool) -> bool:
         """Whether the condition holds on any rank: all ranks get the same answer, and decide alike."""
@@ -59,6 +91,18 @@ class Machine:
     def autocast(self, precision: str):
         """precision 'fp32' or 'bf16'.  Master weights stay fp32; log-softmax is fp32 in any case [D18]."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def in_buckets(tensors: Iterable[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """The tensors in order, in lists of one dtype and of at most `size` bytes; a larger tensor is alone."""
+    bucket: list[Tensor] = []
+    for t in tensors:
+        if bucket and (t.dtype != bucket[0].dtype or sum(b.nbytes for b in bucket) + t.nbytes > size):
+            yield bucket
+            bucket = []
+        bucket.append(t)
+    if bucket:
+        yield bucket
 
 
 def setup_machine() -> Machine:

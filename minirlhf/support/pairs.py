@@ -35,6 +35,7 @@ class Pairs:
     total: int  # pairs of the whole batch, over all ranks: what sums over pairs are divided by [D17]
     sampled: bool = False  # the texts are the policy's own samples
     measures: dict[str, Tensor] = field(default_factory=dict)  # by metric name, [B]
+    most: int = 0  # with --shard: the pairs of the rank that has most, see Machine.parts
 
     def __len__(self) -> int:
         return len(self.share)
@@ -48,10 +49,11 @@ class Pairs:
         return Pairs(self.texts[both], self.share[rows_here], ref_logps, self.total, self.sampled, measures)
 
     def split(self, size: int | None) -> Iterator[Pairs]:
-        """Parts of at most `size` pairs (None: all at once); of an empty share none."""
-        for rows in torch.arange(len(self)).split(size or max(1, len(self))):
-            if len(rows):
-                yield self[rows]
+        """Parts of at most `size` pairs (None: all at once); of an empty share none, or empty ones for
+        `most`."""
+        most = max(len(self), self.most)
+        for i in range(0, most, size or max(1, most)):
+            yield self[torch.arange(len(self))[i : i + (size or most)]]
 
 
 def response_logps(policy: GPT, texts: Texts, sampling: Sampling, fused_head: str) -> Tensor:
@@ -94,7 +96,9 @@ class JudgedPairs:
         share = torch.tensor([item.record.share for item in items], dtype=torch.float32)
         here = send(torch.tensor(mine, dtype=torch.long), device)
         ref_logps, total = self.ref_logps[:, here].flatten(), len(self.schedule[step][1])
-        return Pairs(collate(texts, self.pad, device), send(share, device), ref_logps, total)
+        most = -(-total // self.run.world) if self.run.machine.sharded else 0
+        rows = collate(texts, self.pad, device)
+        return Pairs(rows, send(share, device), ref_logps, total, most=most)
 
     def remember(self, logps: Callable[[Texts], Tensor], microbatch: int | None) -> None:
         """Fill ref_logps: logps(texts) [2 b] of all pairs, in the parts in which the first epoch reads them.
@@ -105,7 +109,8 @@ class JudgedPairs:
         found = torch.zeros_like(self.ref_logps)
         epoch = range(int(self.schedule.ends[0]))
         for step in tqdm(epoch, "reference", leave=False, disable=self.run.rank > 0):
-            parts = [logps(part.texts).detach().view(2, -1) for part in self.batch(step).split(microbatch)]
+            parts = self.batch(step).split(microbatch)
+            parts = [logps(part.texts).detach().view(2, len(part)) for part in parts]
             if parts:
                 found[:, send(torch.tensor(self.mine(step)), self.run.device)] = torch.cat(parts, 1)
         self.ref_logps = self.run.sum_(found)  # each pair was read on one rank, and is 0 on the others
@@ -229,9 +234,10 @@ class SampledPairs:
         mine = order[self.run.rank * B : (self.run.rank + 1) * B]
         queries = data.collate([self.prompts[i] for i in mine * 2], self.sampling.pad, "left")
         with self.run.autocast():
-            texts = generate(
-                self.policy, *queries, self.sampling
-            )  # [2 B]: the second half are second samples
+            with self.run.autocast(whole=self.policy):
+                texts = generate(
+                    self.policy, *queries, self.sampling
+                )  # [2 B]: the second half, second samples
             microbatch = config.microbatch and 2 * config.microbatch  # pairs are two texts
             scores, _, _ = self.reader.scores(texts, self.tokenizer, microbatch)
             ref_logps = by_microbatch(

@@ -1,4 +1,4 @@
-"""What a stage does to a model before using it: freeze or adapt, store in bf16, recompute, compile."""
+"""What a stage does to a model before using it: freeze or adapt, store in bf16, shard, recompute, compile."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minirlhf import UserError
-from minirlhf.support import adapters
+from minirlhf.support import adapters, shard
 
 
 def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
@@ -107,17 +107,28 @@ def _store(modules: list[nn.Module], dtype: torch.dtype) -> None:
                 p.data = p.data.to(dtype)
 
 
-def prepare(config: Any, run: Any, trained: list[nn.Module], frozen: list[nn.Module]) -> None:
-    """Move all models to the device, without dropout [D5]; freeze what is not trained, and hold it once."""
-    dtype = run.frozen_dtype
+def set_up(model: nn.Module, config: Any, run: Any) -> None:
+    """Move a model that is to be trained to the device, and do to it what the options say."""
+    prepare(config, run, [model], [], keep_dropout=True)
+
+
+def prepare(
+    config: Any, run: Any, trained: list[nn.Module], frozen: list[nn.Module], keep_dropout: bool = False
+) -> None:
+    """Move all models to the device, without dropout [D5]; freeze what is not trained, and hold it once.
+
+    With --shard each rank keeps its part of every model; what two models share is then held twice."""
+    dtype, place = run.frozen_dtype, "cpu" if config.shard else run.device
     for model in trained:
-        choose_trained(disable_dropout(model.to(run.device)), config, dtype)
+        choose_trained((model if keep_dropout else disable_dropout(model)).to(place), config, dtype)
     for model in frozen:
-        disable_dropout(model.to(run.device)).requires_grad_(False)
+        disable_dropout(model.to(place)).requires_grad_(False)
         if config.lora:
             store(model, dtype)
         elif config.train_layers is not None:
             train_last(model, 0, dtype)
         store_blocks(model, dtype)
     share_frozen([*trained, *frozen])
+    if config.shard:
+        shard.shard(run.machine, trained, frozen, run.precision)
     run_blocks(trained, config.gradient_checkpointing, config.compile)

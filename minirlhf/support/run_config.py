@@ -57,6 +57,8 @@ class RunConfig:
     time."""
     compile: bool = False
     """Compile the blocks with torch.compile; worth it in long runs only."""
+    shard: bool = False
+    """Split every model over the processes that torchrun starts (FSDP2), instead of replicating it."""
 
     def __post_init__(self) -> None:
         check_ranges(self)  # first: the checks of a script divide by its numbers

@@ -5,6 +5,8 @@ import json
 from torch import Tensor
 from torch.optim import Optimizer
 
+from minirlhf.support.shard import as_piece
+
 
 def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict]:
     """State of `opt` (AdamW: step, exp_avg, exp_avg_sq) as tensors '{prefix}{index}.{key}', all else for
@@ -17,13 +19,15 @@ def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict
 def unpack_optimizer(opt: Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
     """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order.
 
-    Raises ValueError where the state is not that of these parameters."""
-    state = {int(i): {k: tensors[f"{prefix}{i}.{k}"] for k in keys} for i, keys in saved["keys"].items()}
+    These may be sharded; the tensors are whole, or this rank's pieces.  Raises ValueError where the state is not
+    that of these parameters."""
     parameters = [p for group in opt.param_groups for p in group["params"]]
-    for i, slots in state.items():
-        if not 0 <= i < len(parameters) or not slots.keys() >= {"step", "exp_avg", "exp_avg_sq"}:
+    state = {}
+    for i, keys in ((int(i), keys) for i, keys in saved["keys"].items()):
+        if not 0 <= i < len(parameters) or not {*keys} >= {"step", "exp_avg", "exp_avg_sq"}:
             raise ValueError(f"the optimizer's state of parameter {i} is incomplete")
-        if any(x.shape not in ((), parameters[i].shape) for x in slots.values()):
+        state[i] = {k: as_piece(tensors[f"{prefix}{i}.{k}"], parameters[i]) for k in keys}
+        if any(x.shape not in ((), parameters[i].shape) for x in state[i].values()):
             raise ValueError(f"the optimizer's state of parameter {i} has another shape than the parameter")
     groups = opt.state_dict()["param_groups"]
     for own, theirs in zip(groups, saved["groups"], strict=True):
