@@ -121,14 +121,9 @@ def prepare(work: dict, folder: Path) -> None:
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ours(job: dict) -> None:
-    """Run train_ppo.py on the work, in a process of its own, and print what was measured as JSON."""
-    import torch
-
-    import train_ppo
-
+def command(job: dict) -> list[str]:
+    """train_ppo.py and its options for the work."""
     work, folder = job["work"], Path(job["folder"])
-    torch.set_num_threads(job["threads"])
     options = {"init": folder / "sft", "data": folder / "texts.jsonl", "out": job["out"],
                "prompt-tokens": work["prompt"] - 1, "response-tokens": work["response"], "batch": work["batch"],
                "minibatch": work["minibatch"], "epochs": work["epochs"], "iterations": job["iterations"], "lr": 1e-5,
@@ -138,11 +133,19 @@ def ours(job: dict) -> None:
                     "reward": "benchmarks.ppo:characters"}  # fmt: skip
     else:
         options |= {"reward-model": folder / "rm", "value-lr": 1e-5}
-    sys.argv = [
-        "train_ppo.py",
-        *(str(x) for name, value in options.items() for x in (f"--{name}", value)),
-        *job["options"],
-    ]
+    words = (str(x) for name, value in options.items() for x in (f"--{name}", value))
+    return ["train_ppo.py", *words, *job["options"]]
+
+
+def ours(job: dict) -> None:
+    """Run train_ppo.py on the work, in a process of its own, and print what was measured as JSON."""
+    import torch
+
+    import train_ppo
+
+    work = job["work"]
+    torch.set_num_threads(job["threads"])
+    sys.argv = command(job)
     rows: Counter[str] = Counter()
     response_logprobs = train_ppo.response_logprobs
 

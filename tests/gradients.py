@@ -5,20 +5,23 @@ import contextlib
 import pytest
 import torch
 
+from minirlhf.support.hardware import Machine
+
 
 @contextlib.contextmanager
 def gradients():
-    """A list that fills with the gradient of each optimiser step, flat, in the order of the parameters."""
-    found, clip = [], torch.nn.utils.clip_grad_norm_
+    """A list that fills with the gradient of each optimiser step, flat and whole, in the order of the parameters."""
+    found, clip = [], Machine.clip_gradients
 
-    def clip_and_keep(parameters, *rest):
+    def clip_and_keep(self, parameters, max_norm):
         parameters = list(parameters)
         zero = lambda p: torch.zeros_like(p) if p.grad is None else p.grad
-        found.append(torch.cat([zero(p).flatten().clone() for p in parameters]))
-        return clip(parameters, *rest)
+        whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
+        found.append(torch.cat([whole(zero(p)).flatten().clone() for p in parameters]))
+        return clip(self, parameters, max_norm)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip_and_keep)
+        patch.setattr(Machine, "clip_gradients", clip_and_keep)
         yield found
 
 

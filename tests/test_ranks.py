@@ -2,10 +2,6 @@
 
 import contextlib
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +15,8 @@ from minirlhf.algorithms import ALGORITHMS
 from minirlhf.rollout import Texts
 from minirlhf.support import hardware
 from tests.gradients import agree, gradients
+from tests.two_ranks import start, steps
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
 TINY = [*SMALL, "--n-layer", "1", "--n-embd", "16", "--dropout", "0", "--samples", "0"]
 RM = [*SMALL, "--dropout", "0", "--epochs", "1", "--normalise-samples", "8"]
@@ -89,40 +85,6 @@ def same_tokens(world: int):
         yield
 
 
-DRIVER = """
-import importlib, json, os, signal, sys
-import torch
-from safetensors.torch import save_file
-from minirlhf import Stopped, UserError
-from minirlhf.measure import baselines
-from minirlhf.support import hardware
-from minirlhf.support.logs import MetricLogger
-from tests.gradients import gradients
-from tests.test_ranks import same_tokens
-
-rank = os.environ["RANK"]
-runs, found, said = json.loads(sys.argv[1]), {}, {}
-log = MetricLogger.log
-baselines.tfidf_ridge = baselines.vader_lexicon = lambda *args, **options: None
-for name, script, argv in runs:
-    def log_and_stop(self, step, metrics):
-        log(self, step, metrics)
-        if name == "stopped" and rank == "1" and step == 1:
-            signal.raise_signal(signal.SIGINT)
-    MetricLogger.log = log_and_stop
-    sys.argv = [script, *argv]
-    with gradients() as grads, same_tokens(2):
-        try:
-            importlib.import_module(script).main()
-        except (UserError, Stopped) as mistake:
-            said[name] = str(mistake)
-    found |= {f"{name}.{i}": g for i, g in enumerate(grads)}
-view = torch.arange(12.0).view(3, 4).T[1:, :2]
-hardware.setup_machine().sum_([view])
-said["view"] = view.tolist()
-save_file(found, f"grads.{rank}")
-json.dump(said, open(f"said.{rank}", "w"))
-"""
 REWARD = """
 import os
 calls = []
@@ -139,7 +101,6 @@ def two_ranks(smoke, tmp_path_factory):
     """All cases on two processes, as torchrun would start them: (folder, gradients and messages of each rank, options)."""
     home = tmp_path_factory.mktemp("ranks")
     (home / "flaky.py").write_text(REWARD)
-    (home / "driver.py").write_text(DRIVER)
     more = {
         "odd": ("train_ppo", [*SMALL, "--batch", "15", "--minibatch", "15"]),
         "stopped": ("train_sft", [*TINY, "--batch", "100", "--epochs", "1"]),
@@ -149,30 +110,7 @@ def two_ranks(smoke, tmp_path_factory):
     filled = lambda script, options: [word.format(**fill) for word in [*options, *INPUTS[script]]]
     argv = {name: (script, filled(script, options)) for name, (script, options) in (CASES | more).items()}
     runs = [(name, script, [*options, "--out", str(home / name)]) for name, (script, options) in argv.items()]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-                                "PYTHONPATH": f"{ROOT}{os.pathsep}{home}", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
-    processes = [
-        subprocess.Popen([sys.executable, "driver.py", json.dumps(runs)], cwd=home, env=environment | {"RANK": str(rank)},
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for rank in (0, 1)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            assert process.wait(timeout=300) == 0, process.stderr.read()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-            process.stderr.close()
-    read = lambda rank: (load_file(home / f"grads.{rank}"), json.loads((home / f"said.{rank}").read_text()))
-    return home, *zip(read(0), read(1), strict=True), argv
-
-
-def steps(grads: dict[str, torch.Tensor], name: str) -> list[torch.Tensor]:
-    return [grads[f"{name}.{i}"] for i in range(sum(key.startswith(f"{name}.") for key in grads))]
+    return home, *zip(*start(home, runs), strict=True), argv
 
 
 def numbers(found, path: str = "") -> dict[str, float]:

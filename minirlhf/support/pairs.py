@@ -112,7 +112,9 @@ class JudgedPairs:
             parts = self.batch(step).split(microbatch)
             parts = [logps(part.texts).detach().view(2, len(part)) for part in parts]
             if parts:
-                found[:, send(torch.tensor(self.mine(step)), self.run.device)] = torch.cat(parts, 1)
+                found[:, send(torch.tensor(self.mine(step), dtype=torch.long), self.run.device)] = torch.cat(
+                    parts, 1
+                )
         self.ref_logps = self.run.sum_(found)  # each pair was read on one rank, and is 0 on the others
         self.run.require_finite(ref_logps=self.ref_logps)
 

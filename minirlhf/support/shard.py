@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from minirlhf import UserError
 from minirlhf.support.hardware import Machine
 
+WHOLE = "the policy, whole, in a rollout"
 COMMAND = "torchrun --nproc-per-node 8 train_ppo.py ... --shard"
 _roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of this process
 
@@ -204,7 +205,7 @@ def needs(
         "weights": weights // world,
         "gradients": max(learnt) // world,
         "Adam's moments": 2 * sum(learnt) // world,
-        "the first model, whole, in a rollout": size(trained[0].parameters()) - 2 * rounded,
+        WHOLE: size(trained[0].parameters()) - 2 * rounded,
     }
 
 

@@ -13,7 +13,6 @@ Why not torch.distributed.checkpoint?  Its index, .metadata, is a pickle, and re
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,6 @@ def write(
 
     def write_mine() -> str:
         try:
-            if machine.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True, exist_ok=True)
             digest = steps.write_tensors({name: local(x) for name, x in cut.items()}, folder / mine)
             fsync(folder / mine)

@@ -3,6 +3,7 @@
     python -m minirlhf.estimate runs/demo/sft --reward-model runs/demo/rm
     python -m minirlhf.estimate runs/smollm2/base --train-layers 14 --batch 64 --microbatch 8
     python -m minirlhf.estimate runs/smollm2/base --lora 16
+    python -m minirlhf.estimate runs/big/sft --batch 512 --ranks 8 --shard
 
 Nothing is trained.  The bytes that autograd keeps are not a formula here: trial forwards of a few rows tell
 what a row costs, for every architecture and option.  Operations are counted as they must be done: two for a
@@ -24,7 +25,7 @@ from minirlhf.algorithms import ALGORITHMS
 from minirlhf.model import GPT, GPTConfig, ValueModel, critic_from, zero_critic
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, response_logprobs, response_values
-from minirlhf.support import cli, hardware
+from minirlhf.support import cli, hardware, shard
 from minirlhf.support.cli import Count, number
 from minirlhf.support.prepare import prepare
 
@@ -142,7 +143,13 @@ def size(n: float, unit: str) -> str:
 
 
 def needs(
-    models: dict[str, nn.Module], prompt: int, response: int, rows: int, batch: int, fused: bool
+    models: dict[str, nn.Module],
+    prompt: int,
+    response: int,
+    rows: int,
+    batch: int,
+    fused: bool,
+    pieces: dict[str, int] | None = None,
 ) -> dict[str, int]:
     """{what: bytes} that PPO holds, and its peak, for the models as they are to be trained.
 
@@ -151,6 +158,7 @@ def needs(
     rows              texts per microbatch
     batch             texts per rollout, on this rank
     fused             whether the logits are never held
+    pieces            what shard.needs says, where this is one rank of several that share the models
     """
     policy, critic, weights = models["policy"], models.get("critic"), parameters(models.values())
     device = policy.wte.weight.device
@@ -171,8 +179,10 @@ def needs(
         "a microbatch": max(of_policy, of_critic or 0) + logits,
         "keys and values of a rollout": cache_bytes(policy.config, batch, prompt + response),
     }
-    before = resident_bytes() if device.type == "cpu" else found["weights"]
-    most = max(found["gradients"] + found["a microbatch"], found["keys and values of a rollout"])
+    before = resident_bytes() if device.type == "cpu" and not pieces else (pieces or found)["weights"]
+    found |= pieces or {}
+    rollout = found["keys and values of a rollout"] + (pieces or {}).get(shard.WHOLE, 0)
+    most = max(found["gradients"] + found["a microbatch"], rollout)
     return found | {"peak, about": before + found["Adam's moments"] + most}
 
 
@@ -194,7 +204,10 @@ def load_models(args: argparse.Namespace, precision: str) -> dict[str, nn.Module
     dtype = hardware.frozen_dtype(precision)
     run = argparse.Namespace(device=hardware.setup_machine().device, frozen_dtype=dtype)
     trained = [model for name, model in models.items() if name not in frozen]
-    prepare(args, run, trained, [*frozen.values()])
+    unsplit = argparse.Namespace(
+        **vars(args) | {"shard": False}
+    )  # so that this process can count all of them
+    prepare(unsplit, run, trained, [*frozen.values()])
     return models
 
 
@@ -230,11 +243,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="Precision of matrix products (%(default)s).",
     )
     add("--gradient-checkpointing", action="store_true", help="Keep only each block's input for backward.")
+    add("--ranks", type=number(Count), default=1, help="Processes that share the batch (%(default)s).")
+    add("--shard", action="store_true", help="The processes share the models as well, as with --shard.")
     parser.set_defaults(compile=False)
     args = parser.parse_args(argv)
     if args.lora and args.train_layers:
         raise UserError("--train-layers has no effect with --lora: drop one of them")
-    args.microbatch = args.microbatch or args.minibatch
+    for name in ("batch", "minibatch"):
+        whole = getattr(args, name)
+        setattr(args, name, optim.exact_div(whole, args.ranks, f"--{name} over --ranks {args.ranks}"))
+    args.microbatch = min(args.microbatch or args.minibatch, args.minibatch)
     for big, small in ("batch", "minibatch"), ("minibatch", "microbatch"):
         if getattr(args, big) % getattr(args, small):
             raise UserError(
@@ -262,8 +280,12 @@ def main() -> None:
 
     device = policy.wte.weight.device
     fused = optim.fuse_head("auto", args.microbatch * args.response_tokens, policy.config.vocab_size)
+    trained = [models[name] for name in ("policy", "critic") if name in models]
+    frozen = [model for model in models.values() if model not in trained]
+    pieces = shard.needs(trained, frozen, args.ranks, precision == "bf16") if args.shard else None
     with hardware.Machine(device).autocast(precision):
-        found = needs(models, prompt, args.response_tokens, args.microbatch, args.batch, fused)
+        found = needs(models, prompt, args.response_tokens, args.microbatch, args.batch, fused, pieces)
+    print(f"in each of {args.ranks} processes:" if args.ranks > 1 else "in one process:")
     for name, n in found.items():
         print(f"{name:30s}{size(n, 'B'):>10s}")
 
