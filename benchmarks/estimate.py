@@ -2,12 +2,13 @@
 
     python benchmarks/estimate.py                                  # 124M, 1.5B and 7B on H100s
     python benchmarks/estimate.py --one-gpu                        # 0.5B to 8B, what fits 24 GB and 80 GB, with LoRA or not
+    python benchmarks/estimate.py --shard --batch 4096 --minibatch 1024   # 1.5B to 70B on 8 to 1,024 GPUs, with --shard
     python benchmarks/estimate.py --gpu-gb 141 --gpu-tb-s 4.8      # the same on H200s
     python benchmarks/estimate.py --batch 1024 --prompt 512 --response 256
 
 Parameters and bytes are counted on the models themselves, made without memory (the meta device), and activations on one
 block of each.  `python -m minirlhf.estimate CKPT` prints the same for a checkpoint.  torchrun replicates the models: more
-GPUs share the batch, not the weights.
+GPUs share the batch, not the weights; with --shard they share the weights.
 
 Assumed: bf16 products run at --share of the GPU's peak in scoring and update; a decoding step reads all weights and the cache
 once, at --share of the memory's bandwidth; gradients are summed once per optimiser step in fp32, at --link-gb-s per GPU, with
@@ -27,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.demo import table  # noqa: E402
 from minirlhf.model import GPT, GPTConfig, ValueModel  # noqa: E402
-from minirlhf.support import cli  # noqa: E402
-from minirlhf.support.prepare import store, store_blocks, train_last  # noqa: E402
+from minirlhf.support import cli, shard  # noqa: E402
+from minirlhf.support.prepare import gpts_in, store, store_blocks, train_last  # noqa: E402
 from minirlhf.tools import estimate  # noqa: E402
 
 LLAMA = {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False}
@@ -47,6 +48,14 @@ PEOPLES = {  # what people tune on one GPU
         128256, 131072, 28, 24, 3072, n_kv_head=8, n_inner=8192, **LLAMA | {"tied": True}
     ),
     "8B (Llama 3.1)": GPTConfig(128256, 131072, 32, 32, 4096, n_kv_head=8, n_inner=14336, **LLAMA),
+}
+LARGE = {  # with --shard
+    "1.5B (Qwen2.5)": GPTConfig(151936, 32768, 28, 12, 1536, n_kv_head=2, n_inner=8960, **QWEN),
+    "8B (Llama 3.1)": PEOPLES["8B (Llama 3.1)"],
+    "32B (Qwen2.5)": GPTConfig(
+        152064, 32768, 64, 40, 5120, n_kv_head=8, n_inner=27648, **QWEN | {"tied": False}
+    ),
+    "70B (Llama 3.1)": GPTConfig(128256, 131072, 80, 64, 8192, n_kv_head=8, n_inner=28672, **LLAMA),
 }
 VARIANTS = {  # gradient checkpointing, share of the layers that is trained, rank of adapters
     "all layers": (False, None, 0),
@@ -131,6 +140,65 @@ def needs(shape: GPTConfig, variant: tuple, args: argparse.Namespace, gpus: int)
     return held, rollout + score + update + exchange
 
 
+def traffic(model: torch.nn.Module) -> dict[str, int]:
+    """Bytes of a sharded model in bf16 that pass between all ranks together: each gets (N - 1) / N of them.
+
+    forward, backward: what is gathered in each; gradients: what is summed.  Linear layers of blocks travel in bf16, their
+    gradients and all else in fp32; what is frozen, as it is stored."""
+    blocks = [p for gpt in gpts_in(model) for block in gpt.blocks for p in block.named_parameters()]
+    width = {id(p): 4 for name, p in blocks if "norm" in name or name.startswith("ln_")}
+    in_blocks = sum(p.numel() * width.get(id(p), WIDTH) for _, p in blocks)
+    among = {id(p) for _, p in blocks}
+    rest = sum(4 * p.numel() for p in model.parameters() if id(p) not in among)
+    learnt = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    return {"forward": in_blocks + rest, "backward": in_blocks, "gradients": learnt}
+
+
+def sharded(shape: GPTConfig, args: argparse.Namespace, gpus: int) -> tuple[dict[str, float], float]:
+    """({what: bytes that one of `gpus` holds}, bytes that it receives per optimiser step of policy and critic)."""
+    with torch.device("meta"):
+        policy, ref, reward, critic = GPT(shape), GPT(shape), ValueModel(shape), ValueModel(shape)
+    for model in (ref, reward):
+        store_blocks(model.requires_grad_(False), torch.bfloat16)
+    held: dict[str, float] = dict(shard.needs([policy, critic], [ref, reward], gpus, half=True))
+    rows, length = min(args.microbatch, max(1, args.minibatch // gpus)), args.prompt + args.response
+    root = sum(4 * p.numel() for name, p in policy.named_parameters() if not name.startswith("blocks"))
+    block = sum(WIDTH * p.numel() for p in policy.blocks[0].parameters())
+    held["root and two blocks, whole"] = root + 2 * block
+    held["inputs of blocks"] = 4 * shape.n_layer * rows * length * shape.n_embd
+    held["cache"] = estimate.cache_bytes(shape, max(1, args.batch // gpus), length, WIDTH)
+    passes = max(1, -(-args.minibatch // gpus // rows))
+    moved = sum(passes * sum(traffic(model).values()) for model in (policy, critic))
+    return held, moved * (gpus - 1) / gpus
+
+
+def with_shard(args: argparse.Namespace) -> str:
+    """A row per model and number of GPUs."""
+    rows = []
+    for name, shape in LARGE.items():
+        for gpus in args.gpus:
+            held, moved = sharded(shape, args, gpus)
+            kept = held["weights"] + held["Adam's moments"]
+            update = held["gradients"] + held["root and two blocks, whole"] + held["inputs of blocks"]
+            rollout = held[shard.WHOLE] + held["cache"]
+            peak, free = kept + max(update, rollout), 0.9 * args.gpu_gb * 1e9
+            fits = "yes" if peak <= free else "without rollouts" if kept + update <= free else "no"
+            seconds = moved / (args.link_gb_s * 1e9)
+            cells = [f"{n / 1e9:.1f}" for n in (kept, held["gradients"], update, rollout, peak)]
+            rows.append([name, f"{gpus:,}", *cells, fits, f"{moved / 1e9:.0f}", f"{seconds:.1f}"])
+    head = [
+        "model",
+        "GPUs",
+        "weights and moments, GB",
+        "gradients",
+        "update",
+        "rollout",
+        "peak",
+        f"fits {args.gpu_gb:g} GB",
+    ]
+    return table([*head, "GB received per step", "s at link speed"], rows)
+
+
 def one_gpu(args: argparse.Namespace) -> str:
     """A row per model and way of training it: what it holds, where it fits, and tokens per second."""
     rows = []
@@ -179,11 +247,15 @@ def main() -> None:
         "--gpus",
         type=cli.number(cli.Count),
         nargs="+",
-        default=[1, 8, 64],
-        help="Numbers of GPUs, one column each.",
+        help="Numbers of GPUs: 1 8 64, or 8 64 256 1024 with --shard.",
     )
+    parser.add_argument("--shard", action="store_true", help="Models split over the GPUs: 1.5B to 70B.")
     parser.add_argument("--one-gpu", action="store_true", help="What fits one GPU of 24 GB and of 80 GB.")
     args = parser.parse_args()
+    args.gpus = args.gpus or ([8, 64, 256, 1024] if args.shard else [1, 8, 64])
+    if args.shard:
+        print(with_shard(args))
+        return
     if args.one_gpu:
         print(one_gpu(args))
         return

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from minirlhf import UserError
+from minirlhf.support import shard
 from minirlhf.support.hardware import Machine
 
 
 def adamw(
-    models: Iterable[nn.Module],
+    models: Sequence[nn.Module],
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
@@ -24,6 +25,7 @@ def adamw(
 
     `embedding_scale` multiplies the learning rate of token embeddings, each of which occurs in few batches.
     """
+    shard.drop(models)  # or the optimiser would train what a forward has gathered, not this rank's pieces
     named = [(name, p) for m in models for name, p in m.named_parameters() if p.requires_grad]
     embeddings = [p for name, p in named if name.endswith("wte.weight")]
     matrices = [p for name, p in named if p.dim() >= 2 and not name.endswith("wte.weight")]

@@ -26,8 +26,7 @@ CASES = {
     "sft": ("train_sft", [*TINY, "--batch", "311"]),
     # 39 texts on a rank and 38 on the other: eight parts on both, of which one may be empty.
     "sft, parts": ("train_sft", [*TINY, "--batch", "77", "--microbatch", "1", "--epochs", "1", "--fused-head", "on"]),
-    "rm": ("train_rm", [*RM, "--batch", "311", "--head", "linear"]),
-    "rm, both": ("train_rm", [*RM, "--loss", "both", "--batch", "100"]),
+    "rm, both": ("train_rm", [*RM, "--loss", "both", "--batch", "311", "--head", "linear"]),
     "rm, choices": ("train_rm", [*RM, "--data", "{choices}", "--batch", "49", "--members", "2", "--normalise", "bias"]),
     "rm, lora": ("train_rm", [*RM, "--batch", "100", "--lora", "4", "--members", "2"]),
     "dpo": ("train_dpo", [*SMALL, "--pairs", "1", "--batch", "311", "--epochs", "2"]),
@@ -58,7 +57,7 @@ WIDE = [
     "--n-embd",
     "128",
     "--batch",
-    "8",
+    "104",
     "--epochs",
     "1",
     "--samples",

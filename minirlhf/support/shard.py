@@ -15,7 +15,7 @@ What is easily done wrong, and how it is done here:
 - Under autocast, backward would hold a bf16 copy of every block's weights.  Linear layers are gathered in
   bf16 instead, rounded as autocast rounds them; norms and embeddings stay fp32.
 - A rollout asks for one forward per token, and ranks stop at different ones: `whole` gathers a model first.
-- Optimisers are made after this, of the pieces.
+- Optimisers are made after this, of the pieces; a root's group that is whole then would be trained as a copy.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,13 @@ def _drop_others(root: nn.Module, _: Any) -> None:
         if other is not root and not other.awaits_backward:
             other.reshard()
     root.awaits_backward = torch.is_grad_enabled() and any(p.requires_grad for p in root.parameters())
+
+
+def drop(models: Iterable[nn.Module]) -> None:
+    """Let go of the weights that a forward has gathered; models that are not sharded stay as they are."""
+    for root in [root for model in models for root in roots_in(model)]:
+        if root in _roots:
+            root.reshard()
 
 
 def roots_in(model: nn.Module) -> list[nn.Module]:
