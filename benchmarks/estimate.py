@@ -145,21 +145,31 @@ def traffic(model: torch.nn.Module) -> dict[str, int]:
 
     forward, backward: what is gathered in each; gradients: what is summed.  Linear layers of blocks travel in bf16, their
     gradients and all else in fp32; what is frozen, as it is stored."""
-    blocks = [p for gpt in gpts_in(model) for block in gpt.blocks for p in block.named_parameters()]
-    width = {id(p): 4 for name, p in blocks if "norm" in name or name.startswith("ln_")}
-    in_blocks = sum(p.numel() * width.get(id(p), WIDTH) for _, p in blocks)
-    among = {id(p) for _, p in blocks}
-    rest = sum(4 * p.numel() for p in model.parameters() if id(p) not in among)
-    learnt = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
-    return {"forward": in_blocks + rest, "backward": in_blocks, "gradients": learnt}
+    blocks = [block for gpt in gpts_in(model) for block in gpt.blocks]
+    linear = [layer for block in blocks for layer in block.children() if isinstance(layer, torch.nn.Linear)]
+    rounded = sum(p.nbytes for layer in linear for p in layer.parameters() if layer.weight.requires_grad)
+    in_blocks = sum(p.nbytes for block in blocks for p in block.parameters()) - rounded * (4 - WIDTH) // 4
+    everything = sum(p.nbytes for p in model.parameters()) - rounded * (4 - WIDTH) // 4
+    learnt = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {"forward": everything, "backward": in_blocks, "gradients": learnt}
 
 
-def sharded(shape: GPTConfig, args: argparse.Namespace, gpus: int) -> tuple[dict[str, float], float]:
-    """({what: bytes that one of `gpus` holds}, bytes that it receives per optimiser step of policy and critic)."""
+def models_of(shape: GPTConfig) -> tuple[torch.nn.Module, ...]:
+    """Policy, critic, reference and reward model as PPO in bf16 holds them, without memory."""
     with torch.device("meta"):
-        policy, ref, reward, critic = GPT(shape), GPT(shape), ValueModel(shape), ValueModel(shape)
+        policy, critic, ref, reward = GPT(shape), ValueModel(shape), GPT(shape), ValueModel(shape)
     for model in (ref, reward):
         store_blocks(model.requires_grad_(False), torch.bfloat16)
+    return policy, critic, ref, reward
+
+
+def sharded(
+    shape: GPTConfig, models: tuple, args: argparse.Namespace, gpus: int
+) -> tuple[dict[str, float], float]:
+    """({what: bytes that one of `gpus` holds}, bytes that it receives per optimiser step of policy and critic).
+
+    models: what models_of returns."""
+    policy, critic, ref, reward = models
     held: dict[str, float] = dict(shard.needs([policy, critic], [ref, reward], gpus, half=True))
     rows, length = min(args.microbatch, max(1, args.minibatch // gpus)), args.prompt + args.response
     root = sum(4 * p.numel() for name, p in policy.named_parameters() if not name.startswith("blocks"))
@@ -176,8 +186,9 @@ def with_shard(args: argparse.Namespace) -> str:
     """A row per model and number of GPUs."""
     rows = []
     for name, shape in LARGE.items():
+        models = models_of(shape)
         for gpus in args.gpus:
-            held, moved = sharded(shape, args, gpus)
+            held, moved = sharded(shape, models, args, gpus)
             kept = held["weights"] + held["Adam's moments"]
             update = held["gradients"] + held["root and two blocks, whole"] + held["inputs of blocks"]
             rollout = held[shard.WHOLE] + held["cache"]

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -184,6 +185,19 @@ def test_scaling_changes_one_number_at_a_time():
     assert all(ppo.SMALL[axis] in values for axis, values in scaling.AXES.items())
     table = scaling.rows_of("vocab", {"1024": row(2.0, 100)[0], "4096": row(3.0, 100)[0]})
     assert table.startswith("| vocabulary |") and len(table.splitlines()) == 4
+
+
+def test_the_page_on_scaling_holds_what_its_command_prints(monkeypatch):
+    raw = (ROOT / "benchmarks/results/estimate_shard.txt").read_text().strip()
+    page = (ROOT / "docs/scaling.md").read_text()
+    assert f"\n\n{raw}\n\n" in page
+    words = re.search(r"`python (benchmarks/estimate.py --shard .*?)`", page)[1].split()
+    monkeypatch.setattr(sys, "argv", words)
+    printed = []
+    monkeypatch.setattr(estimate, "LARGE", dict([next(iter(estimate.LARGE.items()))]))
+    monkeypatch.setattr("builtins.print", lambda text: printed.append(text))
+    estimate.main()
+    assert printed[0].splitlines() == raw.splitlines()[:6]
 
 
 def test_estimates_of_larger_models():

@@ -1,24 +1,31 @@
 """--shard: models split over two processes compute what one process computes, save it and go on from it."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.testing._internal.distributed.fake_pg
 from safetensors.torch import load_file
 
-from minirlhf import UserError
+from benchmarks import estimate
+from minirlhf import UserError, optim
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble, ValueModel
 from minirlhf.support import elastic, hardware, shard, shard_files
 from tests.gradients import agree, gradients
 from tests.test_ranks import INPUTS, RM, SMALL, TINY, choices, same_tokens, that_matter
 from tests.two_ranks import bytes_after_steps, start, steps
 
+TINY_GPT = GPTConfig(vocab_size=50, context=16, n_layer=2, n_head=2, n_embd=16)
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ["--monitor", "{judge}"]
 CASES = {
@@ -70,7 +77,7 @@ MEMORY = {
 HALVES = {
     "half, sft": (
         "train_sft",
-        [*SMALL, "--n-embd", "16", "--batch", "64", "--epochs", "1", "--samples", "0"],
+        [*SMALL, "--n-embd", "16", "--dropout", "0", "--batch", "64", "--epochs", "1", "--samples", "0"],
     ),
     "half, ppo": ("train_ppo", SMALL),
     "half, rm": ("train_rm", [*RM, "--batch", "100", "--members", "2"]),
@@ -168,6 +175,103 @@ def test_a_rank_of_two_holds_little_more_than_half(two, options_of, run, tmp_pat
         assert run(script, *options) == 0
     print([each[case] / held[-1] for each in said])
     assert all(each[case] <= 0.55 * held[-1] for each in said)
+
+
+# ------------------------------------------------------------------------------------- what is gathered, and when
+
+
+@pytest.fixture
+def one():
+    """A machine whose models are sharded over one process, this one."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield hardware.Machine(torch.device("cpu"), 0, 1, True)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def pretended():
+    """One of two ranks, of which there is no other: collectives take place and change nothing."""
+    store = torch.testing._internal.distributed.fake_pg.FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=2)
+    yield hardware.Machine(torch.device("cpu"), 0, 2, True)
+    torch.distributed.destroy_process_group()
+
+
+def pieces(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that are sharded now."""
+    return {name for name, p in model.named_parameters() if hasattr(p, "to_local")}
+
+
+def read(model: GPT) -> torch.Tensor:
+    hidden = model(torch.arange(12).view(3, 4))
+    return model.logits(hidden).float().log_softmax(-1)[..., 3].sum()
+
+
+def test_a_model_is_whole_from_its_forward_to_the_end_of_its_backward(one):
+    torch.manual_seed(0)
+    policy, ref = GPT(TINY_GPT), GPT(TINY_GPT).requires_grad_(False)
+    shard.shard(one, [policy], [ref], "fp32")
+    everything = {name for name, _ in policy.named_parameters()}
+    in_blocks = {name for name in everything if name.startswith("blocks")}
+    assert pieces(policy) == pieces(ref) == everything
+    loss = read(policy)
+    assert pieces(policy) == in_blocks  # embeddings and norm are whole: logits() and backward read them
+    with torch.no_grad():
+        read(ref)
+        assert pieces(policy) == pieces(ref) == in_blocks  # the policy waits for its backward
+        loss.backward()
+        assert pieces(policy) == everything
+        read(policy)
+        assert pieces(ref) == everything  # a model that is only read is dropped by the next one
+        read(ref)
+        assert pieces(policy) == everything
+    with shard.whole(policy, contextlib.nullcontext()):
+        assert pieces(policy) == set()
+        policy(torch.zeros(1, 3, dtype=torch.long))
+        assert pieces(policy) == set()
+    assert pieces(policy) == everything
+
+
+def test_an_optimiser_is_made_of_pieces_even_after_a_forward(one):
+    """As train_dpo.py reads its pairs first: what the forward gathered is a copy, whose gradient is lost."""
+    policy = GPT(TINY_GPT)
+    shard.shard(one, [policy], [], "fp32")
+    read(policy)
+    optimizer = optim.adamw([policy], 1e-3, 0.0, (0.9, 0.99), 1e-8)
+    assert all(hasattr(p, "to_local") for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "lora"])
+def test_traffic_is_that_of_the_formula(pretended, monkeypatch, shape, precision):
+    """Bytes that are gathered and summed in a forward and backward; in fp32 nothing is rounded."""
+    torch.manual_seed(0)
+    more = {
+        "llama": {"norm": "rms", "positions": "rotary", "mlp": "swiglu", "bias": False, "tied": False},
+        "lora": {"lora_rank": 2},
+    }
+    model = GPT(dataclasses.replace(TINY_GPT, **more.get(shape, {})))
+    expected = estimate.traffic(model) if precision == "bf16" else dict.fromkeys(("forward", "backward"), 0)
+    if precision == "fp32":
+        expected["forward"] = sum(p.nbytes for p in model.parameters())
+        expected["backward"] = sum(p.nbytes for p in model.blocks.parameters())
+        expected["gradients"] = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    shard.shard(pretended, [model], [], precision)
+    moved = Counter()
+    for name, kind in {"all_gather_single": "gathered", "reduce_scatter_single": "gradients"}.items():
+        real = getattr(torch.distributed, name)
+
+        def count(output, input, *rest, kind=kind, call=real, **options):
+            moved[kind] += (output if kind == "gathered" else input).nbytes
+            return call(output, input, *rest, **options)
+
+        monkeypatch.setattr(torch.distributed, name, count)
+    with pretended.autocast(precision):
+        loss = read(model)
+    assert moved == {"gathered": expected["forward"]}
+    loss.backward()
+    total = {"gathered": expected["forward"] + expected["backward"], "gradients": expected["gradients"]}
+    assert moved == total
 
 
 # ------------------------------------------------------------------------------------- going on from a checkpoint
@@ -286,9 +390,6 @@ def test_shard_without_torchrun_or_with_compile_is_one_sentence(run, smoke, tmp_
     assert not (tmp_path / "out").exists()
 
 
-TINY_GPT = GPTConfig(vocab_size=50, context=16, n_layer=2, n_head=2, n_embd=16)
-
-
 def test_models_that_do_not_fit_are_refused_with_the_arithmetic(monkeypatch):
     policy, ref = GPT(TINY_GPT), GPT(TINY_GPT).requires_grad_(False)
     n = sum(p.numel() for p in policy.parameters())
@@ -307,6 +408,7 @@ def test_models_that_do_not_fit_are_refused_with_the_arithmetic(monkeypatch):
         UserError, match=r"^--shard over 4 processes: weights .* \+ gradients .* GB in each, and .* free: use"
     ):
         shard.refuse_unfit(machine, [policy], [ref], False)
+    monkeypatch.undo()
     assert shard.free_bytes(torch.device("cpu")) > 2**20
 
 
@@ -367,6 +469,19 @@ def test_a_dead_rank_ends_the_job_within_a_minute(options_of, tmp_path):
     assert done.returncode == 1 and time.monotonic() - began < 60
     assert "error: another process of this run has ended, see its message: so does this one" in done.stderr
     assert "Traceback" not in done.stderr.split("another process")[0]
+
+
+def test_ranks_that_are_started_again_do_not_meet_those_before(monkeypatch):
+    """The store keeps what earlier ranks wrote, those included that ended while they met."""
+    store, names = torch.distributed.HashStore(), []
+    for start_ in range(3):
+        store.set("greeting-2", "of a rank that ended before it was answered")
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda rank: elastic.common_name(store, rank, 4), (3, 1, 2, 0)))
+        assert len({*found}) == 1
+        names.append(found[0])
+        store.set("answer-1", f"{start_}{names[0]}")
+    assert len({*names}) == 3
 
 
 def test_restarts_resume_and_never_overwrite(monkeypatch):

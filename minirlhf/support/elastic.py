@@ -7,22 +7,74 @@ import json
 import os
 import re
 import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 from minirlhf import UserError
 
 # What a rank sees of another one that has ended: from gloo, NCCL, and the store through which ranks meet.
 ENDED = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset) by peer|Broken pipe")
 
+PAUSE = 0.02  # seconds between looks into the store
+
+
+def _restarts() -> bool:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
+
 
 def restarted() -> bool:
-    """Whether torchrun has started this run again, after a process failed: it then goes on from `latest`."""
+    """Whether torchrun has started this process again: the run then goes on from `latest`.
+
+    On several machines only those where a process failed count a restart: ask all ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+
+
+def join_group(backend: str) -> None:
+    """Meet the other ranks, as torch.distributed.init_process_group does.
+
+    Ranks tell each other their addresses through a store of torchrun's, which outlives restarts.  There, ranks
+    that were started again find addresses of those that have ended, and wait for them (torch 2.13.0).  So where
+    restarts are allowed, each start writes under a name of its own."""
+    import torch.distributed as dist  # not above: command lines are read without torch
+
+    if not _restarts() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        dist.init_process_group(backend)
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*address, world, is_master=False)
+    own = dist.PrefixStore(common_name(store, rank, world), store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
+
+
+def common_name(store: Any, rank: int, world: int) -> str:
+    """A name that these ranks agree on, and no earlier ones, whatever those have left in the store.
+
+    Each rank greets with a number of its own.  Rank 0 answers every greeting until it has been heard; answers
+    to earlier greetings are not for us.  torchrun ends all earlier ranks before it starts new ones."""
+    mine = uuid.uuid4().hex
+    get = lambda key: store.get(key).decode() if store.check([key]) else ""
+    if rank:
+        store.set(f"greeting-{rank}", mine)
+        while not (answer := get(f"answer-{rank}")).startswith(mine):
+            time.sleep(PAUSE)
+        name = answer.removeprefix(mine)
+        store.set(f"heard-{rank}", name)
+        return name
+    waiting = set(range(1, world))
+    while waiting:
+        for other in waiting:
+            if greeting := get(f"greeting-{other}"):
+                store.set(f"answer-{other}", greeting + mine)
+        time.sleep(PAUSE)
+        waiting = {other for other in waiting if get(f"heard-{other}") != mine}
+    return mine
 
 
 def refuse_overwrite(overwrite: bool) -> None:
     """UserError for --overwrite under --max-restarts: every restart would begin again, and lose the run."""
-    if overwrite and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0:
+    if overwrite and _restarts():
         raise UserError(
             "--overwrite under torchrun --max-restarts would replace the run at every restart: drop one"
         )

@@ -47,6 +47,7 @@ class Folder:
         self.stage, self.config, self.out = stage, config, config.out
         self.machine, self.rank, self.world = machine, machine.rank, machine.world
         elastic.refuse_overwrite(config.overwrite)
+        self.goes_on = config.resume or machine.any(elastic.restarted())
         self.lock: Lock | None = None
         if self.rank == 0:
             refuse_unwritable(self.out)
@@ -68,8 +69,7 @@ class Folder:
                 if not overwrite:  # a damaged run may be replaced
                     raise
         settings = checkpoint.settings_of(self.config)
-        resume = self.config.resume or elastic.restarted()
-        state = claims.claim(self.out, self.saved, self.stage, settings, resume, overwrite)
+        state = claims.claim(self.out, self.saved, self.stage, settings, self.goes_on, overwrite)
         if state == "resume" and self.saved.get("world", self.world) != self.world:
             self.print(
                 f"{self.out}: begun with {self.saved['world']} processes, now {self.world}: other draws"

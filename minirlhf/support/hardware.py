@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from minirlhf.support import elastic
+
 BUCKET = 25 * 2**20  # bytes of gradients that are summed in one call: a call per parameter waits for each
 
 
@@ -116,7 +118,7 @@ def setup_machine() -> Machine:
         device = torch.device("cpu")
         keep_freed_memory()
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        elastic.join_group("nccl" if device.type == "cuda" else "gloo")
     return Machine(device, rank, world)
 
 

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minirlhf import UserError
+from minirlhf.support import elastic
 from minirlhf.support.hardware import Machine
 
 WHOLE = "the policy, whole, in a rollout"
@@ -49,8 +50,14 @@ def on(machine: Machine, config: Any) -> Machine:
         raise UserError(f"--shard splits models over the processes of torchrun, and this is one: {COMMAND}")
     if config.compile:
         raise UserError("--shard and --compile do not go together: drop one of them")
+    from torch.distributed.fsdp import FSDPModule  # seconds to import
+
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(
+            f"--shard needs a newer torch than {torch.__version__}: 2.13.0 is the one that is tested"
+        )
     if not dist.is_initialized():  # one process of torchrun: a world of 1
-        dist.init_process_group("nccl" if machine.device.type == "cuda" else "gloo")
+        elastic.join_group("nccl" if machine.device.type == "cuda" else "gloo")
     return dataclasses.replace(machine, sharded=True)
 
 
@@ -67,7 +74,7 @@ def shard(machine: Machine, trained: list[nn.Module], frozen: list[nn.Module], p
 
 
 def _shard_root(root: nn.Module, mesh: Any, half: bool) -> None:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # seconds to import
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in [block for module in root.modules() for block in getattr(module, "blocks", [])]:
