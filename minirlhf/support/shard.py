@@ -147,10 +147,14 @@ def local(x: Tensor) -> Tensor:
 
 
 def cut(x: Tensor, like: Tensor) -> Tensor:
-    """The piece of x that this rank holds of `like`; x may be that piece already."""
+    """The piece of x that this rank holds of `like`; x may be that piece already.
+
+    Raises ValueError where x has another shape than `like`."""
     piece = local(like)
-    if piece.shape == like.shape or x.shape == piece.shape:
+    if x.shape == piece.shape:
         return x
+    if x.shape != like.shape:
+        raise ValueError(f"a tensor has the shape {list(x.shape)}, not {list(like.shape)}")
     start, stop = rows(len(like), like.device_mesh.get_local_rank(), like.device_mesh.size())
     return x[start:stop]
 
@@ -160,8 +164,6 @@ def as_piece(x: Tensor, like: Tensor) -> Tensor:
     if not hasattr(like, "to_local") or x.dim() == 0:
         return x
     piece = cut(x, like).to(local(like).device)
-    if piece.shape != local(like).shape:
-        raise ValueError(f"a tensor of the shape {list(x.shape)} is no part of one of {list(like.shape)}")
     options = {"run_check": False, "shape": like.shape, "stride": like.stride()}
     return type(like).from_local(piece, like.device_mesh, like.placements, **options)
 

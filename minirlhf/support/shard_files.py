@@ -62,11 +62,12 @@ def write(
 
 
 def read(path: str | Path, machine: Machine) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of the trainer in the checkpoint at `path`, which may be sharded or not.
+    """(tensors, state) of the trainer in the checkpoint at `path`, which may be sharded or not; two empty ones
+    where it has none.
 
     Of tensors that were cut: this rank's pieces if the machine is sharded, else whole tensors.  Raises
     UserError where a file is missing or damaged."""
-    tensors, state = load_trainer(path)
+    tensors, state = load_trainer(path) or ({}, {})
     if "shards" not in state:
         return tensors, state
     folder = resolve(path)

@@ -34,9 +34,10 @@ from minirlhf.measure import attribution
 from minirlhf.model import GPT, ValueModel
 from minirlhf.rewards import RewardReader, make_critic
 from minirlhf.rollout import Texts, forbid, read_before, response_logprobs, response_values
-from minirlhf.support import adapters, cli, files
+from minirlhf.support import adapters, cli, files, shard_files
 from minirlhf.support.cli import AtLeast0, Real, Share
 from minirlhf.support.ends import are_ends
+from minirlhf.support.hardware import Machine
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools import evaluate
 from minirlhf.tools.report.facts import VERSION
@@ -66,8 +67,7 @@ def load_critic(setting: evaluate.Setting, reward_dir: Path | None) -> ValueMode
         return "DPO has no critic"
     if isinstance(algorithm, dict) and algorithm.get("baseline", "critic") != "critic":
         return NO_CRITIC
-    saved = checkpoint.load_trainer(setting.policy_dir)
-    tensors = {} if saved is None else saved[0]
+    tensors, _ = shard_files.read(setting.policy_dir, Machine(torch.device("cpu")))
     own = {name.removeprefix("value."): x for name, x in tensors.items() if name.startswith("value.")}
     if not own:
         return f"{setting.policy_dir} holds no critic"
