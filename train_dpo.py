@@ -120,8 +120,7 @@ def measure(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampl
     """Loss and measures on a part of a batch of pairs; those of all parts add up to the batch's [D17]."""
     with run.autocast():
         logps = response_logps(policy, pairs.texts, sampling, config.fused_head)  # [2 b]
-    lengths = pairs.texts.response_mask.sum(1)
-    log_ratios = preference.sequence_log_ratios(logps, pairs.ref_logps, lengths, config.loss)  # [D25]
+    log_ratios = preference.sequence_log_ratios(logps, pairs.ref_logps, pairs.lengths, config.loss)  # [D25]
     chosen, rejected = log_ratios.chunk(2)  # [b]
     share = pairs.share + config.label_smoothing * (1 - 2 * pairs.share)
     pair_loss = preference.dpo_loss if config.loss == "dpo" else preference.ipo_loss

@@ -1,8 +1,8 @@
 """The machine: device, ranks, precision, seeds and memory.
 
 Distributed runs (`torchrun`) replicate the models, or split them (--shard, support/shard.py), and sum
-gradients.  Every loss in this project is a sum over tokens divided by the number of tokens in the whole batch,
-over all ranks, so summing is all there is to do [D17]."""
+gradients.  Every loss in this project is a sum over tokens divided by the number of tokens in the whole
+batch, over all ranks, so summing is all there is to do [D17]."""
 
 from __future__ import annotations
 

@@ -37,6 +37,11 @@ class Pairs:
     measures: dict[str, Tensor] = field(default_factory=dict)  # by metric name, [B]
     most: int = 0  # with --shard: the pairs of the rank that has most, see Machine.parts
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each response [2 B]."""
+        return self.texts.response_mask.sum(1)
+
     def __len__(self) -> int:
         return len(self.share)
 

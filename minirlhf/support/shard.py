@@ -64,8 +64,8 @@ def on(machine: Machine, config: Any) -> Machine:
 def shard(machine: Machine, trained: list[nn.Module], frozen: list[nn.Module], precision: str) -> None:
     """Split all models, which are on the CPU, over the ranks; each piece goes to its rank's device.
 
-    Raises UserError, on all ranks, where the first model, whole for a rollout, and the pieces of all models do
-    not fit the memory that is free."""
+    Raises UserError, on all ranks, where the first model, whole for a rollout, and the pieces of all models
+    do not fit the memory that is free."""
     half = precision == "bf16"
     agree(machine, refuse_unfit, machine, trained, frozen, half)
     mesh = dist.init_device_mesh(machine.device.type, (machine.world,))
@@ -108,7 +108,7 @@ def drop(models: Iterable[nn.Module]) -> None:
 
 
 def roots_in(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are called: the members of an ensemble, a policy and its reference, itself."""
+    """The modules of a model that are called: an ensemble's members, a policy and its reference, itself."""
     if hasattr(model, "blocks") or hasattr(model, "backbone"):
         return [model]
     return [root for child in model.children() for root in roots_in(child)]
@@ -132,7 +132,7 @@ def whole(model: nn.Module, context: contextlib.AbstractContextManager) -> Itera
             module.reshard()
 
 
-# ------------------------------------------------------------------------------------- pieces and whole tensors
+# ---------------------------------------------------------------- pieces and whole tensors
 
 
 def rows(n: int, rank: int, world: int) -> tuple[int, int]:
@@ -160,7 +160,7 @@ def cut(x: Tensor, like: Tensor) -> Tensor:
 
 
 def as_piece(x: Tensor, like: Tensor) -> Tensor:
-    """x, cut and sharded as `like` is; x itself where `like` is not sharded, or x is one number per tensor."""
+    """x, cut and sharded as `like` is; x itself if `like` is not sharded, or x is one number per tensor."""
     if not hasattr(like, "to_local") or x.dim() == 0:
         return x
     piece = cut(x, like).to(local(like).device)
@@ -170,7 +170,7 @@ def as_piece(x: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """model.load_state_dict(state), where the model may be sharded and the state's tensors whole or pieces."""
+    """model.load_state_dict(state), if the model may be sharded and the state's tensors whole or pieces."""
     own = model.state_dict()
     if not any(hasattr(x, "to_local") for x in own.values()):
         model.load_state_dict(state)

@@ -5,8 +5,8 @@
     trainer.safetensors            what is not cut: Adam's step counts
     model.safetensors              whole, as every later stage reads it
 
-Rank r of n holds rows r * ceil(N / n) to (r + 1) * ceil(N / n) of N.  So any number of ranks can read what any
-other number wrote: each finds the rows it needs in one file or in several.
+Rank r of n holds rows r * ceil(N / n) to (r + 1) * ceil(N / n) of N.  So any number of ranks can read what
+any other number wrote: each finds the rows it needs in one file or in several.
 
 Why not torch.distributed.checkpoint?  Its index, .metadata, is a pickle, and reading one can run code.
 """
@@ -31,8 +31,8 @@ from minirlhf.support.weights import DAMAGED, load_trainer, resolve
 def write(
     out: Path, step: int, tensors: dict[str, Tensor], machine: Machine
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
-    """Write this rank's pieces beside the step's folder -> (tensors that are not cut, `shards` of trainer.json,
-    the files of all ranks, which are to move into the folder).
+    """Write this rank's pieces beside the step's folder -> (tensors not cut, `shards` of trainer.json, the
+    files of all ranks, which are to move into the folder).
 
     All ranks take part.  Raises UserError on all of them where one cannot write."""
     cut = {name: x for name, x in tensors.items() if hasattr(x, "to_local")}
@@ -62,8 +62,8 @@ def write(
 
 
 def read(path: str | Path, machine: Machine) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of the trainer in the checkpoint at `path`, which may be sharded or not; two empty ones
-    where it has none.
+    """(tensors, state) of the trainer in the checkpoint at `path`, which may be sharded or not; two empty
+    ones where it has none.
 
     Of tensors that were cut: this rank's pieces if the machine is sharded, else whole tensors.  Raises
     UserError where a file is missing or damaged."""

@@ -19,8 +19,8 @@ def pack_optimizer(opt: Optimizer, prefix: str) -> tuple[dict[str, Tensor], dict
 def unpack_optimizer(opt: Optimizer, tensors: dict[str, Tensor], saved: dict, prefix: str) -> None:
     """Undo `pack_optimizer`, in an optimizer over the same parameters in the same order.
 
-    These may be sharded; the tensors are whole, or this rank's pieces.  Raises ValueError where the state is not
-    that of these parameters."""
+    These may be sharded; the tensors are whole, or this rank's pieces.  Raises ValueError where the state is
+    not that of these parameters."""
     parameters = [p for group in opt.param_groups for p in group["params"]]
     state = {}
     for i, keys in ((int(i), keys) for i, keys in saved["keys"].items()):
