@@ -125,6 +125,7 @@ TABLES = {  # the page that holds each benchmark's tables (None: printed only), 
     "rollout": ("speed", 1),
     "sft": ("speed", 1),
     "scaling": (None, 4),
+    "tasks arithmetic": ("tasks", 2),
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
