@@ -13,6 +13,7 @@ from minirlhf.rollout import response_logprobs
 from minirlhf.support.bpe import BYTES
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools import chat
+from tests.by_hand import unlisted
 
 CHATML = """{%- for m in messages %}
 {{- '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}
@@ -196,7 +197,7 @@ def test_what_cannot_be_done_is_said(tmp_path, talk, arguments, message):
 def test_F9_a_damaged_config_and_weights_of_nan_are_one_line(tmp_path, talk):
     tokenizer = tokenizer_of()
     folder = saved(tmp_path / "a", tokenizer)
-    file = checkpoint.resolve(folder) / "config.json"
+    file = unlisted(checkpoint.resolve(folder) / "config.json")
     config = json.loads(file.read_text())
     for odd in (config | {"training": 5, "stage": []}, {k: v for k, v in config.items() if k != "training"}):
         file.write_text(json.dumps(odd))

@@ -16,6 +16,7 @@ from minirlhf.interop import chat_template, convert, convert_tokenizer
 from minirlhf.interop.convert_tokenizer import HARD_TEXTS, LLAMA3_PATTERN, QWEN2_PATTERN, SMOLLM_PATTERN
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.tokenizer import GPT2_PATTERN, Tokenizer
+from tests.by_hand import unlisted
 
 TEXTS = ["the cat sat on the mat, the cat's hat", "naïve café 1234 567", "  def f(x):\n    return x\n\n"]
 SMALL = {"context": 48, "n_layer": 2, "n_head": 4, "n_embd": 32}
@@ -259,7 +260,7 @@ def test_smollm3_has_no_positions_in_every_fourth_layer_unless_its_file_says_oth
 def test_a_checkpoint_of_before_these_fields_still_loads(tokenizer, tmp_path):
     """Its config.json has no head_dim, qk_norm and nope_layers; the model is the same."""
     save(tmp_path / "ours", tokenizer, **LLAMA)
-    file = checkpoint.resolve(tmp_path / "ours") / "config.json"
+    file = unlisted(checkpoint.resolve(tmp_path / "ours") / "config.json")
     about = json.loads(file.read_text())
     assert about["model"]["head_dim"] == 8
     for name in "head_dim", "qk_norm", "nope_layers":
@@ -414,7 +415,7 @@ def test_F5_export_takes_all_weights_or_none(tokenizer, tmp_path, field, value, 
         RewardEnsemble if kind == "rm" else None,
         **LLAMA | {"tied": False},
     )
-    file = checkpoint.resolve(tmp_path / "ours") / "config.json"
+    file = unlisted(checkpoint.resolve(tmp_path / "ours") / "config.json")
     about = json.loads(file.read_text())
     about["model"][field] = value
     file.write_text(json.dumps(about))
@@ -425,7 +426,7 @@ def test_F5_export_takes_all_weights_or_none(tokenizer, tmp_path, field, value, 
 
 def test_F5_a_head_that_is_none_is_one_line(tokenizer, tmp_path):
     save(tmp_path / "ours", tokenizer, "rm", RewardEnsemble, **LLAMA)
-    file = checkpoint.resolve(tmp_path / "ours") / "config.json"
+    file = unlisted(checkpoint.resolve(tmp_path / "ours") / "config.json")
     about = json.loads(file.read_text())
     for head in 5, [], {"members": 10**6}, {"members": 1, "pooling": "x"}, {"mlp": False, "members": 1}, None:
         file.write_text(json.dumps(about | {"head": head}))

@@ -21,6 +21,7 @@ from minirlhf.support import implicit, origin
 from minirlhf.support import pairs as pair_sources
 from minirlhf.support.hardware import Machine
 from minirlhf.tokenizer import Tokenizer
+from tests.by_hand import unlisted
 from tests.gradients import agree, gradients
 
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
@@ -475,7 +476,7 @@ def test_without_its_reference_a_policy_cannot_score(trained, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(trained, moved, symlinks=True)
     about_of = lambda: checkpoint.resolve(moved / "dpo") / "config.json"
-    about = json.loads(about_of().read_text())
+    about = json.loads(unlisted(about_of()).read_text())
     gone = {"init_path": str(tmp_path / "gone" / "sft")}
     about_of().write_text(json.dumps(about | {"inputs": about["inputs"] | gone}))
     found = origin.find(checkpoint.resolve(moved / "dpo"), "init", checkpoint.fingerprint, "")

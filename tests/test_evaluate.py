@@ -15,6 +15,7 @@ from minirlhf.measure import stats
 from minirlhf.rollout import Texts
 from minirlhf.tokenizer import Tokenizer
 from minirlhf.tools import evaluate
+from tests.by_hand import unlisted
 
 EOS, PAD = 8, 9
 
@@ -166,7 +167,7 @@ def copied(smoke, tmp_path, **changes):
     """A copy of the smoke run whose policy's config.json has other entries; None removes one."""
     run = tmp_path / "copy"
     shutil.copytree(smoke, run, symlinks=True)
-    file = run / "ppo" / "latest" / "config.json"
+    file = unlisted(run / "ppo" / "latest" / "config.json")
     about = json.loads(file.read_text())
     for name, value in changes.items():
         at = about["training"] if name in about["training"] and name != "reward_model" else about

@@ -60,6 +60,7 @@ from minirlhf import checkpoint
 from minirlhf.measure import baselines
 from minirlhf.support import functions, hardware
 from minirlhf.support.files import Lock
+from tests.by_hand import unlisted
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
@@ -696,7 +697,7 @@ def test_F3_F5_no_command_takes_a_damaged_checkpoint(run, refused, mine, monkeyp
     about.write_text(good[1].replace('"norm_eps": 1e-05', '"norm_eps": 1e-02'))
     for name, command in commands.items():
         assert "config.json: damaged: its checksum" in (told := refused(*command)), (name, told)
-    about.with_name("SHA256SUMS").unlink()  # whoever changes the file on purpose is told to do so
+    unlisted(about)  # whoever changes the file on purpose is told to do so
 
     def changed(**fields) -> None:
         config = json.loads(good[1])

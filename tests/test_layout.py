@@ -18,6 +18,7 @@ from minirlhf.support.bpe import BYTES
 from minirlhf.support.conversation import Conversation
 from minirlhf.support.layout import set_layout
 from minirlhf.tokenizer import Tokenizer
+from tests.by_hand import unlisted
 from tests.chat_kinds import CASES, ENDS, KINDS, SPECIALS, SYSTEM, TOOLS, bot, source, user
 
 HI = user("What is it?")
@@ -528,7 +529,7 @@ LLAMA = {"n_inner": 32, "norm": "rms", "positions": "rotary", "mlp": "swiglu", "
 def test_the_layout_that_config_json_records_is_the_tokenizer_s(tmp_path, recorded, found):
     folder = saved(tmp_path / "a", CHATML, layout=recorded) if recorded else saved(tmp_path / "a", CHATML)
     if recorded is None:
-        file = folder / "latest" / "config.json"
+        file = unlisted(folder / "latest" / "config.json")
         config = json.loads(file.read_text())
         assert config.pop("layout") == "template"
         file.write_text(json.dumps(config))

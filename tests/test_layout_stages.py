@@ -15,6 +15,7 @@ from minirlhf.rewards import RewardReader
 from minirlhf.support import pairs as pair_sources
 from minirlhf.support.conversation import Conversation
 from minirlhf.tools import chat, inspect
+from tests.by_hand import unlisted
 from tests.chat_kinds import bot, source, user
 from tests.test_layout import CHATML, saved, spelled, tokenizer_of
 
@@ -249,7 +250,7 @@ def test_a_bad_template_is_one_line_with_the_row_in_every_stage(
 ):
     monkeypatch.setattr(sandbox, "STEPS", 1000)
     folder = saved(tmp_path / "base", CHATML, context=256)
-    file = folder / "latest" / "tokenizer.json"
+    file = unlisted(folder / "latest" / "tokenizer.json")
     about = json.loads(file.read_text())
     about["hf"]["chat_template"] = template
     file.write_text(json.dumps(about))

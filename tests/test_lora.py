@@ -14,6 +14,7 @@ from torch import nn
 from minirlhf import UserError, checkpoint, lora
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble, ValueModel, critic_from, zero_critic
 from minirlhf.support import adapters, prepare
+from tests.by_hand import unlisted
 from tests.test_resume import equal
 
 SHAPES = {
@@ -263,14 +264,14 @@ def test_everything_reads_them(tuned, smoke, run, capsys, monkeypatch, tmp_path)
 def test_runs_that_were_copied_together_are_found_and_a_changed_base_is_refused(tuned, smoke, tmp_path):
     shutil.copytree(smoke / "sft", tmp_path / "a" / "sft", symlinks=True)
     shutil.copytree(tuned / "dpo", tmp_path / "a" / "dpo", symlinks=True)
-    file = tmp_path / "a" / "dpo" / "latest" / "config.json"
+    file = unlisted(tmp_path / "a" / "dpo" / "latest" / "config.json")
     about = json.loads(file.read_text())
     about["inputs"]["base_path"] = "/nowhere/sft"
     file.write_text(json.dumps(about))
     assert checkpoint.base_of(tmp_path / "a" / "dpo") == tmp_path / "a" / "sft"
     want = checkpoint.load_state(tuned / "dpo")
     assert equal(checkpoint.load_state(tmp_path / "a" / "dpo"), want)
-    config_file = tmp_path / "a" / "sft" / "latest" / "config.json"
+    config_file = unlisted(tmp_path / "a" / "sft" / "latest" / "config.json")
     config_file.write_text(config_file.read_text().replace('"sha256": "', '"sha256": "0'))
     with pytest.raises(
         UserError, match="trained again since, or replaced .* its adapters fit no other weights"
@@ -284,7 +285,7 @@ def test_runs_that_were_copied_together_are_found_and_a_changed_base_is_refused(
 def test_a_damaged_record_of_the_base_is_one_line(tuned, tmp_path):
     """Missing, of another type, half of it, or the checkpoint itself."""
     shutil.copytree(tuned / "sft", tmp_path / "sft", symlinks=True)
-    file = tmp_path / "sft" / "latest" / "config.json"
+    file = unlisted(tmp_path / "sft" / "latest" / "config.json")
     about = json.loads(file.read_text())
     own = {"base": about["sha256"], "base_path": str(tmp_path / "sft"), "base_relative_path": "."}
     for inputs in (None, [], {}, {"base": None}, {"base": "x"}, about["inputs"] | own):

@@ -19,6 +19,7 @@ from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Texts
 from minirlhf.support import cli
 from minirlhf.tokenizer import Tokenizer
+from tests.by_hand import unlisted
 
 MODULES = {"train_sft": train_sft, "train_rm": train_rm, "train_ppo": train_ppo}
 CHECKPOINT = ["config.json", "metrics.jsonl", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken"]
@@ -706,7 +707,7 @@ def mistakes(smoke, tmp_path_factory):
     (folder / "empty.jsonl").write_text("")
     for stage in ("sft", "rm"):
         shutil.copytree(smoke / stage, folder / stage, symlinks=True)
-        (folder / stage / "latest" / "SHA256SUMS").unlink()
+        unlisted(folder / stage / "latest" / "config.json")
     Tokenizer.train(["abc abd"], 260).save(
         folder / "sft" / "latest"
     )  # not the one that its weights were trained with
