@@ -424,7 +424,7 @@ def test_F20_the_last_good_checkpoint_stays(refused, monkeypatch, stages, tmp_pa
         return [float("nan" if len(calls) == 3 else 1)] * len(args[1])
 
     monkeypatch.setattr(
-        functions, "call", lambda function, prompts, responses, name: poisoned(prompts, responses)
+        functions, "call", lambda function, prompts, responses, *rest: poisoned(prompts, responses)
     )
     options = [
         *stages("train_ppo")[0],
