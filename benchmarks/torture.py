@@ -57,12 +57,8 @@ RUNS: dict[str, tuple[str, list]] = {  # name -> script, options; names of runs 
     "lora": ("train_sft", [*SMALL, "--batch", 104, "--epochs", 2, "--samples", 0, "--lora", 4, "--init", "sft"]),
     "lora-ppo": ("train_ppo", [*SMALL, *PPO, "--lora", 4]),
 }  # fmt: skip
-FRONTS = {
-    "chat": "minirlhf.tools.chat",
-    "evaluate": "minirlhf.tools.evaluate",
-    "report": "minirlhf.tools.report",
-}
-FRONTS |= {"export": "minirlhf.interop.command", "estimate": "minirlhf.tools.estimate"}
+FRONTS = {"chat": "minirlhf.tools.chat", "evaluate": "minirlhf.tools.evaluate"}
+FRONTS |= {"export": "minirlhf.interop.command"}
 PATIENCE = 600.0  # seconds that a child may take, on a busy machine
 CHANGES = (
     "open",
