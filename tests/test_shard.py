@@ -402,12 +402,13 @@ def test_models_that_do_not_fit_are_refused_with_the_arithmetic(monkeypatch):
     monkeypatch.setattr(
         shard, "free_bytes", lambda device: total - 4 * (8 * n // 4)
     )  # what the models hold comes back
-    shard.refuse_unfit(machine, [policy], [ref], False)
+    shard.refuse_unfit(machine, [policy], [ref], False, True)
     monkeypatch.setattr(shard, "free_bytes", lambda device: total - 4 * (8 * n // 4) - 1)
     with pytest.raises(
         UserError, match=r"^--shard over 4 processes: weights .* \+ gradients .* GB in each, and .* free: use"
     ):
-        shard.refuse_unfit(machine, [policy], [ref], False)
+        shard.refuse_unfit(machine, [policy], [ref], False, True)
+    shard.refuse_unfit(machine, [policy], [ref], False, False)  # it writes no text, and is never whole
     monkeypatch.undo()
     assert shard.free_bytes(torch.device("cpu")) > 2**20
 

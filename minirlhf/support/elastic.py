@@ -33,8 +33,8 @@ def restarted() -> bool:
 def join_group(backend: str) -> None:
     """Meet the other ranks, as torch.distributed.init_process_group does.
 
-    Ranks tell each other their addresses through a store of torchrun's, which outlives restarts.  Ranks that
-    were started again find there the addresses of those that have ended, and wait for them (torch 2.13.0).
+    Ranks tell each other their addresses through a store of torchrun's, which outlives restarts.  There,
+    ranks that were started again find addresses of those that have ended, and wait for them (torch 2.13.0).
     So where restarts are allowed, each start writes under a name of its own."""
     import torch.distributed as dist  # not above: command lines are read without torch
 
@@ -89,7 +89,7 @@ def tell(message: str) -> None:
 
 
 def ended_elsewhere(error: Exception) -> str | None:
-    """What to say where this process fails because another one of its run ended; None for other errors."""
+    """What to say where this process fails because another one of its run has ended; None otherwise."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and ENDED.search(f"{type(error).__name__}: {error}"):
         return "another process of this run has ended, see its message: so does this one"
     return None

@@ -117,9 +117,8 @@ class JudgedPairs:
             parts = self.batch(step).split(microbatch)
             parts = [logps(part.texts).detach().view(2, len(part)) for part in parts]
             if parts:
-                found[:, send(torch.tensor(self.mine(step), dtype=torch.long), self.run.device)] = torch.cat(
-                    parts, 1
-                )
+                here = send(torch.tensor(self.mine(step), dtype=torch.long), self.run.device)
+                found[:, here] = torch.cat(parts, 1)
         self.ref_logps = self.run.sum_(found)  # each pair was read on one rank, and is 0 on the others
         self.run.require_finite(ref_logps=self.ref_logps)
 
@@ -240,11 +239,11 @@ class SampledPairs:
         order = data.cursor(len(self.prompts), config.batch, config.seed, step)
         mine = order[self.run.rank * B : (self.run.rank + 1) * B]
         queries = data.collate([self.prompts[i] for i in mine * 2], self.sampling.pad, "left")
+        with self.run.autocast(whole=self.policy):
+            texts = generate(
+                self.policy, *queries, self.sampling
+            )  # [2 B]: the second half are second samples
         with self.run.autocast():
-            with self.run.autocast(whole=self.policy):
-                texts = generate(
-                    self.policy, *queries, self.sampling
-                )  # [2 B]: the second half, second samples
             microbatch = config.microbatch and 2 * config.microbatch  # pairs are two texts
             scores, _, _ = self.reader.scores(texts, self.tokenizer, microbatch)
             ref_logps = by_microbatch(

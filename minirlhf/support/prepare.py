@@ -130,5 +130,6 @@ def prepare(
         store_blocks(model, dtype)
     share_frozen([*trained, *frozen])
     if config.shard:
-        shard.shard(run.machine, trained, frozen, run.precision)
+        writes = run.stage == "ppo" or any(getattr(config, name, 0) for name in ("samples", "online"))
+        shard.shard(run.machine, trained, frozen, run.precision, writes)
     run_blocks(trained, config.gradient_checkpointing, config.compile)

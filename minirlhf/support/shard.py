@@ -61,13 +61,19 @@ def on(machine: Machine, config: Any) -> Machine:
     return dataclasses.replace(machine, sharded=True)
 
 
-def shard(machine: Machine, trained: list[nn.Module], frozen: list[nn.Module], precision: str) -> None:
+def shard(
+    machine: Machine,
+    trained: list[nn.Module],
+    frozen: list[nn.Module],
+    precision: str,
+    writes: bool = True,
+) -> None:
     """Split all models, which are on the CPU, over the ranks; each piece goes to its rank's device.
 
-    Raises UserError, on all ranks, where the first model, whole for a rollout, and the pieces of all models
-    do not fit the memory that is free."""
+    Raises UserError, on all ranks, where the pieces of all models, and the whole of the first one if it
+    `writes` text, do not fit the memory that is free."""
     half = precision == "bf16"
-    agree(machine, refuse_unfit, machine, trained, frozen, half)
+    agree(machine, refuse_unfit, machine, trained, frozen, half, writes)
     mesh = dist.init_device_mesh(machine.device.type, (machine.world,))
     for root in [root for model in (*trained, *frozen) for root in roots_in(model)]:
         _shard_root(root, mesh, half)
@@ -108,7 +114,7 @@ def drop(models: Iterable[nn.Module]) -> None:
 
 
 def roots_in(model: nn.Module) -> list[nn.Module]:
-    """The modules of a model that are called: an ensemble's members, a policy and its reference, itself."""
+    """The modules of a model that are called: an ensemble's members, a policy and its reference, or it."""
     if hasattr(model, "blocks") or hasattr(model, "backbone"):
         return [model]
     return [root for child in model.children() for root in roots_in(child)]
@@ -160,7 +166,7 @@ def cut(x: Tensor, like: Tensor) -> Tensor:
 
 
 def as_piece(x: Tensor, like: Tensor) -> Tensor:
-    """x, cut and sharded as `like` is; x itself if `like` is not sharded, or x is one number per tensor."""
+    """x, cut and sharded as `like` is; x itself where `like` is not sharded, or x is one number."""
     if not hasattr(like, "to_local") or x.dim() == 0:
         return x
     piece = cut(x, like).to(local(like).device)
@@ -170,7 +176,7 @@ def as_piece(x: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """model.load_state_dict(state), if the model may be sharded and the state's tensors whole or pieces."""
+    """model.load_state_dict(state), of whole tensors or pieces, into a model that may be sharded."""
     own = model.state_dict()
     if not any(hasattr(x, "to_local") for x in own.values()):
         model.load_state_dict(state)
@@ -203,15 +209,15 @@ def agree(machine: Machine, function: Callable, *args: Any) -> Any:
     return result
 
 
-# --------------------------------------------------------------------------------------------- does it fit?
+# ---------------------------------------------------------------- does it fit?
 
 
 def needs(
-    trained: list[nn.Module], frozen: list[nn.Module], world: int, half: bool = False
+    trained: list[nn.Module], frozen: list[nn.Module], world: int, half: bool = False, writes: bool = True
 ) -> dict[str, int]:
     """{what: bytes} that each of `world` ranks holds of models that are not sharded yet, without activations.
 
-    The first trained model is held whole in rollouts, its linear layers in bf16 with `half`."""
+    The first trained model is held whole if it `writes` text, then its linear layers in bf16 with `half`."""
     size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
     learnt = [size(p for p in model.parameters() if p.requires_grad) for model in trained]
     weights = sum(size(model.parameters()) for model in (*trained, *frozen))
@@ -221,13 +227,14 @@ def needs(
         "weights": weights // world,
         "gradients": max(learnt) // world,
         "Adam's moments": 2 * sum(learnt) // world,
-        WHOLE: size(trained[0].parameters()) - 2 * rounded,
-    }
+    } | ({WHOLE: size(trained[0].parameters()) - 2 * rounded} if writes else {})
 
 
-def refuse_unfit(machine: Machine, trained: list[nn.Module], frozen: list[nn.Module], half: bool) -> None:
+def refuse_unfit(
+    machine: Machine, trained: list[nn.Module], frozen: list[nn.Module], half: bool, writes: bool
+) -> None:
     """UserError with the arithmetic, where what a rank must hold is more than is free."""
-    parts = needs(trained, frozen, machine.world, half)
+    parts = needs(trained, frozen, machine.world, half, writes)
     free = free_bytes(machine.device)
     if machine.device.type == "cpu":  # where the models are now, and leave when they are sharded
         free += machine.world * parts["weights"]

@@ -31,8 +31,8 @@ from minirlhf.support.weights import DAMAGED, load_trainer, resolve
 def write(
     out: Path, step: int, tensors: dict[str, Tensor], machine: Machine
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[Path]]:
-    """Write this rank's pieces beside the step's folder -> (tensors not cut, `shards` of trainer.json, the
-    files of all ranks, which are to move into the folder).
+    """Write this rank's pieces beside the step's folder -> (tensors that are not cut, `shards` of
+    trainer.json, the files of all ranks, which are to move into the folder).
 
     All ranks take part.  Raises UserError on all of them where one cannot write."""
     cut = {name: x for name, x in tensors.items() if hasattr(x, "to_local")}
@@ -62,8 +62,7 @@ def write(
 
 
 def read(path: str | Path, machine: Machine) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, state) of the trainer in the checkpoint at `path`, which may be sharded or not; two empty
-    ones where it has none.
+    """(tensors, state) of the trainer in the checkpoint at `path`, sharded or not; empty where it has none.
 
     Of tensors that were cut: this rank's pieces if the machine is sharded, else whole tensors.  Raises
     UserError where a file is missing or damaged."""

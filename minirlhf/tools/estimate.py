@@ -285,7 +285,8 @@ def main() -> None:
     pieces = shard.needs(trained, frozen, args.ranks, precision == "bf16") if args.shard else None
     with hardware.Machine(device).autocast(precision):
         found = needs(models, prompt, args.response_tokens, args.microbatch, args.batch, fused, pieces)
-    print(f"in each of {args.ranks} processes:" if args.ranks > 1 else "in one process:")
+    if args.ranks > 1:
+        print(f"{'processes; each of them holds':30s}{args.ranks:>10,}")
     for name, n in found.items():
         print(f"{name:30s}{size(n, 'B'):>10s}")
 
