@@ -51,7 +51,9 @@ def adapted(shape: str = "gpt2", rank: int = 3, alpha: float = 8.0) -> GPT:
 
 def config(**options):
     given = {"lora": None, "lora_alpha": 32.0, "train_layers": None}
-    return SimpleNamespace(**given | {"gradient_checkpointing": False, "compile": False} | options)
+    return SimpleNamespace(
+        **given | {"gradient_checkpointing": False, "compile": False, "shard": False} | options
+    )
 
 
 def run_on_cpu(dtype: torch.dtype = torch.float32):
