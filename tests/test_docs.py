@@ -240,7 +240,7 @@ def test_options_named_in_the_text_exist(page):
         fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
         known |= {f"--{prefix}{field}" for field in fields for prefix in ("", "no-")}
     known |= {f"--{name.replace('_', '-')}-field" for name in shapes.OURS}  # spellings of --fields
-    foreign = {"--nproc-per-node", "--nnodes", "--no-deps", "--gold"}
+    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--gold"}
     named = {o for code in re.findall(r"`([^`]+)`", page.read_text()) for o in OPTION.findall(code)}
     assert named <= known | foreign, sorted(named - known - foreign)
 
@@ -271,7 +271,7 @@ def module_with_main(name: str) -> str:
     if file.name == "__init__.py":
         return f"{name}.__main__"
     handed = re.search(r'run_module\(\s*"([\w.]+)"', file.read_text())
-    return handed[1] if handed else name
+    return module_with_main(handed[1]) if handed else name
 
 
 @pytest.mark.slow

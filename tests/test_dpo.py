@@ -148,7 +148,7 @@ class OneRank:
     machine: Machine = dataclasses.field(default_factory=lambda: Machine(torch.device("cpu")))
     device: torch.device = torch.device("cpu")
 
-    def autocast(self):
+    def autocast(self, whole=None):
         return self.machine.autocast("fp32")
 
 
