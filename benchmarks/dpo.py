@@ -68,7 +68,7 @@ def ours(job: dict) -> None:
 
     work, folder = job["work"], Path(job["folder"])
     torch.set_num_threads(job["threads"])
-    remember, read, times, tokens = JudgedPairs.remember, train_dpo.read, [], []
+    remember, measure_part, times, tokens = JudgedPairs.remember, train_dpo.measure, [], []
 
     def timed(self, *args):
         start = time.perf_counter()
@@ -78,9 +78,9 @@ def ours(job: dict) -> None:
     def counted(config, run, policy, pairs, sampling):
         if torch.is_grad_enabled():
             tokens.append(int(pairs.texts.host_mask.sum()))
-        return read(config, run, policy, pairs, sampling)
+        return measure_part(config, run, policy, pairs, sampling)
 
-    JudgedPairs.remember, train_dpo.read = timed, counted
+    JudgedPairs.remember, train_dpo.measure = timed, counted
     options = {
         "init": folder / "sft",
         "data": folder / "pairs.jsonl",
