@@ -40,7 +40,7 @@ CASES = {
     "ipo, choices": ("train_dpo", [*SMALL, "--loss", "ipo", "--data", "{choices}", "--batch", "50"]),
     "ppo": ("train_ppo", SMALL),
     "ppo, whitened rewards": ("train_ppo", [*SMALL, "--whiten-rewards", "--kl-target", "0.05", "--kl-horizon", "50",
-                                            "--iterations", "3", "--max-approxkl", "0.001"]),
+                                            "--iterations", "3", "--max-approxkl", "0.001", "--lr", "2e-4"]),
 } | {name: ("train_ppo", [*SMALL, "--iterations", "2", "--algorithm", name]) for name in ALGORITHMS if name != "ppo"}  # fmt: skip
 CASES["gspo"][1].extend(
     ["--clip-range", "0.2"]
