@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -486,16 +487,19 @@ def test_ranks_that_are_started_again_do_not_meet_those_before(monkeypatch):
 
 
 def test_restarts_resume_and_never_overwrite(monkeypatch):
-    assert not elastic.restarted()
-    elastic.refuse_overwrite(True)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not elastic.restarted()
+    alone = hardware.Machine(torch.device("cpu"))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert elastic.restarted()
+    assert not elastic.restarted(alone)
+    elastic.refuse_overwrite(True)
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert elastic.restarted(alone)
     elastic.refuse_overwrite(False)
     with pytest.raises(UserError, match="at every restart: drop one"):
         elastic.refuse_overwrite(True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not elastic.restarted(alone)
+    elsewhere = SimpleNamespace(any=lambda here: True)  # on another machine
+    assert elastic.restarted(elsewhere)
 
 
 def test_torchrun_is_told_why_a_process_ends(monkeypatch, tmp_path):

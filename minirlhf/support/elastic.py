@@ -23,11 +23,11 @@ def _restarts() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS") or 0) > 0
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process again: the run then goes on from `latest`.
+def restarted(machine: Any) -> bool:
+    """Whether torchrun has started this run again: it then goes on from `latest`.
 
-    On several machines only those where a process failed count a restart: ask all ranks."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    Of several machines only those where a process failed count a restart, so the ranks ask each other."""
+    return _restarts() and machine.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0)
 
 
 def join_group(backend: str) -> None:

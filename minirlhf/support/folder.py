@@ -47,7 +47,7 @@ class Folder:
         self.stage, self.config, self.out = stage, config, config.out
         self.machine, self.rank, self.world = machine, machine.rank, machine.world
         elastic.refuse_overwrite(config.overwrite)
-        self.goes_on = config.resume or machine.any(elastic.restarted())
+        self.goes_on = config.resume or elastic.restarted(machine)
         self.lock: Lock | None = None
         if self.rank == 0:
             refuse_unwritable(self.out)
