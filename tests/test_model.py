@@ -496,6 +496,7 @@ def test_R4_an_ensemble_scores_with_the_members_trained_so_far():
     each = model.each(tokens, mask)
     run = SimpleNamespace(device=torch.device("cpu"), rank=0, world=1, autocast=nullcontext, sum_=lambda x: x)
     run.require_finite = lambda **found: None
+    run.machine = SimpleNamespace(parts=lambda items, size: [items])
     for members in (1, 2, 3):
         scores = score_sequences(run, model.members[:members], tokens.tolist(), pad=0)
         torch.testing.assert_close(scores, each[:members].mean(0))
