@@ -241,5 +241,6 @@ def test_all_ranks_sum_the_same_tensors_in_the_same_order(smoke, run, tmp_path, 
         )
         assert run(script, *options, *inputs, "--out", tmp_path / str(rank)) == 0
         found.append(shapes)
-    assert len(found[0]) > 8 and found[1] == found[2] == found[0]
+    assert any(shape and shape[0] > 1000 for shape in found[0])  # gradients, in one piece
+    assert found[1] == found[2] == found[0]
     assert [p.name for p in tmp_path.iterdir()] == ["0"]

@@ -47,7 +47,9 @@ def test_a_run_and_its_report_tell_everything(run, smoke, metrics, told, tmp_pat
     assert run("train_ppo", *options, stop_at=1) == 130
     assert run("train_ppo", *options, "--resume") == 0
     first, second = told
-    assert not first.goes_on and second.goes_on and first.settings["lr"] == 2e-4
+    assert not first.goes_on and second.goes_on
+    config = json.loads((tmp_path / "run" / "ppo" / "config.json").read_text())
+    assert first.settings["lr"] == config["training"]["lr"]
     lines = {line["step"]: line for line in metrics(tmp_path / "run" / "ppo")}
     for tracker, step in ((first, 1), (second, 2)):
         assert list(tracker.steps) == [step]
