@@ -312,11 +312,7 @@ def run_script(main: Callable[[], None]) -> None:
         _end(f"error: {reason}", 2)
     finally:
         ctrl_c.ends_command()
-        if "torch" in sys.modules:
-            import torch.distributed as dist
-
-            if dist.is_available() and dist.is_initialized():
-                dist.destroy_process_group()
+        elastic.leave_group(sys.exc_info()[1])
 
 
 def _end(message: str, code: int) -> typing.NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
 import re
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -46,6 +48,28 @@ def join_group(backend: str) -> None:
     store = dist.TCPStore(*address, world, is_master=False)
     own = dist.PrefixStore(common_name(store, rank, world), store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world)
+
+
+def leave_group(error: BaseException | None) -> None:
+    """Part from the other ranks and end this process, with `error`'s exit code; nothing where it is alone.
+
+    gloo's threads live on while a device mesh refers to their group.  One that lets go of a tensor while Python
+    is taken down aborts the process (torch 2.13.0), and torchrun takes a finished run for a failed one.  So
+    what is registered for the end runs here, and Python is not taken down.  An `error` that nobody expected is
+    left to Python, for its traceback."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    if error is None or isinstance(error, SystemExit):
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit((error.code if error else None) or 0)
 
 
 def common_name(store: Any, rank: int, world: int) -> str:
