@@ -29,6 +29,7 @@ from minirlhf.interop.convert_tokenizer import HARD_TEXTS, SMOLLM_PATTERN
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
 from minirlhf.support import functions
 from minirlhf.support.folder import Folder
+from minirlhf.support.hardware import Machine
 from minirlhf.support.state import pack_optimizer
 from minirlhf.tokenizer import Tokenizer
 
@@ -289,7 +290,7 @@ def read_run(folder: Path) -> None:
     os.symlink("step-000003", out / "latest")
     saved = out / "latest" / "config.json"
     settings = train_sft.Config(preset="smoke", out=out, resume=True)
-    machine = types.SimpleNamespace(rank=0, world=1)
+    machine = Machine(torch.device("cpu"))
     run = Folder("sft", settings, machine)
     try:
         run.print = lambda text: None
