@@ -32,6 +32,7 @@ from minirlhf.support.layout import check_alike
 from minirlhf.support.logs import MetricLogger
 from minirlhf.support.origin import inputs_of
 from minirlhf.support.state import pack_optimizer, unpack_optimizer
+from minirlhf.support.text import visible
 
 TOO_LARGE = 1e18  # the square of such a weight is infinite in fp32
 LOWER_LR = "lower the learning rate, or train in --precision fp32"
@@ -237,9 +238,9 @@ class Folder:
         return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
 
     def print(self, text: str) -> None:
-        """Print on rank 0 alone, above the progress bar."""
+        """Print on rank 0 alone, above the progress bar.  No model's text can steer the terminal."""
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(visible(text))
 
 
 def refuse_stale(path: str | Path, name: str, source: str | Path) -> None:
