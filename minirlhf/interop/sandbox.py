@@ -155,7 +155,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Limits(NodeTransformer):
-    """Counts the rounds of loops and the calls of macros, and limits what `~`, brackets and {% set %} make."""
+    """Counts rounds of loops and calls of macros, and limits what `~`, brackets and {% set %} make."""
 
     def _counted(self, node: nodes.Node) -> nodes.Node:
         self.generic_visit(node)
