@@ -399,6 +399,7 @@ def in_child(kind: Kind, home: Path, work: Callable[[Callable[[Any], None]], Non
 
 def warm_up(kind: Kind, files: Files, folder: Path) -> None:
     """Read a seed unwatched: libraries are imported, and make folders for what they keep."""
+    shutil.rmtree(folder, ignore_errors=True)
     kind.prepare(folder.with_name("prepared"))
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
