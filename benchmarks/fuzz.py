@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +42,7 @@ sys.path.insert(0, str(ROOT))
 Files = dict[str, bytes]  # name in the input's folder -> content
 SECONDS, MEMORY = 10.0, 1_500_000_000  # of processor time (three times as many for a bomb), and bytes
 PATIENCE = 100  # seconds of processor time without a word, after which a child is killed
+NO_CHANGE = (ValueError, OSError, EOFError, RecursionError, OverflowError, TypeError)  # it cannot be written
 BATCH = 250  # inputs per child
 CANARY = "canary.safetensors"  # lies beside the input's folder: nobody may read or write it
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -254,7 +256,7 @@ def make_input(kind: Kind, seeds: list[Files], name: str, seed: int, i: int) -> 
             try:
                 files[target] = mutate_file(rng, target, files[target])
                 break
-            except (ValueError, OSError, EOFError, UnicodeError, RecursionError, OverflowError, TypeError):
+            except (*NO_CHANGE, zlib.error):
                 continue
     if kind.repair and rng.random() < 0.7:
         with contextlib.suppress(BaseException):  # beyond repair: as it is (Rust's panics are no Exception)
@@ -397,6 +399,7 @@ def in_child(kind: Kind, home: Path, work: Callable[[Callable[[Any], None]], Non
 
 def warm_up(kind: Kind, files: Files, folder: Path) -> None:
     """Read a seed unwatched: libraries are imported, and make folders for what they keep."""
+    shutil.rmtree(folder, ignore_errors=True)
     kind.prepare(folder.with_name("prepared"))
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

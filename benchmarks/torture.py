@@ -34,11 +34,12 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,29 +92,75 @@ class Ended:
         )
 
 
-def child(
-    module: str,
-    words: list,
-    log: Path,
-    before: Callable[[], None] = lambda: None,
-    die: tuple[int, int] | None = None,
-) -> tuple[int, int]:
-    """Start module.main() with these words in a process of its own -> (its id, a pipe that tells of saves).
+class Child:
+    """module.main() with some words, in a process of its own whose output and saves are heard through pipes.
 
-    die: (number of the save, number of the operation in it) at which it gets SIGKILL."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(writing)
-        return pid, reading
+    Pipes, since a limit on the size of files would cut the output, too."""
+
+    def __init__(
+        self,
+        module: str,
+        words: list,
+        before: Callable[[], None] = lambda: None,
+        die: tuple[int, int] | None = None,
+    ):
+        """die: (number of the save, number of the operation in it) at which it gets SIGKILL."""
+        pipes = {name: os.pipe() for name in ("saves", "out", "err")}
+        self.began = time.monotonic()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(pipes["out"][1], 1)
+            os.dup2(pipes["err"][1], 2)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            work(module, words, pipes["saves"][1], before, die)
+        self.told = {name: b"" for name in pipes}
+        self.pipes = {name: reading for name, (reading, _) in pipes.items()}
+        for reading, writing in pipes.values():
+            os.close(writing)
+            os.set_blocking(reading, False)
+
+    def hear(self) -> str:
+        """What the child has told of its saves so far; its output is taken as well."""
+        for name, pipe in self.pipes.items():
+            with contextlib.suppress(BlockingIOError):
+                while block := os.read(pipe, 1 << 16):
+                    self.told[name] += block
+        return self.told["saves"].decode()
+
+    def kill(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def sleep(self, seconds: float, until: Callable[[str], bool] = lambda told: False) -> None:
+        """Wait so long, or until the child has told something of its saves, or has ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not until(self.hear()) and alive(self.pid):
+            time.sleep(0.0005)
+
+    def wait(self) -> Ended:
+        while True:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.hear()
+            if done:
+                break
+            if time.monotonic() - self.began > PATIENCE:
+                self.kill(signal.SIGKILL)
+            time.sleep(0.005)
+        for pipe in self.pipes.values():
+            os.close(pipe)
+        out, err = (self.told[name].decode(errors="replace") for name in ("out", "err"))
+        saves = [int(n) for n in re.findall(r"e(\d+)", self.told["saves"].decode())]
+        return Ended(os.waitstatus_to_exitcode(status), out, err, time.monotonic() - self.began, saves)
+
+
+def work(
+    module: str, words: list, pipe: int, before: Callable[[], None], die: tuple[int, int] | None
+) -> NoReturn:
+    """What a child does."""
     code = 99
     try:
-        os.close(reading)
-        for number, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.argv = [module, *map(str, words)]
-        watch_saves(writing, die)
+        watch_saves(pipe, die)
         without_baselines()
         before()
         from minirlhf.support import cli
@@ -123,8 +170,6 @@ def child(
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 0
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 1
     finally:
@@ -166,52 +211,23 @@ def without_baselines() -> None:
     baselines.vader_lexicon = lambda *args: None
 
 
-def wait(
-    pid: int, pipe: int, log: Path, act: Callable[[Callable[[], str]], None] = lambda read: None
-) -> Ended:
-    """Let act() disturb a child, and wait for its end.  act gets read(): what the child told of saves so far."""
-    began, told = time.monotonic(), b""
-    os.set_blocking(pipe, False)
-
-    def read() -> str:
-        nonlocal told
-        with contextlib.suppress(BlockingIOError):
-            while block := os.read(pipe, 4096):
-                told += block
-        return told.decode()
-
-    act(read)
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        read()
-        if done:
-            break
-        if time.monotonic() - began > PATIENCE:
-            os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-    os.close(pipe)
-    text = {name: Path(f"{log}.{name}").read_text(errors="replace") for name in ("out", "err")}
-    saves = [int(n) for n in re.findall(r"e(\d+)", told.decode())]
-    return Ended(os.waitstatus_to_exitcode(status), text["out"], text["err"], time.monotonic() - began, saves)
-
-
 class Torture:
     """A folder with an undisturbed run of everything, and what is done to copies of it."""
 
     def __init__(self, home: Path, seed: int, tell: Callable[[dict], None]):
         self.home, self.rng, self.tell = home, random.Random(seed), tell
-        self.whole, self.log = home / "whole", home / "log"
+        self.whole = home / "whole"
         self.ended: dict[str, Ended] = {}
 
     def words(self, name: str, out: Path) -> list:
         options = [self.whole / w if w in RUNS and w != name else w for w in RUNS[name][1]]
         return [*options, "--out", out]
 
-    def start(self, name: str, out: Path, *more: Any, **options: Any) -> tuple[int, int]:
-        return child(RUNS[name][0], [*self.words(name, out), *more], self.log, **options)
+    def start(self, name: str, out: Path, *more: Any, **options: Any) -> Child:
+        return Child(RUNS[name][0], [*self.words(name, out), *more], **options)
 
     def run(self, name: str, out: Path, *more: Any, **options: Any) -> Ended:
-        return wait(*self.start(name, out, *more, **options), self.log)
+        return self.start(name, out, *more, **options).wait()
 
     def undisturbed(self, names: list[str]) -> None:
         for name in names:
@@ -234,38 +250,24 @@ class Torture:
         shutil.rmtree(out, ignore_errors=True)
         usual = self.ended[name]
         while len(kills) < left:
-            share = self.rng.random()
-            if 3 * count["inside"] <= count["kills"]:
-                number = self.rng.randint(1, 2)
-                if self.rng.random() < 0.5:
-                    operation = self.rng.randint(1, max(usual.saves))
-                    pid, pipe = self.start(name, out, "--resume", die=(number, operation))
-                    ended = wait(pid, pipe, self.log)
-                    how = f"save {number}, operation {operation}"
-                else:
-                    pid, pipe = self.start(name, out, "--resume")
-                    how = f"save {number}, {share * 60:.1f} ms in"
-
-                    def act(
-                        read: Callable, pid: int = pid, number: int = number, share: float = share
-                    ) -> None:
-                        limit = time.monotonic() + PATIENCE
-                        while read().count("s") < number and time.monotonic() < limit and alive(pid):
-                            time.sleep(0.0005)
-                        time.sleep(share * 0.06)
-                        kill(pid, signal.SIGKILL)
-
-                    ended = wait(pid, pipe, self.log, act)
-                within = ended.code == -signal.SIGKILL
-            else:
-                pid, pipe = self.start(name, out, "--resume")
+            share, number, within = self.rng.random(), self.rng.randint(1, 2), True
+            if 3 * count["inside"] > count["kills"]:
                 how, within = f"after {share * usual.seconds:.2f} s", False
-                ended = wait(
-                    pid,
-                    pipe,
-                    self.log,
-                    lambda read, pid=pid, s=share: (time.sleep(s * usual.seconds), kill(pid, signal.SIGKILL)),
-                )
+                child = self.start(name, out, "--resume")
+                child.sleep(share * usual.seconds)
+                child.kill(signal.SIGKILL)
+            elif self.rng.random() < 0.5:
+                operation = self.rng.randint(1, max(usual.saves))
+                how = f"save {number}, operation {operation}"
+                child = self.start(name, out, "--resume", die=(number, operation))
+            else:
+                how = f"save {number}, {share * 60:.1f} ms in"
+                child = self.start(name, out, "--resume")
+                child.sleep(PATIENCE, lambda told, number=number: told.count("s") >= number)
+                child.sleep(share * 0.06)
+                child.kill(signal.SIGKILL)
+            ended = child.wait()
+            within &= child.told["saves"].count(b"s") > child.told["saves"].count(b"e")
             if ended.code != -signal.SIGKILL:
                 if ended.code:
                     self.tell({"kills": name, "wrong": f"code {ended.code}: {ended.err.strip()[-300:]}"})
@@ -291,22 +293,14 @@ class Torture:
                 for times in (1, 2):
                     out = self.home / "signalled"
                     shutil.rmtree(out, ignore_errors=True)
-                    pid, pipe = self.start(name, out)
-                    delay = self.rng.random() * self.ended[name].seconds
-
-                    def act(
-                        read: Callable,
-                        pid: int = pid,
-                        delay: float = delay,
-                        times: int = times,
-                        number: int = number,
-                    ) -> None:
-                        time.sleep(delay)
-                        for _ in range(times):
-                            kill(pid, number)
-                            time.sleep(0.02)
-
-                    ended = wait(pid, pipe, self.log, act)
+                    child, delay = self.start(name, out), self.rng.random()
+                    if self.rng.random() < 0.7:  # in the loop: after its first save
+                        child.sleep(PATIENCE, lambda told: "e" in told)
+                    child.sleep(delay * self.ended[name].seconds / 2)
+                    for _ in range(times):
+                        child.kill(number)
+                        child.sleep(0.02)
+                    ended = child.wait()
                     fine = ended.code in (0, 128 + number, -number) and "Traceback" not in ended.err
                     wrong = "" if fine else f"code {ended.code}: {ended.err.strip()[-300:]}"
                     wrong = wrong or self.resume(name, out)
@@ -315,7 +309,6 @@ class Torture:
                             "signals": name,
                             "signal": number.name,
                             "times": times,
-                            "after": round(delay, 2),
                             "code": ended.code,
                             "wrong": wrong,
                         }
@@ -332,7 +325,6 @@ class Torture:
                     out,
                     before=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
                 )
-                # Nothing could be printed to the log either: its size is limited as well.
                 fine = ended.code == 0 or ended.code == 2 and "Traceback" not in ended.err
                 wrong = "" if fine else f"code {ended.code}: {ended.err.strip()[-300:]}"
                 left = [p.name for p in out.glob(".*step-*")] if out.exists() else []
@@ -469,7 +461,7 @@ class Torture:
             damage[1](folder / damage[0])
         try:
             line = None if module != "chat" else (lambda: feed(b"The plot is\n"))
-            ended = wait(*child(module, words, self.log, before=line or (lambda: None)), self.log)
+            ended = Child(module, words, before=line or (lambda: None)).wait()
         finally:
             if damage and kept:
                 shutil.rmtree(folder)
@@ -544,11 +536,6 @@ DAMAGES = {f.__name__: f for f in (missing, emptied, cut, flipped, zeros, a_fold
 
 def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-
-
-def kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
 
 
 # ---------------------------------------------------------------- what must be equal

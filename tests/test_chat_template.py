@@ -125,6 +125,20 @@ FAILS = {
     "{% set x = namespace(x='ab') %}{% for i in range(60) %}{% set x.x = x.x ~ x.x %}{% endfor %}": "makes a text",
     "{% set x = namespace(x='ab') %}{% for i in range(60) %}{% set x.x = [x.x, x.x] | join %}{% endfor %}": "makes a text",
     "{% set x %}aa{% endset %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 40 + "{{ x }}": "makes a text",
+    **{
+        "{% set n = namespace(x='abcdefgh') %}{% for i in range(60) %}{% set n.x = "
+        + made
+        + " %}{% endfor %}"
+        "{{ n.x" + read + " }}": "makes a text or a list longer"
+        for made in (
+            "[n.x, n.x]",
+            "(n.x, [n.x])",
+            "{'a': n.x, 'b': n.x}",
+            "dict(a=n.x, b=n.x)",
+            "[[n.x, 1]] * 2",
+        )
+        for read in (" | string | length", " | tojson", " == n.x")
+    },
     "{{ 'a'.center(2000000000) }}": "longer than 1,000,000",
     "{{ 'a' | center(2000000000) }}": "longer than 1,000,000",
     "{{ '{:2000000000}'.format(1) }}": "width",
@@ -135,6 +149,7 @@ FAILS = {
     "{{ raise_exception('a\\nb\\x1b[31m') }}": "chat template: a",
     "{{ raise_exception('x' * 5000) }}": "xxx",
     "{{ raise_exception(5) }}": "5",
+    "{{ 'x' }}" * 30_000: "its source is longer than 200,000 characters",
     "": "writes nothing",
     "{% set x = messages %}": "writes nothing",
 }
@@ -148,6 +163,15 @@ def test_F16_a_template_that_fails_is_one_line(template, monkeypatch):
     message = str(error.value)
     assert FAILS[template] in message
     assert message.isprintable() and len(message) < 300
+
+
+def test_F16_lists_below_the_bound_are_what_they_are():
+    """Brackets are limited by a call around them: it must not show."""
+    template = """{%- for key, value in {'a': [1, (2, 'x')], 'b': []}.items() -%}
+{{ key }}{{ value }}{{ 'y' in ('x', 'y') }}{{ (1, 2) == (1, 2) }}{{ [3, 4][1:] }}{{ value | tojson }};{%- endfor -%}
+{%- set n = namespace(x=1) -%}{%- set l = [n, n] -%}{%- set n.x = 'x' * 900000 -%}{{ l }}"""
+    made = "a[1, (2, 'x')]TrueTrue[4][1, [2, \"x\"]];b[]TrueTrue[4][];[<Namespace>, <Namespace>]"
+    assert chat_template.render(tokenizer_of(template), user("a"), answer=True) == made
 
 
 @pytest.mark.parametrize("template", [5, ["x"], {"default": "x"}, True])

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 
 from minirlhf import UserError, checkpoint
 from minirlhf.model import GPT, GPTConfig, RewardEnsemble
-from minirlhf.support import files, steps
+from minirlhf.support import files, steps, trainer
+from minirlhf.support.claims import compare_inputs
 from minirlhf.support.folder import refuse_stale
 from minirlhf.support.hardware import seed_everything
 from minirlhf.support.state import pack_optimizer, unpack_optimizer
@@ -543,3 +545,84 @@ def test_a_hugging_face_folder_is_sent_to_import(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(UserError, match=r"python -m minirlhf\.checkpoint import .* OUT"):
         checkpoint.load_gpt(tmp_path)
+
+
+@pytest.mark.parametrize("inputs", [[], 5, {"data": 5}, {"init": None}, {"init_path": ["x"]}, "x"])
+def test_F9_inputs_that_are_none_are_one_line(inputs):
+    with pytest.raises(UserError, match="out/config.json: inputs: .* no checksums and paths"):
+        compare_inputs(Path("out"), {"inputs": inputs}, {"data": "x"})
+
+
+def damaged_trainers() -> dict[str, dict]:
+    """Changes to a trainer's state, by what is wrong with it."""
+    state = {"step": 1, "seconds": 0.5, "counters": {"best": 1.0}}
+    changes = {
+        "step": [2, "1", None, True, -1],
+        "seconds": ["x", None, float("nan")],
+        "counters": [[], {}, {"best": "x"}, {"best": 1.0, "more": 1}, None],
+    }
+    return {f"{key} {value}": state | {key: value} for key, values in changes.items() for value in values}
+
+
+@pytest.mark.parametrize("name", damaged_trainers())
+def test_F9_a_trainer_s_state_of_another_shape_is_one_line(name):
+    state = damaged_trainers()[name]
+    with pytest.raises(UserError, match="^out/latest: its trainer's state is damaged") as told:  # noqa: SIM117
+        with trainer.damage_is_one_line(Path("out")):
+            trainer.check_state(state, {"best": 2.0}, 1)
+    assert "\n" not in str(told.value)
+
+
+def test_F9_an_optimizer_s_state_of_other_parameters_is_refused():
+    def made(rows: int) -> torch.optim.AdamW:
+        layer = torch.nn.Linear(3, rows)
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.5)
+        layer(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return optimizer
+
+    tensors, saved = pack_optimizer(made(2), "o.")
+    saved, same = json.loads(json.dumps(saved)), made(2)
+    unpack_optimizer(same, tensors, saved | {"groups": [saved["groups"][0] | {"lr": 0.25}]}, "o.")
+    assert same.param_groups[0]["lr"] == 0.25
+    missing = saved["keys"] | {"0": ["step", "exp_avg"]}
+    for odd in (
+        saved | {"keys": missing},
+        saved | {"keys": {"7": saved["keys"]["0"]}},
+        saved | {"groups": []},
+        saved | {"groups": [saved["groups"][0] | {"betas": [0.5, 0.5]}]},
+        saved | {"groups": [saved["groups"][0] | {"lr": "x"}]},
+    ):
+        with pytest.raises((ValueError, KeyError)):
+            unpack_optimizer(made(2), tensors, odd, "o.")
+    with pytest.raises(ValueError, match="another shape"):
+        unpack_optimizer(made(4), tensors, saved, "o.")
+
+
+def test_F10_nothing_is_built_that_the_weights_cannot_fill(tmp_path):
+    """A config of a few bytes once allocated until the machine was full."""
+    about = {"model": TINY, "tokenizer": {"hash": OLD.hash}, "stage": "rm"}
+    head = {"pooling": "last", "members": 2, "mlp": True}
+    reward = RewardEnsemble(GPTConfig(**TINY), "last", 2)
+    checkpoint.save(tmp_path / "rm", 1, reward.state_dict(), about | {"head": head}, OLD)
+    file = unlisted(tmp_path / "rm" / "latest" / "config.json")
+    good = json.loads(file.read_text())
+    for model, more in (
+        ({"n_layer": 1000}, {"members": 100}),
+        ({"n_embd": 40_000_000}, {}),
+        ({"vocab_size": 2**31 - 1}, {}),
+        ({"context": 2**31 - 1}, {}),
+        ({"n_inner": 2**31 - 1}, {}),
+        ({"lora_rank": 2**31 - 1}, {}),
+        ({}, {"members": 100}),
+        ({}, {"members": 10**9}),
+        ({}, {"pooling": "x"}),
+        ({}, {"self": 1}),
+        ({}, {"mlp": 1}),
+    ):
+        file.write_text(json.dumps(good | {"model": TINY | model, "head": head | more}))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(UserError) as told:
+            checkpoint.load_reward(tmp_path / "rm")
+        assert len(str(told.value)) < 600 and "\n" not in str(told.value)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB

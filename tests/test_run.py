@@ -358,6 +358,12 @@ def test_what_became_of_the_rows_is_printed_and_recorded(tmp_path, capsys):
     assert about["data"] == {"name": "rows.jsonl", "sha256": "a" * 64} and about["stage"] == "sft"
 
 
+def test_what_models_write_cannot_steer_the_terminal(tmp_path, capsys):
+    run, _ = begun(tmp_path)
+    run.print("a text\x1b[2J\rwith é\nand a line")
+    assert "a text\\x1b[2J\\rwith é\nand a line\n" in capsys.readouterr().out
+
+
 def test_a_complete_run_is_swept(tmp_path):
     """Killed between the last flip and the clean-up, it leaves old folders; the next start removes them."""
     train(*begun(tmp_path))

@@ -225,7 +225,7 @@ def guarded(args: argparse.Namespace) -> None:
     """The command; what SQLite refuses is a UserError."""
     try:
         run(args)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:  # SQLite's message may quote bytes that are no text
         remedy = "the file is damaged, locked, or its disk is full: free it, or take a copy"
         raise UserError(f"{args.store}: {one_line(error)}: {remedy}") from None
 

@@ -226,8 +226,8 @@ class Store:
             self.db, self.reader = (sqlite3.connect(self.path, **options) for _ in range(2))
             self.db.row_factory = self.reader.row_factory = sqlite3.Row
             self._prepare(random.SystemRandom().randrange(2**31) if seed is None else seed)
-        except sqlite3.Error as e:
-            raise UserError(f"{path}: not a store of feedback that can be opened: {e}") from None
+        except (sqlite3.Error, UnicodeError) as e:  # SQLite's message may quote bytes that are no text
+            raise UserError(f"{path}: not a store of feedback that can be opened: {one_line(e)}") from None
 
     def _prepare(self, seed: int) -> None:
         number = lambda name: self.db.execute(f"PRAGMA {name}").fetchone()[0]
@@ -254,6 +254,8 @@ class Store:
             wrong = " OR ".join(f"typeof({column}) NOT IN ({kind})" for column, kind in kinds.items())
             if self.db.execute(f"SELECT 1 FROM {table} WHERE {wrong} LIMIT 1").fetchone():
                 raise UserError(f"{self.path}: its table {table} is damaged: {DAMAGED}")
+        if self.db.execute("SELECT 1 FROM items WHERE (mode = 'pair') != (b IS NOT NULL) LIMIT 1").fetchone():
+            raise UserError(f"{self.path}: its table items is damaged: {DAMAGED}")
         if not {"seed", "secret", "guidelines"} <= self.meta.keys():
             raise UserError(f"{self.path}: its table meta is damaged: {DAMAGED}")
 
@@ -321,7 +323,7 @@ class Store:
             Store(temporary).close()  # is it whole?
             fsync(temporary)
             os.replace(temporary, out)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or one_line(error)
             raise UserError(f"{out}: cannot be written: {reason}") from None
         finally:

@@ -277,7 +277,10 @@ def odd_files(source: Path | str) -> Iterator[None]:
     """A UserError for what Python raises inside because a file does not hold what it should."""
     try:
         yield
-    except (*ODD_FILE, SafetensorError) as error:
+    except BaseException as error:
+        # The tokenizers package is Rust: what a file leads it into is a panic, which is no Exception.
+        if not isinstance(error, (*ODD_FILE, SafetensorError)) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(
             f"{source}: {error!r:.200}: not as Hugging Face writes it; fetch its files again"
         ) from error

@@ -30,6 +30,7 @@ from jinja2.visitor import NodeTransformer
 from minirlhf.support.text import one_line
 
 LONGEST = 1_000_000  # characters that a template may add to its messages, and of a text that it computes
+LONGEST_SOURCE = 200_000  # characters of the template itself: compiling takes longer than running
 BITS = 100_000  # of the largest number that a template may compute
 STEPS, SECONDS = 300_000, 10.0  # rounds of its loops and calls of its macros, and processor time
 Marks = tuple[str, str]  # what stands before and after a {% generation %} block
@@ -46,6 +47,7 @@ class Filling:
     longest: int
     marks: Marks = ("", "")
     steps: int = 0
+    weights: dict[int, tuple[int, Any]] = field(default_factory=dict)  # of lists, which are kept alive
     ends: float = field(default_factory=lambda: time.thread_time() + SECONDS)
 
     def step(self) -> str:
@@ -58,9 +60,22 @@ class Filling:
 
     def bounded(self, x: Any) -> Any:
         """x, unless it is a text or a list beyond the limit."""
-        if isinstance(x, str | list | tuple) and len(x) > self.longest:
+        if self.weight(x) > self.longest:
             raise TemplateError(f"it makes a text or a list longer than {LONGEST:,}")
         return x
+
+    def weight(self, x: Any) -> int:
+        """How long x is when it is written out: what is in a list twice counts twice.
+
+        Sixty lists, each of which holds the one before twice, are small, and their text fills no memory."""
+        if isinstance(x, str):
+            return len(x)
+        if not isinstance(x, list | tuple | dict):
+            return 1
+        if id(x) not in self.weights:
+            parts = [*x, *x.values()] if isinstance(x, dict) else x
+            self.weights[id(x)] = 1 + sum(map(self.weight, parts)), x
+        return self.weights[id(x)][0]
 
     def refuse_wide(self, *arguments: Any) -> None:
         """UserError for the width of a text (center, indent, format) beyond the limit, before it is made."""
@@ -73,6 +88,8 @@ FILLING: ContextVar[Filling] = ContextVar("the template that is filled in")
 
 def render(source: str, variables: dict[str, Any], size: int, marks: Marks = ("", "")) -> str:
     """What the template writes; `size`: characters of its variables.  Raises TemplateFailed."""
+    if len(source) > LONGEST_SOURCE:
+        raise TemplateFailed(f"its source is longer than {LONGEST_SOURCE:,} characters")
     filling = Filling(LONGEST + size, marks)
     token = FILLING.set(filling)
     found, length = [], 0
@@ -130,12 +147,15 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def closing(self) -> str:
         return FILLING.get().marks[1]
 
+    def made(self, x: Any) -> Any:
+        return x  # call() has limited it
+
     def joined(self, *parts: Any) -> str:
         return "".join(map(str, parts))
 
 
 class Limits(NodeTransformer):
-    """Counts the rounds of loops and the calls of macros, and limits what `~` and {% set %} blocks make."""
+    """Counts rounds of loops and calls of macros, and limits what `~`, brackets and {% set %} make."""
 
     def _counted(self, node: nodes.Node) -> nodes.Node:
         self.generic_visit(node)
@@ -147,6 +167,14 @@ class Limits(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return _method("joined", *node.nodes).set_lineno(node.lineno)
+
+    def _limited(self, node: nodes.Node) -> nodes.Node:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # the names in {% for key, value in ... %}
+            return node
+        return _method("made", node).set_lineno(node.lineno)
+
+    visit_List = visit_Tuple = visit_Dict = _limited
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
         self.generic_visit(node)
@@ -202,6 +230,9 @@ class PlainNamespace(Namespace):
         Namespace.__init__(self)
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
+
+    def __repr__(self) -> str:
+        return "<Namespace>"  # what is in it may change, and would have to be limited again
 
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):

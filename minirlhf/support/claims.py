@@ -9,6 +9,7 @@ from typing import Any
 from minirlhf import UserError
 from minirlhf.support import steps
 from minirlhf.support.files import LOCK
+from minirlhf.support.origin import inputs_of
 
 NOT_SETTINGS = {
     "out",
@@ -86,7 +87,7 @@ def compare_inputs(out: Path, saved: dict, inputs: dict[str, str]) -> None:
 
     `inputs` holds a sha256 by name; names that end in _path are only for people.
     """
-    before = saved.get("inputs", {})
+    before = inputs_of(saved, out)
     for name, now in inputs.items():
         if not name.endswith("_path") and before.get(name, now) != now:
             raise UserError(

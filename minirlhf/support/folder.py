@@ -30,7 +30,9 @@ from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
 from minirlhf.support.layout import check_alike
 from minirlhf.support.logs import MetricLogger
+from minirlhf.support.origin import inputs_of
 from minirlhf.support.state import pack_optimizer, unpack_optimizer
+from minirlhf.support.text import visible
 
 TOO_LARGE = 1e18  # the square of such a weight is infinite in fp32
 LOWER_LR = "lower the learning rate, or train in --precision fp32"
@@ -236,15 +238,15 @@ class Folder:
         return self.seconds + (time.perf_counter() - self.started if self.started else 0.0)
 
     def print(self, text: str) -> None:
-        """Print on rank 0 alone, above the progress bar."""
+        """Print on rank 0 alone, above the progress bar.  No model's text can steer the terminal."""
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(visible(text))
 
 
 def refuse_stale(path: str | Path, name: str, source: str | Path) -> None:
     """UserError where the checkpoint at `path` started from the folder `source`, which was trained again
     since."""
-    inputs = checkpoint.load_config(path).get("inputs", {})
+    inputs = inputs_of(checkpoint.load_config(path), path)
     before, now = inputs.get(name), checkpoint.fingerprint(source)
     places = [Path(inputs[f"{name}_path"])] if f"{name}_path" in inputs else []
     if f"{name}_relative_path" in inputs:  # runs that were copied or moved together

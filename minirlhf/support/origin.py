@@ -6,7 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minirlhf import UserError
+from minirlhf.support.fit import DAMAGED
 from minirlhf.support.sums import read_json
+
+
+def inputs_of(config: dict, where: object) -> dict[str, str]:
+    """What config.json says that a run was made from, checksums and paths; UserError for anything else."""
+    inputs = config.get("inputs", {})
+    if not isinstance(inputs, dict) or not all(isinstance(value, str) for value in inputs.values()):
+        raise UserError(f"{where}/config.json: inputs: {inputs!r:.60} are no checksums and paths: {DAMAGED}")
+    return inputs
 
 
 def names(config: dict, name: str) -> dict[str, object]:

@@ -255,9 +255,20 @@ def _blocks(file: Path, raw: BufferedReader, digest: Any) -> Iterator[bytes]:
     limit: float = MAX_BYTES
     if stat.S_ISREG(about.st_mode):
         limit = min(MAX_BYTES, max(FREE_BYTES, MAX_RATIO * about.st_size)) if zipped else math.inf
+    if zipped and math.isfinite(limit) and raw.seekable():  # counted first: rows take more memory than bytes
+        with gzip.GzipFile(fileobj=raw) as unpacked:
+            while block := unpacked.read(BLOCK):
+                total += len(block)
+                _refuse_larger(file, total, limit)
+        raw.seek(0)
+        total = 0
     stream = gzip.GzipFile(fileobj=raw) if zipped else raw
     while block := stream.read(BLOCK):
         total += len(block)
-        check(total <= limit, f"{shown(file)}: holds more than {limit:,} bytes: unpack or split it first")
+        _refuse_larger(file, total, limit)
         digest.update(block)
         yield block
+
+
+def _refuse_larger(file: Path, size: int, limit: float) -> None:
+    check(size <= limit, f"{shown(file)}: holds more than {limit:,} bytes: unpack or split it first")

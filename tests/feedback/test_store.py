@@ -335,6 +335,18 @@ def test_a_backup_while_a_rater_works(make_store, judge, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def test_an_item_of_another_mode_than_its_texts_is_damage(make_store, judge):
+    """A rating with two texts was exported as a pair, and its votes have no choice."""
+    store = make_store(ratings=1)
+    judge(store, "ann")
+    store.close()
+    with closing(sqlite3.connect(store.path)) as db:
+        db.execute("UPDATE items SET b = 'another'")
+        db.commit()
+    with pytest.raises(UserError, match="table items is damaged: go back to a copy"):
+        Store(store.path)
+
+
 VALUES = [b"\x00\xff", 3, 2.5, None, "", "{", "\x1b[31m", '{"choice": 5, "shown": "ab", "seconds": 1}']
 
 
