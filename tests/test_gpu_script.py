@@ -12,7 +12,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks/gpu.sh"
-pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="the script needs GNU timeout")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(shutil.which("timeout") is None, reason="the script needs GNU timeout"),
+]
 
 
 def gpu(*arguments: str, **variables: str) -> subprocess.CompletedProcess:

@@ -26,6 +26,8 @@ from tests.gradients import agree, gradients
 from tests.test_ranks import INPUTS, RM, SMALL, TINY, choices, same_tokens, that_matter
 from tests.two_ranks import bytes_after_steps, start, steps
 
+pytestmark = pytest.mark.long
+
 TINY_GPT = GPTConfig(vocab_size=50, context=16, n_layer=2, n_head=2, n_embd=16)
 ROOT = Path(__file__).resolve().parents[1]
 JUDGED = ["--monitor", "{judge}"]

@@ -16,6 +16,7 @@ from benchmarks.fuzz_kinds import KINDS
 QUICK = ("jsonl", "json", "txt", "tokenizer", "checkpoint", "run", "reward", "template", "store", "results")
 
 
+@pytest.mark.long
 def test_killed_starved_and_with_a_clock_that_jumps_it_is_never_disturbed(tmp_path, capsys):
     out = tmp_path / "torture.txt"
     parts = ["kills", "disk", "clock"]

@@ -53,10 +53,10 @@ def join_group(backend: str) -> None:
 def leave_group(error: BaseException | None) -> None:
     """Part from the other ranks and end this process, with `error`'s exit code; nothing where it is alone.
 
-    gloo's threads live on while a device mesh refers to their group.  One that lets go of a tensor while Python
-    is taken down aborts the process (torch 2.13.0), and torchrun takes a finished run for a failed one.  So
-    what is registered for the end runs here, and Python is not taken down.  An `error` that nobody expected is
-    left to Python, for its traceback."""
+    gloo's threads live on while a device mesh refers to their group.  One that lets go of a tensor while
+    Python is taken down aborts the process (torch 2.13.0), and torchrun takes a finished run for a failed
+    one.  So what is registered for the end runs here, and Python is not taken down.  An `error` that nobody
+    expected is left to Python, for its traceback."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
