@@ -41,18 +41,19 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + F.linear(F.linear(x, self.lora_a), self.scale * self.lora_b)
 
 
-def attach(gpt: nn.Module, rank: int, alpha: float) -> None:
-    """Freeze a GPT, and put new adapters beside every linear layer of its blocks."""
+def attach(gpt: nn.Module, rank: int, alpha: float, layers: int | None = None) -> None:
+    """Freeze a GPT, and put new adapters beside every linear layer of its last `layers` blocks (None: all)."""
     if rank > gpt.config.n_embd:
         raise UserError(f"--lora {rank}: the model has {gpt.config.n_embd} channels: choose a smaller rank")
     gpt.requires_grad_(False)
-    gpt.config = dataclasses.replace(gpt.config, lora_rank=rank, lora_alpha=alpha)
-    replace_layers(gpt, nn.Linear, lambda layer: LoRALinear(layer, rank, alpha))
+    gpt.config = dataclasses.replace(gpt.config, lora_rank=rank, lora_alpha=alpha, lora_layers=layers)
+    blocks = gpt.blocks if layers is None else gpt.blocks[-layers:]
+    replace_layers(blocks, nn.Linear, lambda layer: LoRALinear(layer, rank, alpha))
 
 
-def replace_layers(gpt: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
-    """Put make(layer) in the place of every layer of this kind in a GPT's blocks."""
-    for block in gpt.blocks:
+def replace_layers(blocks: nn.ModuleList, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put make(layer) in the place of every layer of this kind in the blocks."""
+    for block in blocks:
         for name, layer in list(block.named_children()):
             if isinstance(layer, kind):
                 setattr(block, name, make(layer))

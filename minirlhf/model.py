@@ -67,6 +67,7 @@ class GPTConfig:
     pre_norm: bool = True  # False: norms after the residual sums, and ln_f after the embeddings
     lora_rank: int = 0  # of the adapters beside the blocks' linear layers; 0: none
     lora_alpha: float = 32.0
+    lora_layers: int | None = None  # so many last blocks have adapters; None: all
 
     def __post_init__(self):
         shape.check(self)
@@ -196,7 +197,7 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if config.lora_rank:
-            lora.attach(self, config.lora_rank, config.lora_alpha)
+            lora.attach(self, config.lora_rank, config.lora_alpha, config.lora_layers)
 
     def forward(
         self,

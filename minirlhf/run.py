@@ -43,7 +43,7 @@ class Run(Folder):
     def __init__(self, stage: str, config: RunConfig):
         """Raises UserError where OUT holds another run, cannot be resumed, or is in use."""
         cli.refuse_unread(["--lora-alpha"], "without --lora", config.lora is None)
-        cli.refuse_unread(["--train-layers", "--embedding-lr"], "with --lora", config.lora is not None)
+        cli.refuse_unread(["--embedding-lr"], "with --lora", config.lora is not None)
         super().__init__(stage, config, shard.on(setup_machine(), config))
         self.device = self.machine.device
         self.precision = pick_precision(config.precision)

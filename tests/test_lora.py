@@ -114,6 +114,25 @@ def test_every_linear_layer_of_the_blocks_has_one_and_nothing_else_of_the_gpt_is
         assert (p.grad is not None and p.grad.abs().sum() > 0) == (name in trained), name
 
 
+def test_the_last_layers_alone_may_have_them():
+    """The blocks below are plain and frozen, so that no gradient is computed in them."""
+    model = gpt()
+    logits = model.logits(model(TOKENS, MASK))
+    prepare.choose_trained(model, config(lora=3, train_layers=1), torch.float32)
+    assert torch.equal(model.logits(model(TOKENS, MASK)), logits) and len(model.blocks) == 2
+    names = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert names == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert names and all(name.startswith("blocks.1.") for name in names)
+    again = GPT(stir(model).config)
+    again.load_state_dict(model.state_dict())
+    prepare.choose_trained(model, config(), torch.float32)  # merged
+    assert model.config == gpt().config
+    torch.testing.assert_close(again.eval()(TOKENS, MASK), model.eval()(TOKENS, MASK), rtol=0, atol=1e-5)
+    every = gpt()
+    prepare.choose_trained(every, config(lora=3, train_layers=2), torch.float32)
+    assert every.config == adapted(alpha=32.0).config
+
+
 def test_a_model_built_from_the_config_has_them():
     model = stir(adapted())
     again = GPT(model.config)
@@ -199,10 +218,21 @@ def test_training_a_model_with_adapters_and_no_lora_merges_them():
 
 
 def test_other_ranks_are_refused():
-    with pytest.raises(UserError, match="has adapters of rank 3 and alpha 8: give these, or drop --lora"):
+    told = "has adapters of rank 3 and alpha 8 in all layers: give these, or drop --lora"
+    with pytest.raises(UserError, match=told):
         prepare.choose_trained(adapted(), config(lora=4, lora_alpha=8.0), torch.float32)
     with pytest.raises(UserError, match="has adapters of rank 3 and alpha 8"):
         prepare.choose_trained(adapted(), config(lora=3), torch.float32)
+    with pytest.raises(UserError, match="has adapters of rank 3 and alpha 8 in all layers: give"):
+        prepare.choose_trained(adapted(), config(lora=3, lora_alpha=8.0, train_layers=1), torch.float32)
+    last = gpt()
+    lora.attach(last, 3, 8.0, 1)
+    with pytest.raises(
+        UserError, match=r"in the last 1 layers \(--train-layers 1\): give these, or drop --lora"
+    ):
+        prepare.choose_trained(last, config(lora=3, lora_alpha=8.0), torch.float32)
+    with pytest.raises(UserError, match="--train-layers 3: the model has 2 layers"):
+        prepare.choose_trained(gpt(), config(lora=3, train_layers=3), torch.float32)
     with pytest.raises(UserError, match="--lora 17: the model has 16 channels"):
         prepare.choose_trained(gpt(), config(lora=17), torch.float32)
 
@@ -317,7 +347,6 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(
         (["--lora", 0], "--lora must be at least 1"),
         (["--lora", 2], "--lora trains adapters beside the weights of a model: name it with --init"),
         (["--lora-alpha", 2], "--lora-alpha has no effect without --lora"),
-        (["--lora", 2, "--train-layers", 1], "--train-layers has no effect with --lora"),
     ],
 )
 def test_mistakes(run, capsys, tmp_path, options, told):
@@ -329,4 +358,7 @@ def test_mistakes(run, capsys, tmp_path, options, told):
 def test_a_base_of_another_policy_is_no_base(tuned, smoke, run, capsys, tmp_path):
     options = [*SMALL, "--lora", 8, "--init", tuned / "sft", "--out", tmp_path / "out"]
     assert run("train_dpo", *options) == 2
-    assert "has adapters of rank 4 and alpha 32: give these, or drop --lora" in capsys.readouterr().err
+    assert (
+        "has adapters of rank 4 and alpha 32 in all layers: give these, or drop --lora"
+        in capsys.readouterr().err
+    )

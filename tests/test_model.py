@@ -678,6 +678,7 @@ DAMAGED = {
     "pre_norm": ["yes", 1],
     "lora_rank": [-1, 1.0, None, True],
     "lora_alpha": [0, -1.0, math.nan, None],
+    "lora_layers": [0, -1, 1.0, True],
     "head_dim": [0, -8, 8.0, True, "8", 2**31],
     "qk_norm": [1, None, "true"],
     "nope_layers": [

@@ -48,6 +48,8 @@ def export(source: Path, out: Path) -> str:
         "inference_mode": True,
         "target_modules": sorted(modules),
     }
+    if config.lora_layers:
+        settings["layers_to_transform"] = [*range(config.n_layer - config.lora_layers, config.n_layer)]
     with new_folder(out) as new:
         new.mkdir()
         (new / "adapter_config.json").write_text(json.dumps(settings, indent=1))

@@ -492,7 +492,7 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
     tokenizer = checkpoint.tokenizer_of(source)
     family = family_of(source, about, config)
     state, more, name = checked_state(source, about, config), {}, family.classes[0]
-    config = dataclasses.replace(config, lora_rank=0)  # the adapters are merged
+    config = dataclasses.replace(config, lora_rank=0, lora_layers=None)  # the adapters are merged
     if "head" in about:
         prefix = "members.0."
         member = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}

@@ -9,25 +9,31 @@ from torch import Tensor, nn
 from minirlhf import UserError, lora
 
 
-def adapt(gpt: nn.Module, rank: int | None, alpha: float) -> None:
-    """Give a GPT that is to be trained new adapters, keep those it has, or with None merge them."""
-    has = gpt.config.lora_rank
-    if has and rank and (has, gpt.config.lora_alpha) != (rank, alpha):
+def adapt(gpt: nn.Module, rank: int | None, alpha: float, layers: int | None) -> None:
+    """Give the last `layers` blocks (None: all) of a GPT that is to be trained new adapters, keep those that
+    it has, or for rank None merge them."""
+    has, total = gpt.config.lora_rank, len(gpt.blocks)
+    if layers is not None and layers > total:
+        raise UserError(f"--train-layers {layers}: the model has {total} layers")
+    layers = None if layers == total else layers
+    found = has, gpt.config.lora_alpha, gpt.config.lora_layers
+    if has and rank and found != (rank, alpha, layers):
+        where = f"the last {found[2]} layers (--train-layers {found[2]})" if found[2] else "all layers"
         raise UserError(
             f"--lora {rank} --lora-alpha {alpha:g}: the model has adapters of rank {has} and alpha "
-            f"{gpt.config.lora_alpha:g}: give these, or drop --lora, which merges them into the weights"
+            f"{found[1]:g} in {where}: give these, or drop --lora, which merges them into the weights"
         )
     if has and not rank:
         merge(gpt)
     elif rank and not has:
-        lora.attach(gpt, rank, alpha)
+        lora.attach(gpt, rank, alpha, layers)
 
 
 def merge(gpt: nn.Module) -> None:
     """Turn a GPT with adapters into one without, which computes the same; all its weights are trained."""
     state = lora.merged_state(gpt.state_dict(), gpt.config.lora_alpha)
-    gpt.config = dataclasses.replace(gpt.config, lora_rank=0)
-    lora.replace_layers(gpt, lora.LoRALinear, _plain)
+    gpt.config = dataclasses.replace(gpt.config, lora_rank=0, lora_layers=None)
+    lora.replace_layers(gpt.blocks, lora.LoRALinear, _plain)
     gpt.load_state_dict(state)
     gpt.requires_grad_(True)
 

@@ -13,12 +13,12 @@ from minirlhf.support import adapters, shard
 
 
 def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
-    """Train adapters (--lora), the last blocks (--train-layers) or everything; and in any case the heads.
+    """Train the weights, or adapters (--lora), of all blocks or the last ones (--train-layers); and the heads.
 
     Frozen matrices are stored in `dtype`, which saves memory, and under autocast the time to round them.
     """
     for gpt in gpts_in(model):
-        adapters.adapt(gpt, config.lora, config.lora_alpha)
+        adapters.adapt(gpt, config.lora, config.lora_alpha, config.train_layers)
     if not config.lora:
         train_last(model, config.train_layers, dtype)
         return

@@ -48,8 +48,8 @@ class RunConfig:
     """Train only this many last blocks and what follows them.  Default: everything.  What is frozen is kept
     in --precision and has no dropout."""
     lora: Count | None = None
-    """Train adapters of this rank beside the blocks' linear layers, and heads, not the weights.  They want
-    about ten times the learning rate."""
+    """Train adapters of this rank beside the blocks' linear layers (of the last --train-layers blocks), and
+    heads, not the weights.  They want about ten times the learning rate."""
     lora_alpha: Above0 = 32.0
     """Adapters are scaled by this over their rank."""
     gradient_checkpointing: bool = False

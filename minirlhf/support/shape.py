@@ -111,4 +111,5 @@ RULES: dict[str, Rule] = {
     "pre_norm": _one_of(True, False),
     "lora_rank": (lambda x: type(x) is int and 0 <= x < 2**31, "a whole number, 0 or larger"),
     "lora_alpha": (_is_positive, "a number above 0"),
+    "lora_layers": (_or_none(_is_size), "a whole number above 0, or None"),
 }

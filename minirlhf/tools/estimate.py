@@ -101,7 +101,8 @@ def training_operations(gpt: GPT, lengths: Tensor, wanted: float, head: bool) ->
     Beside adapters it takes the forward once more: gradients pass through the weights, which have none."""
     block, last, logits = forward_operations(gpt, lengths, wanted, head)
     if gpt.config.lora_rank:
-        return 2 * ((len(gpt.blocks) - 1) * block + last + logits)
+        passed = gpt.config.lora_layers or len(gpt.blocks)
+        return (len(gpt.blocks) + passed - 2) * block + 2 * (last + logits)
     trained = sum(b.qkv.weight.requires_grad for b in gpt.blocks)
     blocks = (len(gpt.blocks) - 1 + 2 * max(0, trained - 1)) * block + (1 + 2 * (trained > 0)) * last
     return blocks + (2 + gpt.head_weight.requires_grad) * logits
@@ -234,7 +235,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--train-layers", type=number(Count), metavar="N", help="Train only the last N blocks.  Default: all."
     )
-    add("--lora", type=number(Count), metavar="R", help="Train adapters of this rank instead.")
+    add("--lora", type=number(Count), metavar="R", help="Train adapters of this rank, not the weights.")
     add("--lora-alpha", type=number(cli.Above0), default=32.0, help="As in train_ppo.py (%(default)s).")
     add(
         "--precision",
@@ -247,8 +248,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--shard", action="store_true", help="The processes share the models as well, as with --shard.")
     parser.set_defaults(compile=False)
     args = parser.parse_args(argv)
-    if args.lora and args.train_layers:
-        raise UserError("--train-layers has no effect with --lora: drop one of them")
     for name in ("batch", "minibatch"):
         whole = getattr(args, name)
         setattr(args, name, optim.exact_div(whole, args.ranks, f"--{name} over --ranks {args.ranks}"))

@@ -74,7 +74,8 @@ def load_critic(setting: evaluate.Setting, reward_dir: Path | None) -> ValueMode
     try:
         reward = RewardReader.load(reward_dir, "train one with train_rm.py")
         critic = make_critic(setting.policy, setting.tokenizer, reward, training.get("value_init", "auto"))
-        adapters.adapt(critic.backbone, training.get("lora"), training.get("lora_alpha", 0.0))
+        given = (training.get(name) for name in ("lora", "lora_alpha", "train_layers"))
+        adapters.adapt(critic.backbone, *given)
         critic.load_state_dict(adapters.split_state(critic)[1] | own)
     except (RuntimeError, UserError, TypeError) as error:
         return f"the critic in {setting.policy_dir} cannot be read: {str(error).splitlines()[0]:.100}"

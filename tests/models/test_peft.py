@@ -22,11 +22,11 @@ def exporting(monkeypatch, *arguments) -> None:
     cli.run_script(command)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
+@pytest.fixture(params=["gpt2", "llama", "gpt2, last layer", "llama, last layer"])
 def tuned(request, smoke, run, tmp_path):
     """(the base's checkpoint, a checkpoint with trained adapters beside it)"""
     base = smoke / "sft"
-    if request.param == "llama":
+    if "llama" in request.param:
         exported = tmp_path / "theirs"
         convert.export_model(base, exported, False)  # for its tokenizer
         vocab = checkpoint.shape_of(base).vocab_size
@@ -34,7 +34,8 @@ def tuned(request, smoke, run, tmp_path):
         model.save_pretrained(exported)
         base = tmp_path / "base"
         convert.import_model(str(exported), base)
-    options = [*SMALL, "--lora", 4, "--lora-alpha", 8, "--lr", 0.02, "--init", base]
+    layers = ["--train-layers", 1] if "last" in request.param else []
+    options = [*SMALL, *layers, "--lora", 4, "--lora-alpha", 8, "--lr", 0.02, "--init", base]
     assert run("train_sft", *options, "--out", tmp_path / "sft") == 0
     return base, tmp_path / "sft"
 
