@@ -42,7 +42,7 @@ class LoRALinear(nn.Linear):
 
 
 def attach(gpt: nn.Module, rank: int, alpha: float, layers: int | None = None) -> None:
-    """Freeze a GPT, and put new adapters beside every linear layer of its last `layers` blocks (None: all)."""
+    """Freeze a GPT, and put new adapters beside the linear layers of its last `layers` blocks (None: all)."""
     if rank > gpt.config.n_embd:
         raise UserError(f"--lora {rank}: the model has {gpt.config.n_embd} channels: choose a smaller rank")
     gpt.requires_grad_(False)
