@@ -13,7 +13,7 @@ from minirlhf.support import adapters, shard
 
 
 def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
-    """Train the weights of all blocks or the last (--train-layers), or adapters (--lora) there; and the heads.
+    """Train the weights of all blocks or the last (--train-layers), or adapters (--lora) there; and heads.
 
     Frozen matrices are stored in `dtype`, which saves memory, and under autocast the time to round them.
     """
