@@ -26,9 +26,11 @@ from benchmarks.demo import table  # noqa: E402
 from minirlhf.support import cli  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/lora.json"
-LORA = ("--lora", "16", "--lr", "1e-3")
+LORA = ("--train-layers", "30", "--lora", "16", "--lr", "1e-3")  # all layers
+LAST = ("--train-layers", "14")
 ARMS = {  # what is trained, of the reward model and by PPO; how PPO computes it
-    "last 14 layers": (("--train-layers", "14"), ()),
+    "last 14 layers": (LAST, ()),
+    "LoRA 16 in the last 14 layers": ((*LAST, *LORA[2:]), ()),
     "LoRA 16": (LORA, ()),
     "LoRA 16, microbatches of 8": (LORA, ("--microbatch", "8")),
     "LoRA 16, checkpointing": (LORA, ("--gradient-checkpointing",)),
@@ -48,7 +50,7 @@ def train(script: str, *options: object) -> int:
 
 def measure(base: Path, home: Path, arm: str, iterations: int) -> dict:
     trained, how = ARMS[arm]
-    reward = home / f"rm{''.join(trained[:2])}"
+    reward = home / f"rm{''.join(trained)}"
     if not (reward / "config.json").exists():
         few = ("--data", "toy", "--epochs", 1, "--bidirectional", 0, "--normalise", "none")
         train("train_rm.py", "--init", base, *few, *trained, "--out", reward)
