@@ -44,7 +44,7 @@ LOGGED = ("train/loss", *REWARDS, "logps/chosen", "logps/rejected")
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
-    preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
+    preset: Literal["smoke", "demo", "pretrained", "smollm2"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/dpo")
     """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""
@@ -111,8 +111,8 @@ PRESETS = {
     "smoke": Config(preset="smoke", out=Path("runs/smoke/dpo"), data="toy", pairs=2, iterations=4, batch=64,
                     warmup=2, response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/dpo"), train_layers=14, lr=2e-5),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/dpo"), lr=2e-6, batch=64, microbatch=8, warmup=150,
-                   response_tokens=48),
+    "pretrained": Config(preset="pretrained", out=Path("runs/pretrained/dpo"), lr=1e-6, microbatch=4,
+                         response_tokens=128),
 }  # fmt: skip
 
 

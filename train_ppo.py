@@ -44,7 +44,7 @@ from minirlhf.support.ragged import send
 
 @dataclasses.dataclass(frozen=True)
 class Config(AlgorithmOptions, RunConfig):  # strings are --help; more options: support/run_config.py
-    preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
+    preset: Literal["smoke", "demo", "pretrained", "smollm2"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/ppo")
     """Folder for checkpoints and metrics.  Earlier stages are looked for beside it (sft, rm)."""
@@ -155,8 +155,8 @@ PRESETS = {
                     minibatch=8, epochs=2, response_tokens=12),
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/ppo"), iterations=40, batch=64,
                       train_layers=14, kl_coef=0.1, lr=1e-4, value_lr=1e-4, save_every=20),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/ppo"), iterations=1000, epochs=4, batch=512,
-                   minibatch=64, microbatch=16, lr=1e-5, value_lr=1e-5, kl_target=6.0, response_tokens=48),
+    "pretrained": Config(preset="pretrained", out=Path("runs/pretrained/ppo"), iterations=200, microbatch=4,
+                         kl_coef=0.05, lr=3e-6, value_lr=1e-5, response_tokens=128),
 }  # fmt: skip
 
 

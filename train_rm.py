@@ -40,7 +40,7 @@ from minirlhf.support.schedule import Schedule, ends_a_quarter
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
-    preset: Literal["smoke", "demo", "gpt2", "smollm2", "minilm"] = "demo"
+    preset: Literal["smoke", "demo", "pretrained", "smollm2", "minilm"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/rm")
     """Folder for checkpoints, metrics and the report.  The SFT model is looked for beside it."""
@@ -131,7 +131,8 @@ PRESETS = {
     "minilm": Config(preset="minilm", out=Path("runs/minilm/rm"), init=Path("runs/minilm/base"),
                      genres=("movies",), pooling="mean", dropout=0.1, lowercase=0.0, batch=32, lr=1e-4,
                      embedding_lr=1.0, epochs=4, normalise="none"),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/rm"), lr=3e-5, members=3, microbatch=8),
+    "pretrained": Config(preset="pretrained", out=Path("runs/pretrained/rm"), lowercase=0.0, dropout=0.0,
+                         epochs=1, microbatch=4, lr=1e-5, embedding_lr=1.0, response_tokens=128),
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     python train_sft.py                                   # the movie reviews of the built-in dataset
     python train_sft.py --preset smoke                    # seconds, to see that it runs
     python train_sft.py --data dialogues.jsonl --init runs/demo/sft --out runs/mine/sft
-    torchrun --nproc-per-node 8 train_sft.py --preset gpt2 --data texts/ --out runs/big/sft
+    torchrun --nproc-per-node 8 train_sft.py --preset pretrained --init runs/big/base --data texts/
 
 Every text is one sequence: <|endoftext|> prompt completion <|endoftext|>.  The prompt is read but not learnt
 [D19]; plain text is all completion.  Sequences of like length share a batch and are not packed, so no text
@@ -42,7 +42,7 @@ Example = tuple[list[int], list[bool]]  # token ids, and which of them are learn
 
 @dataclasses.dataclass(frozen=True)
 class Config(RunConfig):
-    preset: Literal["smoke", "demo", "gpt2", "smollm2"] = "demo"
+    preset: Literal["smoke", "demo", "pretrained", "smollm2"] = "demo"
     """Named settings.  Any option given beside it wins."""
     out: Path = Path("runs/demo/sft")
     """Folder for checkpoints and metrics."""
@@ -119,8 +119,8 @@ PRESETS = {
     "smollm2": Config(preset="smollm2", out=Path("runs/smollm2/sft"), init=Path("runs/smollm2/base"),
                       genres=("movies",), train_layers=14, dropout=0.0, epochs=1, final_epochs=1, lr=1e-4,
                       warmup=20),
-    "gpt2": Config(preset="gpt2", out=Path("runs/gpt2/sft"), tokenizer="gpt2", context=1024, n_layer=12,
-                   n_head=12, n_embd=768, epochs=3, batch=64, microbatch=8, lr=3e-4),
+    "pretrained": Config(preset="pretrained", out=Path("runs/pretrained/sft"), dropout=0.0, epochs=2,
+                         final_epochs=0, microbatch=4, lr=2e-5, warmup=20, weight_decay=0.0),
 }  # fmt: skip
 OF_A_NEW_MODEL = ("--tokenizer", "--vocab", "--context", "--n-layer", "--n-head", "--n-embd")
 

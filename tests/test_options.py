@@ -197,8 +197,8 @@ def parse(name: str, argv: list[str], capsys) -> tuple[int, list[str], object]:
 
 def test_the_last_preset_counts(capsys):
     """Its settings, not those of the first with the other's name."""
-    _, _, config = parse("train_sft", ["--preset", "smoke", "--preset", "gpt2"], capsys)
-    assert config == OF_CONFIGS["train_sft"].PRESETS["gpt2"]
+    _, _, config = parse("train_sft", ["--preset", "smoke", "--preset", "pretrained"], capsys)
+    assert config == OF_CONFIGS["train_sft"].PRESETS["pretrained"]
 
 
 @pytest.mark.parametrize(

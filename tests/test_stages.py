@@ -1,5 +1,6 @@
 """The three stages as a user runs them: what they write, what they learn, what they refuse.  Resuming: test_resume.py."""
 
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from minirlhf import checkpoint, data, model, rewards
 from minirlhf.measure import stats
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Texts
-from minirlhf.support import cli
+from minirlhf.support import claims, cli
 from minirlhf.tokenizer import Tokenizer
 from tests.by_hand import unlisted
 
@@ -674,7 +675,7 @@ def test_validation_counts_the_bytes_it_reads(run, tmp_path):
 
 
 @pytest.mark.parametrize("script", MODULES)
-@pytest.mark.parametrize("preset", ["smoke", "demo", "gpt2"])
+@pytest.mark.parametrize("preset", ["smoke", "demo", "pretrained"])
 def test_presets_parse_and_help_lists_every_option(run, capsys, script, preset):
     config = MODULES[script].PRESETS[preset]
     assert config.preset == preset
@@ -682,6 +683,23 @@ def test_presets_parse_and_help_lists_every_option(run, capsys, script, preset):
     said = capsys.readouterr().out
     for name in vars(config):
         assert f"--{name.replace('_', '-')}" in said
+
+
+def test_the_demos_settings_for_a_model_of_others_are_remarked_on():
+    config = train_sft.Config()
+    remark = claims.demo_settings(config, Path("runs/qwen/base"), {"model": {"n_embd": 1024}})
+    assert remark == (
+        "note: --lr 0.0012 and the rest of --preset demo are for a small model from scratch, and "
+        "runs/qwen/base has 1024 channels: --preset pretrained is for such a model"
+    )
+    quiet = (
+        dataclasses.replace(config, lr=1e-5),
+        train_sft.PRESETS["pretrained"],
+        train_sft.PRESETS["smollm2"],
+    )
+    assert not any(claims.demo_settings(c, Path("base"), {"model": {"n_embd": 1024}}) for c in quiet)
+    for about in ({"model": {"n_embd": 192}}, {"model": {"n_embd": "192"}}, {"model": None}, {}):
+        assert claims.demo_settings(config, Path("base"), about) is None
 
 
 @pytest.mark.parametrize("script", MODULES)
@@ -719,7 +737,7 @@ def mistakes(smoke, tmp_path_factory):
 
 
 REFUSED = [
-    ("train_sft", "--preset hug", r"--preset must be one of demo, smoke, smollm2, gpt2, not 'hug'"),
+    ("train_sft", "--preset hug", r"--preset must be one of demo, smoke, smollm2, pretrained, not 'hug'"),
     ("train_sft", "--lrr 3", r"unknown option --lrr: did you mean --lr\?"),
     ("train_rm", "--epoch 3", r"unknown option --epoch: did you mean --epochs\?"),
     ("train_ppo", "--kl-coeff 3", r"unknown option --kl-coeff: did you mean --kl-coef\?"),

@@ -42,6 +42,23 @@ def refuse_inside(out: Path, name: str, folder: Path) -> None:
         )
 
 
+DEMO_WIDTH = 192  # channels of the model that the demo's settings are for
+
+
+def demo_settings(config: Any, init: Path, about: dict) -> str | None:
+    """A remark where a model (config.json: about) far wider than the demo's is trained at the demo's rate."""
+    shape = about.get("model")
+    width = shape.get("n_embd") if isinstance(shape, dict) else None  # building the model checks it
+    if not isinstance(width, int) or width < 2 * DEMO_WIDTH:
+        return None
+    if getattr(config, "preset", None) != "demo" or config.lr != type(config)().lr:
+        return None
+    return (
+        f"note: --lr {config.lr:g} and the rest of --preset demo are for a small model from scratch, and {init} "
+        f"has {width} channels: --preset pretrained is for such a model"
+    )
+
+
 def claim(
     out: Path, saved: dict | None, stage: str, settings: dict[str, Any], resume: bool, overwrite: bool
 ) -> str:

@@ -93,6 +93,10 @@ class Folder:
                 claims.refuse_inside(self.out, name, checkpoint.resolve(path))
                 refuse_stale(path, "init", checkpoints["init"])
                 abouts[str(path)] = checkpoint.load_config(path)
+                if name == "init":
+                    remark = claims.demo_settings(self.config, path, abouts[str(path)])
+                    if remark:
+                        self.print(remark)
                 from_here = os.path.relpath(checkpoint.resolve(path), self.out.resolve())
                 self.inputs |= {name: checkpoint.fingerprint(path)}
                 self.inputs |= {f"{name}_path": str(path), f"{name}_relative_path": from_here}
