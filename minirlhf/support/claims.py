@@ -54,8 +54,8 @@ def demo_settings(config: Any, init: Path, about: dict) -> str | None:
     if getattr(config, "preset", None) != "demo" or config.lr != type(config)().lr:
         return None
     return (
-        f"note: --lr {config.lr:g} and the rest of --preset demo are for a small model from scratch, and {init} "
-        f"has {width} channels: --preset pretrained is for such a model"
+        f"note: --lr {config.lr:g} and the rest of --preset demo are for a small model from scratch, and "
+        f"{init} has {width} channels: --preset pretrained is for such a model"
     )
 
 
