@@ -195,9 +195,14 @@ def check_pytest(words: list[str]) -> None:
 
 @pytest.fixture
 def your_own(tmp_path, monkeypatch):
-    """A folder with mydata.jsonl and mypackage/module.py, which the pages' commands name."""
+    """A folder with the files that the pages' commands name: mydata.jsonl and others, mypackage/module.py."""
     rows = [{"prompt": f"Film {i}:", "completion": f" it is {('awful', 'great')[i % 2]}"} for i in range(80)]
-    (tmp_path / "mydata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rated = [
+        {"text": row["prompt"] + row["completion"], "rating": 1 + 4 * (i % 2)} for i, row in enumerate(rows)
+    ]
+    asked = [{"prompt": row["prompt"]} for row in rows]
+    for name, content in (("mydata", rows), ("myratings", rated), ("myprompts", asked)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (tmp_path / "mypackage").mkdir()
     code = "def function(prompts, responses):\n    return [len(text) / 10 for text in responses]\n"
     (tmp_path / "mypackage/module.py").write_text(code)
@@ -259,7 +264,7 @@ def test_python_in_the_pages_compiles(page):
 
 SKIPPED = (  # parsed, but not run: they train for minutes, wait for a browser, or need weights that are not here
     "make", "torchrun", "pip", "pytest", "python -m pytest", "python -m venv", "python -m kernels", "python benchmarks",
-    "python -m minirlhf.feedback serve", "python -m minirlhf.checkpoint import", "python train_sft.py --init runs/qwen",
+    "python -m minirlhf.feedback serve", "python -m minirlhf.checkpoint import", "python train_sft.py --preset pretrained",
     "python -m minirlhf.checkpoint export runs/qwen",
     "python -m minirlhf.conformance mypackage",  # which holds a reward function here
 )  # fmt: skip
