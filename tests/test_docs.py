@@ -245,7 +245,15 @@ def test_options_named_in_the_text_exist(page):
         fields = [field.name.replace("_", "-") for field in dataclasses.fields(config)]
         known |= {f"--{prefix}{field}" for field in fields for prefix in ("", "no-")}
     known |= {f"--{name.replace('_', '-')}-field" for name in shapes.OURS}  # spellings of --fields
-    foreign = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--no-deps", "--gold"}
+    foreign = {
+        "--nproc-per-node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--no-deps",
+        "--gold",
+        "--index-url",
+    }
     named = {o for code in re.findall(r"`([^`]+)`", page.read_text()) for o in OPTION.findall(code)}
     assert named <= known | foreign, sorted(named - known - foreign)
 
