@@ -107,6 +107,20 @@ def averaging(response_mask: Tensor, how: str, longest: int) -> tuple[Tensor, Te
     return (counts / (lengths.clamp(min=1) if how == "responses" else longest))[:, None], counts
 
 
+@torch.no_grad()
+def importance_weights(
+    logprobs: Tensor, engine_logprobs: Tensor, response_mask: Tensor, cap: float = 2.0
+) -> Tensor:
+    """Weights min(policy / engine, cap) of tokens that another engine drew: [B, R], 0 off the mask [D32].
+
+    `logprobs` are recomputed here, with the weights that the engine had; `engine_logprobs` are the engine's
+    own, at the same temperature and of the whole distribution. As `weights` of policy_loss they correct each
+    token given those before it: exactly, but for ratios above the cap, which bounds the variance.
+    """
+    log_ratio = torch.where(response_mask, logprobs - engine_logprobs, -math.inf)
+    return log_ratio.exp().clamp(max=cap)
+
+
 def policy_loss(
     new_logprobs: Tensor,
     logprobs: Tensor,

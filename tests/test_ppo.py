@@ -14,6 +14,7 @@ from minirlhf.ppo import (
     apply_missing_eos,
     best_of_n_kl,
     explained_variance,
+    importance_weights,
     kl_estimates,
     linear_decay,
     policy_loss,
@@ -294,6 +295,76 @@ def test_D22_metrics_of_a_rollout():
     for name, numbers in want.items():
         near(found[name], numbers)
     assert not any(x.requires_grad for x in found.values())
+
+
+# What another engine draws where the policy is P: close to it, as roundings are, and far from it.
+ENGINES = {"near": torch.tensor([0.51, 0.295, 0.195]), "far": torch.tensor([0.1, 0.2, 0.7])}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_D32_weights_give_the_policys_expectation_by_enumeration(engine):
+    """Each token drawn once, in its share: without a cap, values and gradients are those of the policy's own draws."""
+    policy, drawn, mask = P.double(), ENGINES[engine].double(), real(1, 1, 1, R=1)
+    policy, drawn = policy / policy.sum(), drawn / drawn.sum()
+    values = torch.tensor([3.0, -1.0, 0.5], dtype=torch.float64)
+    weights = importance_weights(policy.log()[:, None], drawn.log()[:, None], mask, cap=math.inf)
+    raw, corrected, wanted = (
+        (share * values).sum().item() for share in (drawn, drawn * weights[:, 0], policy)
+    )
+    assert abs(corrected - wanted) < 1e-12 < 1e-3 < abs(raw - wanted)
+
+    def gradient(shares, weights):
+        logits = policy.log().requires_grad_()
+        new = logits.log_softmax(0)[:, None]
+        advantages = (shares * values)[:, None]
+        policy_loss(new, policy.log()[:, None], advantages, mask, 0.2, 1, weights)[0].backward()
+        return logits.grad
+
+    difference = gradient(drawn, weights) - gradient(policy, None)
+    assert difference.abs().max() < 1e-12
+    assert (gradient(drawn, None) - gradient(policy, None)).abs().max() > 1e-3
+
+
+def test_D32_two_tokens_need_the_product_and_get_each_tokens_own():
+    """A token's weight corrects it given those before it, not how often the engine writes those."""
+    policy = torch.tensor(
+        [[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]], dtype=torch.float64
+    )  # first; after 0; after 1
+    drawn = torch.tensor([[0.4, 0.6], [0.7, 0.3], [0.3, 0.7]], dtype=torch.float64)
+    texts = [(a, b) for a in (0, 1) for b in (0, 1)]
+    of = lambda p: torch.stack([torch.stack([p[0, a], p[1 + a, b]]) for a, b in texts])  # [4, 2]
+    weights = importance_weights(of(policy).log(), of(drawn).log(), real(2, 2, 2, 2, R=2), cap=math.inf)
+    exact, found = of(policy).prod(1), of(drawn).prod(1) * weights.prod(1)
+    assert (exact - found).abs().max() < 1e-12
+    second = of(drawn)[:, 0] * of(policy)[:, 1]  # the engine's first token, then the policy's second
+    assert (of(drawn).prod(1) * weights[:, 1] - second).abs().max() < 1e-12
+
+
+def test_D32_ratios_are_capped_from_above_alone():
+    ratio = torch.tensor([[0.01, 0.5, 1.0, 1.99, 2.5, 1e30]])
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    near(importance_weights(ratio.log(), torch.zeros(1, 6), mask), [[0.01, 0.5, 1.0, 1.99, 2.0, 2.0]])
+    near(importance_weights(ratio.log(), torch.zeros(1, 6), mask, cap=0.5), [[0.01] + 5 * [0.5]])
+    huge = importance_weights(torch.zeros(1, 6), torch.full((1, 6), -math.inf), mask)
+    near(huge, [6 * [2.0]])  # the engine drew what it calls impossible
+    same = torch.randn(3, 4)
+    near(importance_weights(same, same, real(4, 2, 0)), real(4, 2, 0).float().tolist(), 0)
+
+
+def test_D32_masked_tokens_weigh_nothing_and_no_gradient_flows():
+    logprobs = torch.tensor([[-1.0, NAN, -math.inf], [-2.0, -1.0, NAN]], requires_grad=True)
+    engine = torch.tensor([[-1.0, 0.0, -math.inf], [-1.0, -1.0, 1.0]], requires_grad=True)
+    weights = importance_weights(logprobs, engine, real(1, 2, R=3))
+    near(weights, [[1.0, 0.0, 0.0], [math.exp(-1), 1.0, 0.0]])
+    assert not weights.requires_grad
+
+
+def test_D32_kl_of_the_mismatch_is_that_of_the_engine_to_the_policy():
+    """What docs/scaling.md says to log: kl_estimates(engine's, recomputed), a mean over tokens the engine drew."""
+    policy, drawn = P.double() / P.double().sum(), ENGINES["far"].double() / ENGINES["far"].double().sum()
+    k1, _, k3 = kl_estimates(drawn.log(), policy.log())
+    exact = (drawn * (drawn / policy).log()).sum()
+    assert abs((drawn * k1).sum() - exact) < 1e-12 and abs((drawn * k3).sum() - exact) < 1e-12
 
 
 def test_D16_linear_decay():
