@@ -86,7 +86,9 @@ class Machine:
         """Whether the condition holds on any rank: all ranks get the same answer, and decide alike."""
         if self.world == 1:
             return condition
-        count = torch.tensor(float(condition), device=self.device)
+        count = torch.full(
+            (), float(condition), device=self.device
+        )  # a copy from the host would be waited for
         self.sum_([count])
         return bool(count)
 

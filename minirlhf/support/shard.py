@@ -14,6 +14,7 @@ What is easily done wrong, and how it is done here:
 - The root's group of a model that waits for no backward is dropped when another model begins to read.
 - Under autocast, backward would hold a bf16 copy of every block's weights.  Linear layers are gathered in
   bf16 instead, rounded as autocast rounds them; norms and embeddings stay fp32.
+- FSDP sends all arguments of a root to the GPU.  Masks belong on the host, which would wait to get them back.
 - A rollout asks for one forward per token, and ranks stop at different ones: `whole` gathers a model first.
 - Optimisers are made after this, of the pieces; a root's group that is whole then would be trained as a copy.
 """
@@ -95,6 +96,8 @@ def _shard_root(root: nn.Module, mesh: Any, half: bool) -> None:
             module.set_force_sum_reduction_for_comms(True)
     root.awaits_backward = False
     root.register_forward_pre_hook(_drop_others)
+    root.register_forward_pre_hook(_hide_masks, prepend=True, with_kwargs=True)  # before FSDP's own
+    root.register_forward_pre_hook(_show_masks, with_kwargs=True)  # after it
     _roots.add(root)
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # nobody writes into it
 
@@ -104,6 +107,24 @@ def _drop_others(root: nn.Module, _: Any) -> None:
         if other is not root and not other.awaits_backward:
             other.reshard()
     root.awaits_backward = torch.is_grad_enabled() and any(p.requires_grad for p in root.parameters())
+
+
+@dataclasses.dataclass
+class _Hidden:
+    """A mask on the CPU, which FSDP does not see and so leaves there."""
+
+    mask: Tensor
+
+
+def _hide_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    of_host = lambda x: isinstance(x, Tensor) and x.dtype == torch.bool and x.device.type == "cpu"
+    hide = lambda x: _Hidden(x) if of_host(x) else x
+    return tuple(map(hide, args)), {name: hide(x) for name, x in kwargs.items()}
+
+
+def _show_masks(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    show = lambda x: x.mask if isinstance(x, _Hidden) else x
+    return tuple(map(show, args)), {name: show(x) for name, x in kwargs.items()}
 
 
 def drop(models: Iterable[nn.Module]) -> None:
