@@ -1,7 +1,9 @@
-"""The steps of benchmarks/gpu.sh that are Python: packages, kernels against oracles, PPO iterations.
+"""The steps of benchmarks/gpu.sh that are Python: packages, kernels against oracles, attention, decode, PPO.
 
     python benchmarks/gpu.py packages FOLDER                  # install from .wheels/ what is missing here
     python benchmarks/gpu.py oracles OUT.json                 # every op's error, beside plain PyTorch's
+    python benchmarks/gpu.py attention OUT.json               # packed tokens beside padded rows
+    python benchmarks/gpu.py decode OUT.json                  # the compiled decode step beside the plain one
     python benchmarks/gpu.py ppo OUT.json --compile           # seconds and memory per PPO iteration
 
 With --small the shapes are tiny, and no GPU is needed.
@@ -252,6 +254,175 @@ def estimated(work: dict, folder: Path) -> dict[str, int]:
         )
 
 
+# Attention on packed tokens, and the decode step
+
+DRAWN = {"rows": 64, "shortest": 32, "longest": 512, "rounds": 8}  # texts of an update, by length
+DRAWN_SMALL = {"rows": 4, "shortest": 2, "longest": 12, "rounds": 2}
+
+
+def text_by_text(
+    q: Any, k: Any, v: Any, starts: Any, starts_k: Any, longest: int, longest_k: int, **how: Any
+) -> Any:
+    """torch.nn.attention.varlen.varlen_attn in plain PyTorch, for a machine without a GPU."""
+    import torch
+
+    parts = [x.tensor_split(starts[1:-1].tolist()) for x in (q, k, v)]
+    attend, causal = torch.nn.functional.scaled_dot_product_attention, how["window_size"] == (-1, 0)
+    heads = lambda part: (x.transpose(0, 1) for x in part)
+    texts = [attend(*heads(part), is_causal=causal, enable_gqa=True) for part in zip(*parts, strict=True)]
+    return torch.cat([text.transpose(0, 1) for text in texts])
+
+
+def clocked(call: Callable) -> float:
+    """Seconds of a call, with all that it asks of the GPU."""
+    import torch
+
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    start = time.perf_counter()
+    call()
+    wait()
+    return time.perf_counter() - start
+
+
+def model_on_device(work: dict) -> Any:
+    """The policy of `work` with random weights."""
+    import torch
+
+    from minirlhf.model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**work["shape"])).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def attention(args: argparse.Namespace) -> int:
+    """Forward and backward on texts of drawn lengths, packed and padded: seconds, memory, errors against fp32."""
+    import torch
+    from torch.nn.attention import varlen
+
+    from minirlhf.support import ragged
+
+    work, drawn = (SMALL, DRAWN_SMALL) if args.small else (SMOLLM2, DRAWN)
+    model, real = model_on_device(work), torch.cuda.is_available()
+    device, packs = model.wte.weight.device, ragged.attends_packed
+    if not real:
+        varlen.varlen_attn = text_by_text
+    lengths = torch.randint(drawn["shortest"], drawn["longest"] + 1, (drawn["rows"],))
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    tokens = torch.randint(work["shape"]["vocab_size"], mask.shape).to(device)
+    found = {"device": where(), "work": work, "drawn": drawn, "real_tokens": int(mask.sum())}
+    found |= {"padded_tokens": mask.numel(), "pairs": int(lengths.square().sum())}
+    found["padded_pairs"] = mask.numel() * mask.shape[1]
+
+    def run(packed: bool, half: bool = True) -> tuple:
+        ragged.attends_packed = (lambda *_: packs(*_) or not real) if packed else lambda *_: False
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            hidden = model(tokens, mask)
+        hidden.square().mean().backward()
+        return hidden.detach(), model.blocks[0].qkv.weight.grad.clone()
+
+    exact = run(packed=False, half=False)
+    for name, packed in (("packed", True), ("padded", False)):
+        if real:
+            torch.cuda.reset_peak_memory_stats()
+        off = [float((a - b).norm() / b.norm()) for a, b in zip(run(packed), exact, strict=True)]
+        found[name] = {"error": dict(zip(("hidden", "gradient"), off, strict=True)), "seconds": []}
+        if real:
+            found[name]["peak_bytes"] = torch.cuda.max_memory_allocated()
+    for _ in range(drawn["rounds"]):  # in turn
+        for name, packed in (("packed", True), ("padded", False)):
+            found[name]["seconds"].append(clocked(lambda packed=packed: run(packed)))
+    for name in ("packed", "padded"):
+        found[name]["median_seconds"] = median(found[name]["seconds"])
+    found["padded / packed"] = found["padded"]["median_seconds"] / found["packed"]["median_seconds"]
+    ragged.attends_packed = packs
+    with torch.autocast(device.type, torch.bfloat16):
+        found["kernel"] = packs(device, model.config.head_dim)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in found.items() if k not in ("work", "device")}, indent=1))
+    worse = [kind for kind, e in found["packed"]["error"].items() if e > 2 * found["padded"]["error"][kind]]
+    if worse:
+        print(f"FAIL: packed attention is less exact than padded: {', '.join(worse)}")
+    if real and not found["kernel"]:
+        print("packed attention does not run on this GPU and torch: both sides were padded")
+    return int(bool(worse))
+
+
+def started_kernels(work: dict) -> int:
+    """Operations with results of their own in one plain decode step, counted on tensors without data."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from minirlhf.model import GPT, GPTConfig
+    from minirlhf.support.cache import KVCache
+
+    class Count(TorchDispatchMode):
+        started = 0
+
+        def __torch_dispatch__(
+            self, function: Any, types: Any, given: tuple = (), named: dict | None = None
+        ) -> Any:
+            aliases = [result.alias_info for result in function._schema.returns]
+            view = all(alias is not None and not alias.is_write for alias in aliases)
+            self.started += not view and "empty" not in function._schema.name
+            return function(*given, **(named or {}))
+
+    with torch.no_grad(), torch.device("meta"):
+        model, B = GPT(GPTConfig(**work["shape"])), work["batch"]
+        cache = KVCache(model, B, work["prompt"] + 1)
+        model(torch.empty(B, work["prompt"], dtype=torch.long), None, cache)
+        with Count() as count:
+            model.logits(cache.step(model, torch.empty(B, dtype=torch.long)))
+    return count.started
+
+
+def decode(args: argparse.Namespace) -> int:
+    """Rollouts with the plain decode step and the compiled one: seconds, tokens per second, equal tokens."""
+    import torch
+
+    from minirlhf.rollout import Sampling, generate
+    from minirlhf.support.decode import Decoder, graphs
+
+    work = SMALL if args.small else SMOLLM2
+    model, rounds = model_on_device(work), 2 if args.small else 4
+    kind = model.wte.weight.device.type
+    mode = graphs if kind == "cuda" else lambda step: torch.compile(step, backend="eager", dynamic=False)
+    B, P = work["batch"], work["prompt"]
+    vocabulary = work["shape"]["vocab_size"]
+    prompts, mask = torch.randint(vocabulary, (B, P)), torch.ones(B, P, dtype=torch.bool)
+    no_end = Sampling(work["response"], 0.0, eos=vocabulary - 1, pad=0, forbidden=vocabulary - 1)
+    found: dict[str, Any] = {
+        "device": where(),
+        "work": work,
+        "compiler": "CUDA graphs" if kind == "cuda" else "eager",
+    }
+    found["kernels_per_step"] = started_kernels(work)
+    texts, decoders = {}, {"plain": None, "compiled": Decoder(model, mode)}
+
+    def run(name: str) -> None:
+        model.decoder = decoders[name]
+        with torch.autocast(kind, torch.bfloat16, enabled=work["precision"] == "bf16"):
+            texts[name] = generate(model, prompts, mask, no_end).responses
+
+    for name in decoders:
+        found[name] = {"first_seconds": clocked(lambda name=name: run(name)), "seconds": []}
+    for _ in range(rounds):  # in turn
+        for name in decoders:
+            found[name]["seconds"].append(clocked(lambda name=name: run(name)))
+    for name in decoders:
+        found[name]["median_seconds"] = median(found[name]["seconds"])
+        found[name]["tokens_per_second"] = B * work["response"] / found[name]["median_seconds"]
+    found["plain / compiled"] = found["plain"]["median_seconds"] / found["compiled"]["median_seconds"]
+    same = (texts["plain"] == texts["compiled"]).long()
+    found["equal_first_tokens"] = float(same[:, :2].float().mean())  # a tie in bf16 changes all that follow
+    found["equal_tokens"] = float(same.float().mean())
+    found["tokens_until_they_differ"] = float(same.cumprod(1).sum(1).float().mean())
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in found.items() if k not in ("work", "device")}, indent=1))
+    return int(found["equal_first_tokens"] < 0.9)
+
+
 def child(command: str, job: dict) -> Any:
     """What a process of this file's `command` prints as its last line, as JSON."""
     call = [sys.executable, __file__, command, json.dumps(job)]
@@ -320,14 +491,15 @@ def main() -> int:
         return 0
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("step", choices=("packages", "oracles", "ppo"))
+    steps = {"oracles": oracles, "attention": attention, "decode": decode, "ppo": ppo}
+    parser.add_argument("step", choices=("packages", *steps))
     parser.add_argument("out", type=Path, help="JSON file for the results; of packages, the folder to fill")
     parser.add_argument("--compile", action="store_true", help="run train_ppo.py with --compile")
     parser.add_argument("--small", action="store_true", help="use tiny shapes, for a machine without a GPU")
     args = parser.parse_args()
     if args.step == "packages":
         return install(args.out)
-    return oracles(args) if args.step == "oracles" else ppo(args)
+    return steps[args.step](args)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@
 #   python -m pip download --only-binary=:all: -d .wheels -c constraints.txt tyro tqdm jinja2
 #
 # Steps: the kernels against their oracles; the tests marked gpu, with the property suite on the GPU; each kernel
-# beside the time of its bytes and beside plain PyTorch; PPO iterations of SmolLM2's shape in bf16, without and
-# with --compile, and their memory beside the estimate. Each step has a time limit. A step that fails does not
-# stop the next. Logs and JSON go to OUT (default: benchmarks/results/gpu-<card>-<date>). The exit code is 0 if
+# beside the time of its bytes and beside plain PyTorch; attention on packed tokens beside padded rows, and the
+# compiled decode step beside the plain one, in SmolLM2's shape and bf16; PPO iterations of that shape, without
+# and with --compile, and their memory beside the estimate. Each step has a time limit. A step that fails does
+# not stop the next. Logs and JSON go to OUT (default: benchmarks/results/gpu-<card>-<date>). The exit code is 0 if
 # all steps passed.
 set -u
 cd "$(dirname "$0")/.."
@@ -76,9 +77,11 @@ else
 fi
 step kernels 100 "$PYTHON" benchmarks/kernels.py --out "$OUT/kernels.json" $SMALL \
     --without torch.compile TRL Liger torchrl
-step ppo 90 "$PYTHON" benchmarks/gpu.py ppo "$OUT/ppo.json" $SMALL
+step attention 40 "$PYTHON" benchmarks/gpu.py attention "$OUT/attention.json" $SMALL
+step decode 60 "$PYTHON" benchmarks/gpu.py decode "$OUT/decode.json" $SMALL
+step ppo 70 "$PYTHON" benchmarks/gpu.py ppo "$OUT/ppo.json" $SMALL
 if [ -z "$SMALL" ]; then # on a CPU, torch.compile would start a C++ compiler, for minutes
-    step ppo-compile 120 "$PYTHON" benchmarks/gpu.py ppo "$OUT/ppo-compile.json" --compile
+    step ppo-compile 100 "$PYTHON" benchmarks/gpu.py ppo "$OUT/ppo-compile.json" --compile
 fi
 
 echo "== ${CARD:-no GPU}: logs and JSON in $OUT"

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from minirlhf import UserError, lora
 from minirlhf.support import ragged, shape
 from minirlhf.support.cache import KVCache
-from minirlhf.support.ragged import Packing
+from minirlhf.support.ragged import Boundaries, Packing
 
 POOLINGS = ("last", "mean", "last+mean")
 
@@ -103,12 +103,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Boundaries | None, causal: bool) -> Tensor:
     """softmax(q k' / sqrt D) v over the keys that each query may see -> [H, B, T, D].
 
     Heads come first: q [H, B, T, D], k and v [G, B, K, D].  mask [B or 1, T or 1, K]: True = may see; None =
-    all keys, or if causal all up to the query.  Weights have no dropout: it would rule out fused kernels.
+    all keys, or if causal all up to the query; Boundaries: those of the query's own text.  Weights have no
+    dropout: it would rule out fused kernels.
     """
+    if isinstance(mask, Boundaries):
+        return ragged.attend_packed(q, k, v, mask, causal)
     H, T, K = len(q), q.shape[2], k.shape[2]
     if ragged.is_short(q.device, T, K):
         return ragged.attend_short(q, k, v, mask)
@@ -182,6 +185,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config, self.dropout = config, config.dropout
+        self.decoder = None  # compiles the steps of a rollout: support/decode.py
         self.recompute = False  # compute a block's activations again in backward: slower, with little memory
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.positions == "learned":
@@ -214,7 +218,9 @@ class GPT(nn.Module):
         mask and wanted should be on the CPU: the host waits once for each that is on a GPU.
         """
         config, causal_kinds = self.config, {block.causal for block in self.blocks}
-        packing = ragged.make_packing(tokens.shape, mask, wanted, cache, tokens.device, causal_kinds)
+        packing = ragged.make_packing(
+            tokens.shape, mask, wanted, cache, tokens.device, causal_kinds, config.head_dim
+        )
         if packing.length > config.context:
             raise UserError(
                 f"{packing.length} tokens do not fit the model's context of {config.context}: shorten the "

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from kernels import linear_token_logprobs, token_logprobs
 from minirlhf import UserError
-from minirlhf.model import GPT, KVCache, ValueModel
+from minirlhf.model import GPT, ValueModel
 from minirlhf.support import ragged
+from minirlhf.support.cache import new_cache
 from minirlhf.support.draw import draw_by_cdf, draw_by_race
 from minirlhf.support.ends import Ends, are_ends, index_of
 from minirlhf.support.layout import shown_prompt
@@ -196,7 +197,7 @@ def generate(
     host_mask = prompt_mask.cpu()
     prompts, prompt_mask = send(prompts, device), send(prompt_mask, device)
     (B, P), R = prompts.shape, sampling.max_new
-    cache = KVCache(model, B, P + R)
+    cache = new_cache(model, B, P + R)
     responses = torch.full((B, R), sampling.pad, dtype=torch.long, device=device)
     lengths = torch.full((B,), R, dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)  # those still in the batch and in the cache
@@ -221,7 +222,7 @@ def generate(
                 cache.keep(kept)
                 rows, token, running = rows[kept], token[kept], running[kept]
         if t + 1 < R:
-            hidden = model(token[:, None], None, cache)[:, -1]
+            hidden = cache.step(model, token)
     # From the lengths, never from the tokens: a response may contain the padding token [D6].
     response_mask = torch.arange(R, device=device) < lengths[:, None]
     return Texts(prompts, prompt_mask, responses, response_mask)

@@ -19,6 +19,14 @@ FRONTS |= {f"minirlhf.{name}": f"minirlhf.tools.{name}.__main__" for name in ("c
 sys.path.insert(0, str(ROOT))  # the stage scripts belong to no package
 
 
+def pytest_collection_modifyitems(items):
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
+
+
 @pytest.fixture(scope="session")
 def run():
     """run(script, *argv) -> exit code: what `python script.py argv` would do, told apart from a crash, which raises.

@@ -2,8 +2,9 @@
 
     python tests/fake_gpu.py REPORT.json train_sft.py --preset smoke ++ -m minirlhf.chat runs/smoke/sft
 
-runs commands one after the other (separated by ++) and writes what happened to REPORT.json.  Two faults that no test on
-a CPU notices are noticed here:
+runs commands one after the other (separated by ++) and writes what happened to REPORT.json.  Under torchrun each process
+has a device of its own, models may be split over them (--shard), and the first one writes the report.  Two faults that no
+test on a CPU notices are noticed here:
 
 - an operation on tensors of different devices raises RuntimeError, as it does on a GPU;
 - whenever the host waits for the device, the wait is counted, with the line that asked for it.  That is every copy to
@@ -12,7 +13,8 @@ a CPU notices are noticed here:
 
 How it works: PyTorch keeps a spare device for hardware it does not know, and lets Python implement it.  Here a tensor of
 that device holds a CPU tensor, and a dispatch mode unwraps arguments, checks them, calls the CPU's operation and wraps the
-result.  Attention takes the plain path, autocast does nothing, and speed means nothing.
+result.  Attention takes the path of packed tokens, as on a GPU in bf16, with plain PyTorch in place of the kernel; `padded()` takes
+the other path. Autocast does nothing, and speed means nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import collections
 import contextlib
 import io
 import json
+import os
 import runpy
 import sys
 from collections.abc import Iterator
@@ -29,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -49,7 +53,9 @@ SIZE_DEPENDS_ON_VALUES = {
 READS_VALUES = {"_local_scalar_dense", "is_nonzero", "equal", "multinomial"}
 
 waits: collections.Counter[str] = collections.Counter()  # "kind file:line" -> how often
-counts: collections.Counter[str] = collections.Counter()  # forwards, steps, generated
+counts: collections.Counter[str] = (
+    collections.Counter()
+)  # forwards, steps, rollouts, packed calls of attention
 
 
 class OnGpu(Tensor):
@@ -87,6 +93,8 @@ class OnGpu(Tensor):
     def __torch_dispatch__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # a sharded tensor: it comes back with this rank's piece
         return dispatch(function, args, kwargs or {})
 
 
@@ -96,6 +104,8 @@ class FakeGpuMode(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # a sharded tensor: it comes back with this rank's piece
         return dispatch(function, args, kwargs or {})
 
 
@@ -201,6 +211,13 @@ def fake_gpu() -> Iterator[torch.device]:
     }.items():
         if not hasattr(backend, attribute):
             setattr(backend, attribute, value)
+    for attribute in (
+        "Stream",
+        "Event",
+        "current_stream",
+        "stream",
+    ):  # of which FSDP has several: here nothing overlaps
+        setattr(backend, attribute, getattr(torch.cpu, attribute))
     library = torch.library.Library("_", "IMPL")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # .to() keeps the class of parameters
@@ -208,6 +225,36 @@ def fake_gpu() -> Iterator[torch.device]:
     use_in_minirlhf()
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FakeGpuMode():
         yield DEVICE
+
+
+def varlen_attn(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, starts_k: Tensor, longest: int, longest_k: int,
+    *, window_size: tuple[int, int], enable_gqa: bool,
+) -> Tensor:  # fmt: skip
+    """torch.nn.attention.varlen.varlen_attn in plain PyTorch, without a wait; what no text covers is NaN."""
+    assert starts.dtype == torch.int32 and starts_k is starts and longest_k == longest and enable_gqa
+    counts["packed"] += 1
+    token = torch.arange(len(q), device=q.device, dtype=torch.int32)
+    text = torch.searchsorted(starts, token, right=True)
+    seen = text[:, None] == text
+    if window_size == (-1, 0):
+        seen = seen & (token <= token[:, None])
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1)
+    return torch.where((token < starts[-1])[:, None, None], y, torch.nan)
+
+
+@contextlib.contextmanager
+def padded() -> Iterator[None]:
+    """Attention on padded rows, as a GPU takes it in fp32."""
+    from minirlhf.support import ragged
+
+    packs, ragged.attends_packed = ragged.attends_packed, lambda device, head_dim: False
+    try:
+        yield
+    finally:
+        ragged.attends_packed = packs
 
 
 def through_dispatch(make: Any) -> Any:
@@ -222,10 +269,12 @@ def through_dispatch(make: Any) -> Any:
 
 def use_in_minirlhf() -> None:
     """Let minirlhf compute on the fake device in fp32, and count its forward passes, optimiser steps and rollouts."""
-    from minirlhf import model, rollout
-    from minirlhf.support import hardware
+    from torch.nn.attention import varlen
 
-    setup_machine = hardware.setup_machine
+    from minirlhf import model, rollout
+    from minirlhf.support import elastic, hardware, ragged, shard
+
+    setup_machine, shard_root = hardware.setup_machine, shard._shard_root
 
     def setup(*args: Any, **kwargs: Any) -> hardware.Machine:
         machine = setup_machine(*args, **kwargs)
@@ -233,6 +282,12 @@ def use_in_minirlhf() -> None:
 
     hardware.setup_machine = setup
     hardware.pick_precision = lambda wish: "fp32"
+    shard._shard_root = lambda root, *rest: shard_root(
+        root.to(DEVICE), *rest
+    )  # FSDP would set `.data` of another class
+    elastic.leave_group = lambda error: None  # it would end the process, and more commands may follow
+    varlen.varlen_attn = varlen_attn
+    ragged.attends_packed = lambda device, head_dim: device.type == NAME
     model.GPT.forward = counted("forwards", model.GPT.forward)
     rollout.generate = counted("rollouts", rollout.generate)
     torch.optim.AdamW.step = counted("steps", torch.optim.AdamW.step)
@@ -290,11 +345,14 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     with fake_gpu():
         results = [run_command(words) for words in commands]
-    report.write_text(json.dumps(results, indent=1))
+    if int(os.environ.get("RANK", 0)) == 0:
+        report.write_text(json.dumps(results, indent=1))
     for words, result in zip(commands, results, strict=True):
         print(f"\n{' '.join(words)}: exit {result['code']} {result['error'] or ''} {result['counts']}")
         for line, n in sorted(result["waits"].items(), key=lambda item: -item[1]):
             print(f"{n:7d}  {line}  (in the loop: {result['loop'].get(line, 0)})")
+    sys.stdout.flush()
+    os._exit(0)  # see elastic.leave_group
 
 
 if __name__ == "__main__":

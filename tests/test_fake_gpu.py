@@ -4,14 +4,18 @@ The functions `check_...` run on the fake device, in one process of their own th
 a process once it is known).  The stages are run as a user would, one after the other, in another process.
 """
 
+import contextlib
 import inspect
 import json
+import os
 import subprocess
 import sys
 import traceback
 from pathlib import Path
 
 import pytest
+
+from minirlhf.algorithms import ALGORITHMS
 
 HERE = Path(__file__).resolve().parent
 LONGEST = 34  # tokens of a response in the checks: two questions "who still runs?" on a GPU
@@ -21,6 +25,7 @@ def start(*argv, timeout=1200) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *map(str, argv)],
         cwd=HERE.parent,
+        env=os.environ | {"PYTHONPATH": str(HERE.parent)},
         capture_output=True,
         text=True,
         errors="replace",
@@ -125,6 +130,28 @@ def check_forward_waits_once_for_each_mask_on_the_gpu(device, waits):
     assert torch.equal(again[0].cpu(), scores.cpu())
 
 
+def check_attention_reads_packed_tokens_without_a_wait(device, waits):
+    """In every layer, forward and backward; hidden states and gradients are those of padded rows."""
+    import fake_gpu
+
+    tokens, mask, gpt, *_ = texts_and_models(device)
+    tokens, found = tokens.to(device), {}
+    for path in ("packed", "padded"):
+        gpt.zero_grad()
+        waits.clear(), fake_gpu.counts.clear()
+        with fake_gpu.padded() if path == "padded" else contextlib.nullcontext():
+            hidden = gpt(tokens, mask)
+            hidden.sin().sum().backward()
+        assert not waits, dict(waits)
+        assert fake_gpu.counts["packed"] == (2 if path == "packed" else 0)  # layers
+        found[path] = [hidden.cpu(), *(p.grad.cpu() for p in gpt.parameters() if p.grad is not None)]
+    for packed, padded in zip(found["packed"], found["padded"], strict=True):
+        assert (packed - padded).norm() <= 1e-6 * (padded.norm() + 1)
+    fake_gpu.counts.clear()
+    gpt(tokens)  # no padding: torch's own attention
+    assert fake_gpu.counts["packed"] == 0
+
+
 def check_sampling_waits_for_no_single_token(device, waits):
     import torch
 
@@ -146,6 +173,25 @@ def check_sampling_waits_for_no_single_token(device, waits):
     greedy = generate(gpt, prompts, mask, Sampling(6, 0.0, eos=1, pad=0))
     on_cpu = generate(gpt.cpu(), prompts, mask, Sampling(6, 0.0, eos=1, pad=0))
     assert torch.equal(greedy.responses.cpu(), on_cpu.responses)
+
+
+def check_a_step_of_fixed_shape_waits_for_nothing(device, waits):
+    """What --compile compiles: rows that ended stay in the cache, and the tokens are the plain step's."""
+    import torch
+
+    from minirlhf.rollout import Sampling, generate
+    from minirlhf.support.decode import Decoder
+
+    prompts, mask, gpt, *_ = texts_and_models(device)
+    greedy = Sampling(LONGEST, 0.0, eos=tuple(range(1, 6)), pad=0)
+    plain = generate(gpt, prompts, mask, greedy)
+    gpt.decoder = Decoder(gpt, lambda step: step)
+    for _ in range(2):
+        waits.clear()
+        found = generate(gpt, prompts, mask, greedy)
+        assert waits.total() <= LONGEST // 16, dict(waits)
+        assert torch.equal(found.responses.cpu(), plain.responses.cpu())
+    assert gpt.decoder.compiled == 1
 
 
 def check_scoring_and_update_wait_once_per_rollout(device, waits):
@@ -202,12 +248,14 @@ def test_on_the_fake_gpu(checked, name):
 
 # ------------------------------------------------------------------------- the stages, as a user runs them
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 RESPONSE = 20  # tokens at most: one question "who still runs?" on a GPU
 SMOKE = ["--preset", "smoke"]
 STAGES = {
     "sft": ["train_sft.py", *SMOKE, "--epochs", 1, "--out", "{run}/sft"],
     "rm": ["train_rm.py", *SMOKE, "--epochs", 1, "--batch", 16, "--out", "{run}/rm"],  # validates every 5th step
-    "ppo": ["train_ppo.py", *SMOKE, "--iterations", 2, "--response-tokens", RESPONSE, "--out", "{run}/ppo"],
+    **{name: ["train_ppo.py", *SMOKE, "--algorithm", name, "--iterations", 2, "--response-tokens", RESPONSE, "--out", f"{{run}}/{name}"]
+       for name in ALGORITHMS},
     "dpo": ["train_dpo.py", *SMOKE, "--out", "{run}/dpo"],
     "online": ["train_dpo.py", *SMOKE, "--online", "--iterations", 6, "--response-tokens", RESPONSE, "--out", "{run}/online"],
     "evaluate": ["-m", "minirlhf.evaluate", "--run", "{run}", "--prompts", 4, "--best-of", 2],
@@ -216,22 +264,35 @@ STAGES = {
     "feedback": ["-m", "minirlhf.feedback", "sample", "{run}/sft", "--store", "{run}/feedback.db", "--prompts", "toy",
                  "--limit", 4, "--response-tokens", RESPONSE, "--reward-model", "{run}/rm", "--by", "score", "--keep", 2],
 }  # fmt: skip
-TRAINING = ["sft", "rm", "ppo", "dpo"]  # online DPO takes one step per rollout, whose waits are counted above
-SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py")  # a checkpoint is copied to the host
+SHARDED = {  # on two processes, from the models of the stages above
+    "sft, sharded": ["train_sft.py", *SMOKE, "--epochs", 1, "--shard", "--out", "{run}/sharded/sft"],
+    "dpo, sharded": ["train_dpo.py", *SMOKE, "--init", "{run}/sft", "--shard", "--out", "{run}/sharded/dpo"],
+    **{f"{name}, sharded": ["train_ppo.py", *SMOKE, "--algorithm", name, "--iterations", 2, "--response-tokens", RESPONSE, "--init",
+                            "{run}/sft", "--reward-model", "{run}/rm", "--shard", "--out", f"{{run}}/sharded/{name}"]
+       for name in ("ppo", "grpo")},
+}  # fmt: skip
+TRAINING = [
+    "sft",
+    "rm",
+    "dpo",
+    *ALGORITHMS,
+]  # online DPO takes one step per rollout, whose waits are counted above
+SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py", "minirlhf/support/shard")  # to the host
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory) -> dict[str, dict]:
     """What fake_gpu.py reports of each stage."""
     run = tmp_path_factory.mktemp("fake_gpu")
-    words: list[str] = []
-    for command in STAGES.values():
-        words += [*(str(word).format(run=run) for word in command), "++"]
-    done = start(HERE / "fake_gpu.py", run / "report.json", *words[:-1])
-    assert done.returncode == 0, done.stdout + done.stderr
-    results = dict(zip(STAGES, json.loads((run / "report.json").read_text()), strict=True))
-    for result in results.values():
-        result["output"] = done.stderr
+    results = {}
+    for commands, launcher in ((STAGES, []), (SHARDED, TORCHRUN)):
+        words: list[str] = []
+        for command in commands.values():
+            words += [*(str(word).format(run=run) for word in command), "++"]
+        done = start(*launcher, HERE / "fake_gpu.py", run / "report.json", *words[:-1])
+        assert done.returncode == 0, done.stdout + done.stderr
+        for name, result in zip(commands, json.loads((run / "report.json").read_text()), strict=True):
+            results[name] = result | {"output": done.stderr}
     return results
 
 
@@ -246,14 +307,19 @@ def in_training_loop(result: dict) -> dict[str, int]:
     return {line: n for line, n in result["loop"].items() if line not in saved}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *SHARDED])
 def test_no_operation_mixes_devices(stages, stage):
     result = stages[stage]
     assert result["code"] == 0, f"{result['error']}\n{result['output'][-3000:]}"
     assert result["counts"].get("forwards", 0) > 5  # it did compute something here
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*TRAINING, "sft, sharded", "ppo, sharded"])
+def test_attention_reads_packed_tokens(stages, stage):
+    assert stages[stage]["counts"].get("packed", 0) > 5
+
+
+@pytest.mark.parametrize("stage", [*STAGES, *SHARDED])
 def test_a_forward_pass_waits_once_at_most(stages, stage):
     result = stages[stage]
     waits = counted(
@@ -262,24 +328,27 @@ def test_a_forward_pass_waits_once_at_most(stages, stage):
     assert sum(waits.values()) <= result["counts"].get("forwards", 0), waits
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, *SHARDED])
 def test_a_rollout_waits_for_no_single_token_and_no_single_row(stages, stage):
     """Once for the prompts' mask, every 16th token, once for the texts' mask, and once to decode them."""
     result = stages[stage]
     waits = counted(result["waits"], "minirlhf/rollout.py", "minirlhf/support/draw.py")
-    longest = 48 if stage == "sft" else RESPONSE
+    longest = 48 if stage.startswith("sft") else RESPONSE
     assert sum(waits.values()) <= (3 + longest // 16) * result["counts"].get("rollouts", 0), waits
 
 
-@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("stage", [*TRAINING, *SHARDED])
 def test_training_waits_three_times_per_optimiser_step(stages, stage):
+    """And three times more where ranks agree on whether to stop, to save and to go on."""
     result = stages[stage]
     steps, waits = result["counts"]["steps"] - 1, in_training_loop(stages[stage])
     assert steps > 3
-    assert sum(waits.values()) <= 3 * steps, dict(sorted(waits.items(), key=lambda item: -item[1]))
+    assert sum(waits.values()) <= (6 if stage in SHARDED else 3) * steps, dict(
+        sorted(waits.items(), key=lambda item: -item[1])
+    )
 
 
-@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("stage", [*TRAINING, *SHARDED])
 def test_training_waits_for_no_copy_from_the_host(stages, stage):
     """Batches are sent with non_blocking=True, and indices into tensors on the device lie there."""
     waits = {line: n for line, n in in_training_loop(stages[stage]).items() if line.startswith("from host")}

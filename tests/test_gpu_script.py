@@ -33,7 +33,7 @@ def steps(out: Path) -> dict[str, int]:
 def test_runs_to_its_end_in_small(tmp_path):
     done = gpu("--small", OUT=str(tmp_path / "out"))
     logs = {log.name: log.read_text()[-2000:] for log in (tmp_path / "out").glob("*.log")}
-    names = ["packages", "oracles", "tests", "kernels", "ppo"]
+    names = ["packages", "oracles", "tests", "kernels", "attention", "decode", "ppo"]
     assert steps(tmp_path / "out") == dict.fromkeys(names, 0), logs
     assert done.returncode == 0, done.stdout + done.stderr
     oracles = json.loads((tmp_path / "out/oracles.json").read_text())["rows"]
@@ -41,6 +41,11 @@ def test_runs_to_its_end_in_small(tmp_path):
     ppo = json.loads((tmp_path / "out/ppo.json").read_text())
     assert len(ppo["iterations"]) == 2 and ppo["median_seconds"]["time/update"] > 0
     assert ppo["estimate_bytes"]["peak, about"] > 0 and ppo["peak_bytes"]["resident"] > 0
+    attention = json.loads((tmp_path / "out/attention.json").read_text())
+    assert attention["pairs"] < attention["padded_pairs"] and attention["padded / packed"] > 0
+    assert max(attention["packed"]["error"].values()) < 0.03  # the smallest parts of bf16 are .004
+    decode = json.loads((tmp_path / "out/decode.json").read_text())
+    assert decode["equal_tokens"] == 1 and len(decode["compiled"]["seconds"]) == 2
     kernels = json.loads((tmp_path / "out/kernels.json").read_text())["operations"]
     assert {name.split()[0] for name in kernels} == {
         "token_logprobs",
@@ -57,7 +62,7 @@ def test_a_step_that_fails_stops_no_other(tmp_path):
     python.chmod(0o755)
     done = gpu("--small", OUT=str(tmp_path / "out"), PYTHON=str(python))
     assert done.returncode == 1
-    assert set(steps(tmp_path / "out").values()) == {7} and len(steps(tmp_path / "out")) == 5
+    assert set(steps(tmp_path / "out").values()) == {7} and len(steps(tmp_path / "out")) == 7
     assert (tmp_path / "out/oracles.log").read_text() == "broken\n"
 
 

@@ -594,7 +594,7 @@ def test_few_rows_are_multiplied_by_the_transposed_product(rows, transposed):
 def packed(lengths, wanted=None):
     """The packing of right-padded texts of these lengths, for a model with causal blocks, on a CPU."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return ragged.make_packing(mask.shape, mask, wanted, None, torch.device("cpu"), {True})
+    return ragged.make_packing(mask.shape, mask, wanted, None, torch.device("cpu"), {True}, 8)
 
 
 def test_short_texts_share_rows_of_attention():

@@ -45,6 +45,10 @@ class KVCache:
                 stored[:, row, packing.cache_columns] = new.to(stored.dtype)
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def step(self, model: GPT, token: Tensor) -> Tensor:
+        """Hidden states [B, C] of the next token [B] of each row."""
+        return model(token[:, None], None, self)[:, -1]
+
     def advance(self, packing: Packing) -> None:
         """Count the new tokens, after all layers have stored them."""
         self.lengths = self.lengths + (packing.width if packing.lengths is None else packing.lengths)
@@ -56,3 +60,8 @@ class KVCache:
             for layer, x in enumerate(stored):
                 stored[layer] = x[:, rows]
         self.lengths = self.lengths[rows]
+
+
+def new_cache(model: GPT, batch: int, length: int) -> KVCache:
+    """An empty cache for `length` tokens per row; its steps are compiled if the model has a decoder."""
+    return model.decoder.cache_for(batch, length) if model.decoder else KVCache(model, batch, length)

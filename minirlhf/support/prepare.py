@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from minirlhf import UserError
-from minirlhf.support import adapters, shard
+from minirlhf.support import adapters, decode, shard
 
 
 def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
@@ -80,11 +80,13 @@ def _equal(p: nn.Parameter, q: nn.Parameter) -> bool:
 
 
 def run_blocks(models: Iterable[nn.Module], recompute: bool, compiled: bool) -> None:
-    """Recompute the activations of every GPT's blocks in backward, or compile the blocks."""
+    """Recompute every GPT's activations in backward; compile its blocks, and on a GPU its decode step."""
     for gpt in {gpt for model in models for gpt in gpts_in(model)}:
         gpt.recompute = recompute
         for block in gpt.blocks if compiled else []:
             block.compile(dynamic=True)
+        if compiled and gpt.wte.weight.device.type != "cpu":
+            gpt.decoder = decode.Decoder(gpt)
 
 
 def disable_dropout(model: nn.Module) -> nn.Module:

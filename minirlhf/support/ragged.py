@@ -2,7 +2,8 @@
 
 A reader of model.py may skip this file.  Linear layers see only the N real tokens of a padded batch [B, T],
 as [N, C].  Attention needs rows and sees [rows, width]: every text starts at column 0 of a row, where
-causality hides the padding behind it.  On a CPU short texts share rows, and a mask keeps them apart.
+causality hides the padding behind it.  On a CPU short texts share rows, and a mask keeps them apart.  On a
+GPU in bf16 or fp16 all texts lie in one row, and a kernel is told where each begins (attend_packed).
 `make_packing` decides where everything goes; its Packing moves tensors from shape to shape:
 
     batch [B, T]  --pick-->  tokens [N, ...]  --to_rows-->  rows [rows, width, ...]  --to_tokens-->  tokens
@@ -12,15 +13,17 @@ Indices depend on what a mask holds.  If a GPU computed them, the host would wai
 forward pass.  So the mask is copied to the host once (or is there already), all indices are computed there,
 and they are sent to the GPU without waiting.
 
-The second half is for the CPU alone: attention of short texts as plain products, dropout from random bytes,
+The last part is for the CPU alone: attention of short texts as plain products, dropout from random bytes,
 and a transposed product for large vocabularies.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +34,13 @@ if TYPE_CHECKING:
 
 MAX_SHORT = 96  # up to this many tokens plain products beat a CPU's fused attention; at 128 both are equal
 MAX_ROWS_TRANSPOSED = 8  # up to this many rows (W @ h.T).T is 2 to 5 times faster than h @ W.T in fp32
+
+
+class Boundaries(NamedTuple):
+    """Where each of the texts begins that lie one after the other in a single row."""
+
+    starts: Tensor  # [texts + 1] int32 on the device; the last entry is the end of the row
+    longest: int  # tokens of the longest text
 
 
 @dataclass
@@ -50,7 +60,7 @@ class Packing:
     wanted: Tensor | None  # [K or more] the tokens that the last block computes; None: all
     target: Tensor | None  # [K] flat index of each result in the padded batch; None: as computed
     lengths: Tensor | None  # [B] new tokens of each text; None: all texts have `width`
-    masks: dict[bool, Tensor | None]  # attention masks of causal blocks (True) and of others
+    masks: dict[bool, Tensor | Boundaries | None]  # of attention in causal blocks (True) and in others
     cache: KVCache | None
     cache_columns: Tensor | None  # [B, width] of the new tokens in the cache; None: right after the others
     angles: tuple[Tensor, Tensor] | None = None  # cosines, sines [batch, width, D / 2] of rotary positions
@@ -86,16 +96,17 @@ def make_packing(
     cache: KVCache | None,
     device: torch.device,
     causal_kinds: set[bool],
+    head_dim: int,
 ) -> Packing:
     """The packing of a batch of this shape [B, T] on `device`.
 
     mask, wanted [B, T] bool and cache are those of GPT.forward.  causal_kinds: {True}, {False} or both, as
-    the model has causal blocks, others, or both.
+    the model has causal blocks, others, or both.  head_dim: D, which decides who computes attention.
     """
     batch, width = shape
-    past = 0 if cache is None else cache.longest
+    longest, past = width, 0 if cache is None else cache.longest
     mask = None if mask is None else mask.cpu()
-    source = place = row = owner = lengths = cache_columns = None
+    source = place = row = owner = lengths = cache_columns = boundaries = None
     if mask is None or mask.all():
         n_real = batch * width
         positions = torch.arange(width, device=device).repeat(batch)
@@ -104,9 +115,12 @@ def make_packing(
         source = fill_up(mask.reshape(-1).nonzero().squeeze(1))
         row, positions = source // width, position_ids(mask).reshape(-1)[source]
         lengths = mask.sum(1)
-        width = max(1, int(lengths.max()))
+        longest = width = max(1, int(lengths.max()))
         place = row * width + positions
-        if cache is None and is_short(device, width, width):
+        if cache is None and longest > 1 and attends_packed(device, head_dim):
+            batch, width, place = 1, len(source), None
+            boundaries = find_boundaries(lengths, len(source), device)
+        elif cache is None and is_short(device, width, width):
             shared_rows, starts = pack(lengths.tolist())
             if max(shared_rows) + 1 < batch:
                 batch = max(shared_rows) + 1
@@ -130,7 +144,7 @@ def make_packing(
     return Packing(
         batch=batch,
         width=width,
-        length=past + width,
+        length=past + longest,
         n_real=n_real,
         positions=positions,
         source=source,
@@ -139,7 +153,7 @@ def make_packing(
         wanted=on_device(wanted),
         lengths=lengths,
         masks={
-            causal: _attention_mask(causal, past, width, device, lengths, owner, cache_columns)
+            causal: boundaries or _attention_mask(causal, past, width, device, lengths, owner, cache_columns)
             for causal in causal_kinds
         },
         cache=cache,
@@ -226,6 +240,48 @@ def places(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """
     rows, columns = mask.cpu().nonzero().unbind(1)
     return send(rows, device), send(columns, device)
+
+
+# ------------------------------------------------------------------------------------------ fast on a GPU
+
+
+def attends_packed(device: torch.device, head_dim: int) -> bool:
+    """Whether attention runs on packed tokens: what torch's kernel for that takes, and where torch has it."""
+    if device.type != "cuda" or torch.version.hip or not torch.is_autocast_enabled("cuda"):
+        return False  # it is FlashAttention's: bf16 or fp16, on NVIDIA's Ampere or later
+    fits = head_dim % 8 == 0 and head_dim <= 256
+    return fits and torch.cuda.get_device_capability(device) >= (8, 0) and _has_varlen()
+
+
+@functools.cache
+def _has_varlen() -> bool:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return False
+    return {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def find_boundaries(lengths: Tensor, total: int, device: torch.device) -> Boundaries:
+    """Where texts of these lengths [B] (on the CPU) begin in a row of `total` tokens.
+
+    The tokens of fill_up become a text of their own: a kernel leaves what no text covers unwritten, and a
+    NaN there would reach the gradients of weights as 0 * NaN.
+    """
+    filled = torch.cat([lengths, total - lengths.sum(0, keepdim=True)])
+    filled = filled[filled > 0]
+    starts = torch.cat([filled.new_zeros(1), filled.cumsum(0)]).int()
+    return Boundaries(send(starts, device), int(filled.max()))
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, texts: Boundaries, causal: bool) -> Tensor:
+    """model.attend in one row of texts: q [H, 1, N, D], k and v [G, 1, N, D] -> [H, 1, N, D]."""
+    from torch.nn.attention.varlen import varlen_attn  # seconds to import
+
+    q, k, v = (x.squeeze(1).transpose(0, 1) for x in (q, k, v))  # [N, heads, D], without a copy
+    starts, longest, window = texts.starts, texts.longest, (-1, 0 if causal else -1)
+    y = varlen_attn(q, k, v, starts, starts, longest, longest, window_size=window, enable_gqa=True)
+    return y.transpose(0, 1).unsqueeze(1)
 
 
 # ------------------------------------------------------------------------------------------ fast on a CPU

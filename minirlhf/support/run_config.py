@@ -56,7 +56,8 @@ class RunConfig:
     """Keep only each block's input for backward and compute the rest again: far less memory, a third more
     time."""
     compile: bool = False
-    """Compile the blocks with torch.compile; worth it in long runs only."""
+    """Compile the blocks with torch.compile, and on a GPU the rollout's step into a CUDA graph; worth it in
+    long runs only."""
     shard: bool = False
     """Split every model over the processes that torchrun starts (FSDP2), instead of replicating it."""
 

@@ -29,14 +29,6 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-def pytest_collection_modifyitems(items):
-    import torch
-
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU, and torch sees none"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def runs(request):
     """What tests want to know of the interpreter, as futures: the first test of this folder starts the processes, one after
