@@ -349,31 +349,30 @@ def attention(args: argparse.Namespace) -> int:
     return int(bool(worse))
 
 
-def started_kernels(work: dict) -> int:
-    """Operations with results of their own in one plain decode step, counted on tensors without data."""
+def started_kernels(model: Any, work: dict) -> int:
+    """Operations with results of their own in the second decode step, when autocast has rounded all weights."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from minirlhf.model import GPT, GPTConfig
     from minirlhf.support.cache import KVCache
 
     class Count(TorchDispatchMode):
         started = 0
 
-        def __torch_dispatch__(
-            self, function: Any, types: Any, given: tuple = (), named: dict | None = None
-        ) -> Any:
+        def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: Any = None) -> Any:
             aliases = [result.alias_info for result in function._schema.returns]
             view = all(alias is not None and not alias.is_write for alias in aliases)
             self.started += not view and "empty" not in function._schema.name
             return function(*given, **(named or {}))
 
-    with torch.no_grad(), torch.device("meta"):
-        model, B = GPT(GPTConfig(**work["shape"])), work["batch"]
-        cache = KVCache(model, B, work["prompt"] + 1)
-        model(torch.empty(B, work["prompt"], dtype=torch.long), None, cache)
+    B, device = work["batch"], model.wte.weight.device
+    half = torch.autocast(device.type, torch.bfloat16, enabled=work["precision"] == "bf16")
+    with torch.no_grad(), half:
+        cache, token = KVCache(model, B, 3), torch.zeros(B, dtype=torch.long, device=device)
+        model(token[:, None], None, cache)
+        model.logits(cache.step(model, token))
         with Count() as count:
-            model.logits(cache.step(model, torch.empty(B, dtype=torch.long)))
+            model.logits(cache.step(model, token))
     return count.started
 
 
@@ -397,7 +396,7 @@ def decode(args: argparse.Namespace) -> int:
         "work": work,
         "compiler": "CUDA graphs" if kind == "cuda" else "eager",
     }
-    found["kernels_per_step"] = started_kernels(work)
+    found["kernels_per_step"] = started_kernels(model, work)
     texts, decoders = {}, {"plain": None, "compiled": Decoder(model, mode)}
 
     def run(name: str) -> None:

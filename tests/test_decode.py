@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from benchmarks.gpu import started_kernels
 from minirlhf import UserError
 from minirlhf.model import GPT
 from minirlhf.rollout import Sampling, generate
@@ -148,6 +149,14 @@ def test_a_decoder_is_made_on_a_gpu_and_with_compile_alone(monkeypatch):
     assert made == []
     run_blocks([on_cpu, there], recompute=False, compiled=True)
     assert made == [there] and there.decoder == "decoder" and on_cpu.decoder is None
+
+
+def test_a_plain_step_starts_forty_operations_per_layer():
+    """What a graph saves, as docs/speed.md says."""
+    count = lambda layers: started_kernels(
+        GPT(dataclasses.replace(LLAMA, n_layer=layers)), {"batch": 3, "precision": "fp32"}
+    )
+    assert 35 <= (count(6) - count(2)) / 4 <= 45
 
 
 @pytest.mark.gpu
