@@ -13,8 +13,8 @@ test on a CPU notices are noticed here:
 
 How it works: PyTorch keeps a spare device for hardware it does not know, and lets Python implement it.  Here a tensor of
 that device holds a CPU tensor, and a dispatch mode unwraps arguments, checks them, calls the CPU's operation and wraps the
-result.  Attention takes the path of packed tokens, as on a GPU in bf16, with plain PyTorch in place of the kernel; `padded()` takes
-the other path. Autocast does nothing, and speed means nothing.
+result.  Attention takes the path of packed tokens, as on a GPU in bf16, with plain PyTorch in place of the kernel;
+`padded()` takes the other path.  Autocast does nothing, and speed means nothing.
 """
 
 from __future__ import annotations
@@ -53,9 +53,7 @@ SIZE_DEPENDS_ON_VALUES = {
 READS_VALUES = {"_local_scalar_dense", "is_nonzero", "equal", "multinomial"}
 
 waits: collections.Counter[str] = collections.Counter()  # "kind file:line" -> how often
-counts: collections.Counter[str] = (
-    collections.Counter()
-)  # forwards, steps, rollouts, packed calls of attention
+counts: collections.Counter[str] = collections.Counter()  # forwards, steps, rollouts, packed attention
 
 
 class OnGpu(Tensor):
@@ -216,7 +214,7 @@ def fake_gpu() -> Iterator[torch.device]:
         "Event",
         "current_stream",
         "stream",
-    ):  # of which FSDP has several: here nothing overlaps
+    ):  # FSDP has several; here nothing overlaps
         setattr(backend, attribute, getattr(torch.cpu, attribute))
     library = torch.library.Library("_", "IMPL")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
@@ -282,9 +280,8 @@ def use_in_minirlhf() -> None:
 
     hardware.setup_machine = setup
     hardware.pick_precision = lambda wish: "fp32"
-    shard._shard_root = lambda root, *rest: shard_root(
-        root.to(DEVICE), *rest
-    )  # FSDP would set `.data` of another class
+    # FSDP would move a parameter by its `.data`, which may not change its class.
+    shard._shard_root = lambda root, *rest: shard_root(root.to(DEVICE), *rest)
     elastic.leave_group = lambda error: None  # it would end the process, and more commands may follow
     varlen.varlen_attn = varlen_attn
     ragged.attends_packed = lambda device, head_dim: device.type == NAME

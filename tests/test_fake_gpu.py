@@ -271,12 +271,8 @@ SHARDED = {  # on two processes, from the models of the stages above
                             "{run}/sft", "--reward-model", "{run}/rm", "--shard", "--out", f"{{run}}/sharded/{name}"]
        for name in ("ppo", "grpo")},
 }  # fmt: skip
-TRAINING = [
-    "sft",
-    "rm",
-    "dpo",
-    *ALGORITHMS,
-]  # online DPO takes one step per rollout, whose waits are counted above
+# Online DPO is not among them: it takes one step per rollout, whose waits are counted above.
+TRAINING = ["sft", "rm", "dpo", *ALGORITHMS]
 SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py", "minirlhf/support/shard")  # to the host
 
 

@@ -160,7 +160,7 @@ def test_a_text_that_does_not_fit_the_context_is_told_by_its_own_length(on_gpu):
 
 @pytest.mark.parametrize("lacks", ["cuda", "autocast", "ampere", "eights", "width", "torch", "hip", None])
 def test_where_the_kernel_runs(lacks, monkeypatch):
-    """An NVIDIA GPU of capability 8.0, bf16 or fp16, D a multiple of 8 up to 256, a torch that has it."""
+    """An NVIDIA GPU of capability 8.0, bf16 or fp16, D a multiple of 8 up to 192, a torch that has it."""
     monkeypatch.setattr(
         torch.cuda, "get_device_capability", lambda device: (7, 5) if lacks == "ampere" else (8, 0)
     )
@@ -170,7 +170,7 @@ def test_where_the_kernel_runs(lacks, monkeypatch):
     if lacks == "torch":  # 2.10 had it without windows and grouped heads
         monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal=False: None)
     device = torch.device("cpu" if lacks == "cuda" else "cuda")
-    width = {"eights": 36, "width": 264}.get(lacks, 64)
+    width = {"eights": 36, "width": 200}.get(lacks, 64)
     assert ragged.attends_packed(device, width) == (lacks is None)
     ragged._has_varlen.cache_clear()
 

@@ -23,11 +23,12 @@ from minirlhf.support.ragged import Packing
 if TYPE_CHECKING:
     from minirlhf.model import GPT
 
-MAX_COMPILED = 4  # caches of further sizes are plain ones: each compilation takes a minute or so
+MAX_COMPILED = 4  # caches of further sizes are plain ones: to compile each takes longer than it saves
 MULTIPLE = 64  # lengths are rounded up to one, so that prompts of other lengths fit the same cache
 
 
 def graphs(step: Callable) -> Callable:
+    """The step as a CUDA graph per shape; on a CPU, as compiled C++."""
     return torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
@@ -47,7 +48,7 @@ class Decoder:
             if self.compiled == MAX_COMPILED or length > longest:
                 return KVCache(self.model, batch, length)
             self.compiled += 1
-            self.cache = None  # free its memory first
+            found = self.cache = None  # free its memory first
             found = StaticCache(self, batch, min(longest, -(-length // MULTIPLE) * MULTIPLE), dtype)
             self.cache = found
         found.clear()
@@ -76,9 +77,11 @@ class StaticCache(KVCache):
             x.copy_(self.weights[name])
 
     def keep(self, rows: Tensor) -> None:
+        """Ask for these rows alone from now on; the others stay and are computed."""
         self.rows = self.rows[rows]
 
     def step(self, model: GPT, token: Tensor) -> Tensor:
+        """Hidden states [n, C] of the next token [n] of the rows that are asked for."""
         self.longest, self.even = self.capacity - 1, False  # full but for the column of the new token
         self.token[self.rows, 0] = token
         return self.compiled_step(self.rounded, self.token, None, self)[self.rows, -1]

@@ -249,7 +249,7 @@ def attends_packed(device: torch.device, head_dim: int) -> bool:
     """Whether attention runs on packed tokens: what torch's kernel for that takes, and where torch has it."""
     if device.type != "cuda" or torch.version.hip or not torch.is_autocast_enabled("cuda"):
         return False  # it is FlashAttention's: bf16 or fp16, on NVIDIA's Ampere or later
-    fits = head_dim % 8 == 0 and head_dim <= 256
+    fits = head_dim % 8 == 0 and head_dim <= 192  # backward of wider heads is not for all of these GPUs
     return fits and torch.cuda.get_device_capability(device) >= (8, 0) and _has_varlen()
 
 
