@@ -1,6 +1,7 @@
 """The compiled decode step: its tokens, how often it is compiled, and which weights it reads."""
 
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_tokens_are_those_of_the_plain_step(shape, backend):
     assert len(found.host_mask.sum(1).unique()) > 2 and not found.response_mask.all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_tokens_of_inductor_are_those_of_the_plain_step():
     """The backend of a GPU, here with a C++ compiler in place of CUDA graphs."""
     torch.manual_seed(0)

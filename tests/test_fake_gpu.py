@@ -276,20 +276,35 @@ TRAINING = ["sft", "rm", "dpo", *ALGORITHMS]
 SAVING = ("minirlhf/checkpoint.py", "minirlhf/support/steps.py", "minirlhf/support/shard")  # to the host
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory) -> dict[str, dict]:
-    """What fake_gpu.py reports of each stage."""
-    run = tmp_path_factory.mktemp("fake_gpu")
-    results = {}
-    for commands, launcher in ((STAGES, []), (SHARDED, TORCHRUN)):
+LONG = [pytest.param(name, marks=pytest.mark.long) for name in SHARDED]
+
+
+class Reports(dict):
+    """What fake_gpu.py reports of each stage. All stages of one launcher run when the first of them is asked for."""
+
+    def __init__(self, run: Path):
+        self.run = run
+
+    def __missing__(self, stage: str) -> dict:
+        if stage in SHARDED:
+            assert self["rm"]["code"] == 0  # they start from these models
+            return self.start(SHARDED, TORCHRUN)[stage]
+        return self.start(STAGES, [])[stage]
+
+    def start(self, commands: dict, launcher: list) -> dict:
         words: list[str] = []
         for command in commands.values():
-            words += [*(str(word).format(run=run) for word in command), "++"]
-        done = start(*launcher, HERE / "fake_gpu.py", run / "report.json", *words[:-1])
+            words += [*(str(word).format(run=self.run) for word in command), "++"]
+        done = start(*launcher, HERE / "fake_gpu.py", self.run / "report.json", *words[:-1])
         assert done.returncode == 0, done.stdout + done.stderr
-        for name, result in zip(commands, json.loads((run / "report.json").read_text()), strict=True):
-            results[name] = result | {"output": done.stderr}
-    return results
+        for name, result in zip(commands, json.loads((self.run / "report.json").read_text()), strict=True):
+            self[name] = result | {"output": done.stderr}
+        return self
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Reports:
+    return Reports(tmp_path_factory.mktemp("fake_gpu"))
 
 
 def counted(waits: dict[str, int], *files: str) -> dict[str, int]:
@@ -303,19 +318,19 @@ def in_training_loop(result: dict) -> dict[str, int]:
     return {line: n for line, n in result["loop"].items() if line not in saved}
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *SHARDED])
+@pytest.mark.parametrize("stage", [*STAGES, *LONG])
 def test_no_operation_mixes_devices(stages, stage):
     result = stages[stage]
     assert result["code"] == 0, f"{result['error']}\n{result['output'][-3000:]}"
     assert result["counts"].get("forwards", 0) > 5  # it did compute something here
 
 
-@pytest.mark.parametrize("stage", [*TRAINING, "sft, sharded", "ppo, sharded"])
+@pytest.mark.parametrize("stage", [*TRAINING, *LONG[:3]])
 def test_attention_reads_packed_tokens(stages, stage):
     assert stages[stage]["counts"].get("packed", 0) > 5
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *SHARDED])
+@pytest.mark.parametrize("stage", [*STAGES, *LONG])
 def test_a_forward_pass_waits_once_at_most(stages, stage):
     result = stages[stage]
     waits = counted(
@@ -324,7 +339,7 @@ def test_a_forward_pass_waits_once_at_most(stages, stage):
     assert sum(waits.values()) <= result["counts"].get("forwards", 0), waits
 
 
-@pytest.mark.parametrize("stage", [*STAGES, *SHARDED])
+@pytest.mark.parametrize("stage", [*STAGES, *LONG])
 def test_a_rollout_waits_for_no_single_token_and_no_single_row(stages, stage):
     """Once for the prompts' mask, every 16th token, once for the texts' mask, and once to decode them."""
     result = stages[stage]
@@ -333,7 +348,7 @@ def test_a_rollout_waits_for_no_single_token_and_no_single_row(stages, stage):
     assert sum(waits.values()) <= (3 + longest // 16) * result["counts"].get("rollouts", 0), waits
 
 
-@pytest.mark.parametrize("stage", [*TRAINING, *SHARDED])
+@pytest.mark.parametrize("stage", [*TRAINING, *LONG])
 def test_training_waits_three_times_per_optimiser_step(stages, stage):
     """And three times more where ranks agree on whether to stop, to save and to go on."""
     result = stages[stage]
@@ -344,7 +359,7 @@ def test_training_waits_three_times_per_optimiser_step(stages, stage):
     )
 
 
-@pytest.mark.parametrize("stage", [*TRAINING, *SHARDED])
+@pytest.mark.parametrize("stage", [*TRAINING, *LONG])
 def test_training_waits_for_no_copy_from_the_host(stages, stage):
     """Batches are sent with non_blocking=True, and indices into tensors on the device lie there."""
     waits = {line: n for line, n in in_training_loop(stages[stage]).items() if line.startswith("from host")}
@@ -352,4 +367,5 @@ def test_training_waits_for_no_copy_from_the_host(stages, stage):
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_checks()))
+    print(json.dumps(run_checks()), flush=True)
+    os._exit(0)  # Python's own end has aborted here, seldom: "terminate called without an active exception"

@@ -216,16 +216,20 @@ def test_on_a_gpu_packed_texts_are_as_exact_as_padded_rows(shape, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
 def test_compiled_blocks_hold_the_kernel_in_one_graph(shape, monkeypatch):
-    """For batches of any size, without a graph break. The graph cannot run here: torch has no such kernel on a CPU."""
+    """For batches of any size, without a graph break. The graph is not run: torch has no such kernel on a CPU."""
     torch.compiler.reset()
     counters.clear()
     monkeypatch.setattr(ragged, "attends_packed", lambda device, head_dim: True)
     model, graphs = GPT(SHAPES[shape]), []
+
+    def stop(*given):
+        raise NotImplementedError("no kernel")
+
     for block in model.blocks:
-        block.compile(dynamic=True, backend=lambda graph, _: graphs.append(str(graph.graph)) or graph.forward)
+        block.compile(dynamic=True, backend=lambda graph, _: graphs.append(str(graph.graph)) or stop)
     for T in (9, 12, 15):
         mask = torch.arange(T) < torch.tensor([T, 3, 5])[:, None]
-        with pytest.raises(NotImplementedError, match="_flash_attention_forward"):
+        with pytest.raises(NotImplementedError, match="no kernel"):
             model(torch.randint(50, (3, T)), mask)
     assert len(graphs) == 1 and "torch_attn._varlen_attn" in graphs[0] and not counters["graph_break"]
     torch.compiler.reset()
