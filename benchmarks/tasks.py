@@ -2,6 +2,7 @@
 
     python benchmarks/tasks.py arithmetic --seeds 1 2 3   # sums from scratch, rewarded for the right number
     python benchmarks/tasks.py code --seeds 1 2 3         # one-line functions from scratch, rewarded by their tests
+    python benchmarks/tasks.py safety --data test.jsonl.gz --seeds 1 2 3             # reads data of others
     python benchmarks/tasks.py arithmetic --smoke         # seconds, to see that it runs; writes no results
     python benchmarks/tasks.py arithmetic --tables        # trains nothing: prints the tables of the committed results
 
@@ -25,7 +26,7 @@ from minirlhf.support import cli  # noqa: E402
 RECIPES = sorted(
     file.stem
     for file in (ROOT / "benchmarks/recipes").glob("*.py")
-    if file.stem not in ("__init__", "common")
+    if file.stem not in ("__init__", "common", "judged")
 )
 
 
@@ -41,18 +42,31 @@ def main() -> None:
     add("--seeds", type=cli.number(cli.Seed), nargs="+", default=[1], help="Seeds to run (%(default)s).")
     add("--home", type=Path, default=ROOT / "runs/tasks", help="Folder of the runs (%(default)s).")
     add("--smoke", action="store_true", help="Run everything on next to nothing, and write no results.")
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="Files that the recipe reads, as docs/tasks.md names them.",
+    )
     add("--tables", action="store_true", help="Train nothing: print the tables of the committed results.")
     args = parser.parse_args()
     recipe = importlib.import_module(f"benchmarks.recipes.{args.name}")
+    wanted = [] if args.tables or args.smoke else getattr(recipe, "DATA", [])
+    if len(args.data) != len(wanted):
+        needs = "; ".join(wanted) or "no file here"
+        parser.error(f"--data: {args.name} needs {needs}: see docs/tasks.md")
     target = results_of(args.name)
     known = json.loads(target.read_text()) if target.exists() else {"seeds": {}}
     if args.tables and not known["seeds"]:
         parser.error(f"{target}: no results yet: run without --tables first")
+    home = args.home.resolve()
     if args.smoke:
         known = {"seeds": {}}
     for seed in [] if args.tables else args.seeds:
-        home = args.home.resolve() / f"{args.name}-{'smoke' if args.smoke else seed}"
-        known["seeds"][str(seed)] = recipe.run(home, seed, args.smoke)
+        here = home / f"{args.name}-{'smoke' if args.smoke else seed}"
+        files = recipe.made_up(here) if args.smoke and hasattr(recipe, "DATA") else args.data
+        known["seeds"][str(seed)] = recipe.run(here, seed, args.smoke, *files)
         known["seeds"] = dict(sorted(known["seeds"].items()))
         known["machine"] = machine(int(os.environ.get("OMP_NUM_THREADS", 2)))
         if not args.smoke:

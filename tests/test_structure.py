@@ -127,6 +127,7 @@ TABLES = {  # the page that holds each benchmark's tables (None: printed only), 
     "sft": ("speed", 1),
     "scaling": (None, 4),
     "tasks arithmetic": ("tasks", 2),
+    "tasks safety": ("tasks", 1),
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

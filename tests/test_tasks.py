@@ -6,10 +6,12 @@ import math
 import subprocess
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks import tasks
-from benchmarks.recipes import arithmetic, code, common
-from minirlhf import rewards
+from benchmarks.recipes import arithmetic, code, common, judged, safety
+from minirlhf import UserError, rewards
 from minirlhf.measure.program import Limits, judge
 from minirlhf.support.rows import OwnRow
 
@@ -32,8 +34,8 @@ def test_every_recipe_runs(name, in_process, tmp_path):
     before = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
     in_process.setattr("sys.argv", ["tasks.py", name, "--smoke", "--home", str(tmp_path)])
     tasks.main()
-    found = json.loads((tmp_path / f"{name}-smoke/ppo/config.json").read_text())
-    assert found["complete"]
+    stages = list((tmp_path / f"{name}-smoke").glob("*/config.json"))
+    assert len(stages) == 2 and all(json.loads(file.read_text())["complete"] for file in stages)
     after = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
     assert before == after and recipe.__doc__ and recipe.tables
 
@@ -78,7 +80,71 @@ def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_pat
         assert len(rows["test"]) == recipe.TEST and not seen & {row["prompt"] for row in rows["test"]}
 
 
+FORMS = (safety,)  # the recipes that read files of other people
+
+
+@pytest.mark.parametrize("recipe", FORMS)
+def test_made_up_data_have_the_published_form(recipe, tmp_path):
+    files = recipe.made_up(tmp_path)
+    assert len(files) == len(recipe.DATA) and all(recipe.read(file) for file in files)
+
+
+def test_no_conversation_is_in_both_parts(tmp_path):
+    """Turns differ, but the first prompts are the same words: both dialogues are on one side."""
+    turn = "\n\nHuman: {}\n\nAssistant:"
+    rows = []
+    for i in range(20):
+        for first in (f"Question {i}?", f"question {i}"):
+            asked = turn.format(first) + " What?" + turn.format(f"Once more, {first}")
+            rows.append({"chosen": f"{asked} No.", "rejected": f"{asked} Yes."})
+    pairs = safety.read(common.write_rows(tmp_path / "rows.jsonl", rows))
+    assert len(pairs) == 40 and len({pair.key for pair in pairs}) == 20
+    one = safety.Pair("question 7", "Human: Once more, Question 7? Assistant:", "No.", "Yes.", ("a",))
+    assert one in pairs and one.share == 1.0
+    for fold in (1, 2, 3):
+        learnt, test = judged.divide(pairs, lambda pair: pair.key, 5, fold)
+        assert not {p.key for p in learnt} & {p.key for p in test} and len(test) == 8 and len(learnt) == 32
+
+
+@given(st.integers(3, 40), st.integers(2, 3))
+def test_folds_hold_out_every_key_once(keys, folds):
+    items = [f"document {i % keys}" for i in range(2 * keys)]
+    tests = [judged.divide(items, str, folds, fold)[1] for fold in range(1, folds + 1)]
+    assert sorted(x for test in tests for x in test) == sorted(items)
+    assert judged.divide(items, str, folds, folds + 1) == judged.divide(items, str, folds, 1)
+
+
+def test_beginnings_of_texts():
+    assert judged.begin("one two three", 2) == "one two ..." and judged.begin("one  two", 2) == "one  two"
+
+
 # ---------------------------------------------------------------- measures
+
+
+def test_margins_of_pairs():
+    assert judged.minus([5, 2, 1, 4]).tolist() == [3, -3]
+    pairs = [
+        judged.Pair(f"k{i}", "p", *texts, votes)
+        for i in range(20)
+        for texts, votes in ((("good film", "bad film"), ("a",)), (("bad day", "good day"), ("b", "b")))
+    ]
+    pytest.importorskip("sklearn")
+    margins = judged.tfidf_margins(pairs[:30], pairs[30:])
+    assert [margin > 0 for margin in margins] == [True, False] * 5
+
+
+def test_a_recipe_says_which_files_it_needs(monkeypatch):
+    for name, words, message in (
+        (
+            "safety",
+            [],
+            "--data: safety needs harmless-base/test.jsonl.gz of Anthropic's HH-RLHF: see docs/tasks.md",
+        ),
+        ("arithmetic", ["--data", "one"], "--data: arithmetic needs no file here"),
+    ):
+        monkeypatch.setattr("sys.argv", ["tasks.py", name, *words])
+        with pytest.raises(UserError, match=message):
+            tasks.main()
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():

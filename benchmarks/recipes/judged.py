@@ -1,0 +1,172 @@
+"""What the recipes with people's judgements share: folds, reward models, and their scores of unseen texts.
+
+Pair       two responses to a prompt, and each person's vote
+divide     the items of some keys (prompts, documents) for the test, all others for training
+train      a reward model, by train_rm.py, from MiniLM; scores: what it says of texts
+compare    a reward model of pairs beside the longer text and TF-IDF, on the same unseen pairs
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from statistics import mean
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from benchmarks.demo import ROOT, table
+from benchmarks.recipes import common
+from minirlhf import UserError, data
+from minirlhf.measure import baselines
+from minirlhf.measure.reward_report import sign_accuracy
+from minirlhf.rewards import RewardReader
+from minirlhf.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
+Text = tuple[str, str]  # prompt, response
+BATCH = 32  # texts per forward pass
+SHARES = {"a": 1.0, "tie": 0.5, "b": 0.0}
+TINY = ("--vocab", 258, "--context", 256, "--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--epochs", 1,
+        "--final-epochs", 0, "--warmup", 1, "--samples", 0)  # fmt: skip
+BRIEFLY = ("--epochs", 1, "--batch", 16, "--warmup", 1)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to a prompt, and each person's vote: "a" for the first, "b" for the second, or "tie"."""
+
+    key: str  # pairs of one key are all for training, or all for the test
+    prompt: str
+    first: str
+    second: str
+    votes: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """The share of the votes for the first; a tie counts a half."""
+        return mean(SHARES[vote] for vote in self.votes)
+
+    @property
+    def row(self) -> common.Row:
+        """As train_rm.py reads it."""
+        texts = {"prompt": self.prompt, "response_a": self.first, "response_b": self.second}
+        return texts | {"votes": list(self.votes)}
+
+
+def begin(text: str, words: int) -> str:
+    """The first words of a text, and "..." where some were left out."""
+    found = text.split()
+    return text if len(found) <= words else " ".join(found[:words]) + " ..."
+
+
+def divide(
+    items: Sequence[Item], key: Callable[[Item], Hashable], folds: int, fold: int
+) -> tuple[list[Item], list[Item]]:
+    """(train, test): one of `folds` parts of the keys is for the test.
+
+    Folds 1 to `folds` are disjoint, and together they are all keys; fold `folds` + 1 is fold 1 again.
+    """
+    keys = sorted({key(item) for item in items})
+    if len(keys) < folds:
+        raise UserError(
+            f"the data: {len(keys)} different prompts or documents, but {folds} folds are held out"
+        )
+    Random(0).shuffle(keys)
+    held_out = set(keys[fold % folds :: folds])
+    return [x for x in items if key(x) not in held_out], [x for x in items if key(x) in held_out]
+
+
+def encoder(home: Path, smoke: bool) -> Path:
+    """The checkpoint that reward models start from: MiniLM, imported once; for a smoke run a tiny GPT."""
+    if smoke:
+        texts = [{"text": f"{word} number {i} is there"} for i in range(80) for word in ("one", "two")]
+        common.stage(
+            "train_sft.py", home / "base", 1, "--data", common.write_rows(home / "base.jsonl", texts), *TINY
+        )
+        return home / "base"
+    base = ROOT / "runs/minilm/base"
+    if not (base / "latest").exists():
+        common.command("-m", "minirlhf.checkpoint", "import", "minilm", base)
+    return base
+
+
+def train(
+    folder: Path, rows: Sequence[common.Row], base: Path, seed: int, options: Sequence[object]
+) -> float:
+    """Train a reward model on rows, or go on with it; the seconds that it took."""
+    file = common.write_rows(folder.with_suffix(".jsonl"), rows)
+    start = ("--preset", "minilm", "--init", base, "--data", file)
+    return common.stage("train_rm.py", folder, seed, *start, *options)
+
+
+def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]):
+    """Batches of texts of like length: (their places in `texts`, tokens [B, T], mask [B, T])."""
+    records = [data.Response(prompt=prompt, response=response) for prompt, response in texts]
+    ids = [data.encode_pair(tokenizer, record, context, "cut").ids for record in records]
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    for i in range(0, len(order), BATCH):
+        places = order[i : i + BATCH]
+        yield places, *data.collate([ids[j] for j in places], tokenizer.pad)
+
+
+@torch.no_grad()
+def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
+    """A reward model's scores [len(texts)]."""
+    reader = RewardReader.load(folder, "train it first")
+    reader.model.eval()
+    found = np.zeros(len(texts))
+    for places, tokens, mask in by_length(reader.tokenizer, reader.context, texts):
+        found[places] = reader.model.each(tokens, mask).mean(0).numpy()
+    return found
+
+
+def compare(
+    home: Path, learnt: list[Pair], test: list[Pair], base: Path, seed: int, options: Sequence
+) -> dict:
+    """How often a reward model, the longer text and TF-IDF find the side that most people prefer.
+
+    Test pairs with as many votes for each side do not count.  The baselines read the same texts.
+    """
+    seconds = train(home / "rm", [pair.row for pair in learnt], base, seed, options)
+    texts = [(pair.prompt, text) for pair in test for text in (pair.first, pair.second)]
+    margins = {"reward model": minus(scores(home / "rm", texts))}
+    margins["TF-IDF + ridge"] = tfidf_margins(learnt, test)
+    margins["longer text"] = [len(pair.first) - len(pair.second) for pair in test]
+    shares = [pair.share for pair in test]
+    accuracy = {name: None if m is None else sign_accuracy(m, shares) for name, m in margins.items()}
+    decided = sum(share != 0.5 for share in shares)
+    return {
+        "seconds": seconds,
+        "learnt": len(learnt),
+        "test": len(test),
+        "decided": decided,
+        "accuracy": accuracy,
+    }
+
+
+def minus(values: Sequence[float]) -> np.ndarray:
+    """Of (first, second, first, second ...) the differences, first minus second."""
+    values = np.asarray(values)
+    return values[0::2] - values[1::2]
+
+
+def tfidf_margins(learnt: Sequence[Pair], test: Sequence[Pair]) -> np.ndarray | None:
+    """Margins by TF-IDF + ridge of words and characters; a fifth of the keys chooses the ridge's strength."""
+
+    def of(pairs: Sequence[Pair]) -> tuple[list[str], list[float]]:
+        texts = [text for pair in pairs for text in (pair.first, pair.second)]
+        return texts, [sign * (2 * pair.share - 1) for pair in pairs for sign in (1, -1)]
+
+    fit, choose = divide(learnt, lambda pair: pair.key, 5, 0)
+    found = baselines.tfidf_ridge(*of(fit), *of(choose), of(test)[0], characters=True)
+    return None if found is None else minus(found)
+
+
+def tables_of(results: dict, title: str, more: dict[str, Callable[[dict], float]]) -> list[str]:
+    """The accuracies over seeds; `more`: what stands between the reward model's and the baselines'."""
+    accuracy = lambda name: lambda found: found["accuracy"][name]
+    rows = {"**reward model**": accuracy("reward model")} | more
+    rows |= {name: accuracy(name) for name in ("TF-IDF + ridge", "longer text")}
+    return [table([title], [[name, common.over_seeds(results, read)] for name, read in rows.items()])]
