@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
+import torch.distributed
 
 from minirlhf import Stopped, UserError
-from minirlhf.support import cli
+from minirlhf.support import cli, elastic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,3 +146,21 @@ def test_exit_codes_tell_a_supervisor_what_happened(capsys, end, code, told):
 def test_a_fault_of_ours_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run_script(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("error, code", [(None, 0), (SystemExit(2), 2), (SystemExit(None), 0)], ids=str)
+def test_a_rank_ends_without_taking_python_down(monkeypatch, error, code):
+    """After what was registered for the end, such as a tracker's last words; a crash keeps its traceback."""
+    done = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("parted"))
+    monkeypatch.setattr("atexit._run_exitfuncs", lambda: done.append("told"))
+    monkeypatch.setattr("os._exit", lambda code: done.append(code))
+    elastic.leave_group(error)
+    assert done == ["parted", "told", code]
+    done.clear()
+    elastic.leave_group(ValueError())
+    assert done == ["parted"]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    elastic.leave_group(error)
+    assert done == ["parted"]
