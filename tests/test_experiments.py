@@ -15,6 +15,8 @@ from minirlhf.rollout import Sampling, Texts, response_logprobs
 from minirlhf.support.context import fit
 from tests.feedback.conftest import make_items
 
+pytestmark = pytest.mark.long
+
 ROWS = [
     {"prompt": "The cast", "response": " is good."},
     {"prompt": "A", "response": " film of great, great charm"},

@@ -17,6 +17,8 @@ import pytest
 
 from minirlhf.algorithms import ALGORITHMS
 
+pytestmark = pytest.mark.long
+
 HERE = Path(__file__).resolve().parent
 LONGEST = 34  # tokens of a response in the checks: two questions "who still runs?" on a GPU
 

@@ -17,6 +17,8 @@ from minirlhf.support import hardware
 from tests.gradients import agree, gradients
 from tests.two_ranks import start, steps
 
+pytestmark = pytest.mark.long
+
 SMALL = ["--preset", "smoke", "--precision", "fp32"]
 TINY = [*SMALL, "--n-layer", "1", "--n-embd", "16", "--dropout", "0", "--samples", "0"]
 RM = [*SMALL, "--dropout", "0", "--epochs", "1", "--normalise-samples", "8"]

@@ -41,11 +41,13 @@ def lines_of(done) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op", OPS)
 def test_property_under_the_interpreter(op, interpreted):
     lines = lines_of(interpreted[op].result())
     assert [line.split()[:2] for line in lines[1:-1]] == [["pass", name] for name in PROPERTIES[op]]
 
 
+@pytest.mark.long
 def test_other_files_under_the_interpreter(interpreted):
     lines_of(interpreted["files"].result())
