@@ -22,7 +22,6 @@ from minirlhf import UserError, data
 from minirlhf.measure import baselines
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.rewards import RewardReader
-from minirlhf.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Text = tuple[str, str]  # prompt, response
@@ -101,23 +100,16 @@ def train(
     return common.stage("train_rm.py", folder, seed, *start, *options)
 
 
-def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]):
-    """Batches of texts of like length: (their places in `texts`, tokens [B, T], mask [B, T])."""
-    records = [data.Response(prompt=prompt, response=response) for prompt, response in texts]
-    ids = [data.encode_pair(tokenizer, record, context, "cut").ids for record in records]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    for i in range(0, len(order), BATCH):
-        places = order[i : i + BATCH]
-        yield places, *data.collate([ids[j] for j in places], tokenizer.pad)
-
-
 @torch.no_grad()
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
     reader = RewardReader.load(folder, "train it first")
     reader.model.eval()
+    records = [data.Response(prompt=prompt, response=response) for prompt, response in texts]
+    ids = [data.encode_pair(reader.tokenizer, record, reader.context, "cut").ids for record in records]
     found = np.zeros(len(texts))
-    for places, tokens, mask in by_length(reader.tokenizer, reader.context, texts):
+    for places in data.batches(len(ids), BATCH, 0, 0, [len(row) for row in ids]):
+        tokens, mask = data.collate([ids[i] for i in places], reader.tokenizer.pad)
         found[places] = reader.model.each(tokens, mask).mean(0).numpy()
     return found
 

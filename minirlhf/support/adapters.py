@@ -12,16 +12,14 @@ from minirlhf import UserError, lora
 def adapt(gpt: nn.Module, rank: int | None, alpha: float, layers: int | None) -> None:
     """Give the last `layers` blocks (None: all) of a GPT that is to be trained new adapters, keep those that
     it has, or for rank None merge them."""
-    has, total = gpt.config.lora_rank, len(gpt.blocks)
-    if layers is not None and layers > total:
-        raise UserError(f"--train-layers {layers}: the model has {total} layers")
-    layers = None if layers == total else layers
-    found = has, gpt.config.lora_alpha, gpt.config.lora_layers
-    if has and rank and found != (rank, alpha, layers):
-        where = f"the last {found[2]} layers (--train-layers {found[2]})" if found[2] else "all layers"
+    config, layers = gpt.config, None if layers == len(gpt.blocks) else layers
+    has, last = config.lora_rank, config.lora_layers
+    if has and rank and (has, config.lora_alpha, last) != (rank, alpha, layers):
+        where = f"the last {last} layers (--train-layers {last})" if last else "all layers"
         raise UserError(
             f"--lora {rank} --lora-alpha {alpha:g}: the model has adapters of rank {has} and alpha "
-            f"{found[1]:g} in {where}: give these, or drop --lora, which merges them into the weights"
+            f"{config.lora_alpha:g} in {where}: give these, or drop --lora, which merges them into the "
+            "weights"
         )
     if has and not rank:
         merge(gpt)

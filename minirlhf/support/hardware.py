@@ -86,9 +86,7 @@ class Machine:
         """Whether the condition holds on any rank: all ranks get the same answer, and decide alike."""
         if self.world == 1:
             return condition
-        count = torch.full(
-            (), float(condition), device=self.device
-        )  # a copy from the host would be waited for
+        count = torch.full((), float(condition), device=self.device)  # tensor() would copy it, and wait
         self.sum_([count])
         return bool(count)
 

@@ -239,10 +239,8 @@ class SampledPairs:
         order = data.cursor(len(self.prompts), config.batch, config.seed, step)
         mine = order[self.run.rank * B : (self.run.rank + 1) * B]
         queries = data.collate([self.prompts[i] for i in mine * 2], self.sampling.pad, "left")
-        with self.run.autocast(whole=self.policy):
-            texts = generate(
-                self.policy, *queries, self.sampling
-            )  # [2 B]: the second half are second samples
+        with self.run.autocast(whole=self.policy):  # [2 B]: the second half are second samples
+            texts = generate(self.policy, *queries, self.sampling)
         with self.run.autocast():
             microbatch = config.microbatch and 2 * config.microbatch  # pairs are two texts
             scores, _, _ = self.reader.scores(texts, self.tokenizer, microbatch)

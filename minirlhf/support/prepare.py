@@ -18,6 +18,7 @@ def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
     Frozen matrices are stored in `dtype`, which saves memory, and under autocast the time to round them.
     """
     for gpt in gpts_in(model):
+        refuse_missing_layers(gpt, config.train_layers)
         adapters.adapt(gpt, config.lora, config.lora_alpha, config.train_layers)
     if not config.lora:
         train_last(model, config.train_layers, dtype)
@@ -27,13 +28,18 @@ def choose_trained(model: nn.Module, config: Any, dtype: torch.dtype) -> None:
     share_frozen([model])
 
 
+def refuse_missing_layers(gpt: nn.Module, layers: int | None) -> None:
+    """UserError where the last `layers` blocks of a GPT are asked for and it has fewer; None asks for all."""
+    if layers is not None and not 0 <= layers <= len(gpt.blocks):
+        raise UserError(f"--train-layers {layers}: the model has {len(gpt.blocks)} layers")
+
+
 def train_last(model: nn.Module, layers: int | None, dtype: torch.dtype) -> None:
     """Train only the last `layers` blocks of every GPT in `model`, and what follows them; None trains all."""
     if layers is None:
         return
     for gpt in gpts_in(model):
-        if not 0 <= layers <= len(gpt.blocks):
-            raise UserError(f"--train-layers {layers}: the model has {len(gpt.blocks)} layers")
+        refuse_missing_layers(gpt, layers)
         frozen = [gpt.wte, *gpt.blocks[: len(gpt.blocks) - layers]]
         if gpt.config.positions == "learned":
             frozen.append(gpt.wpe)
