@@ -1,7 +1,7 @@
 """Damaged and hostile inputs to everything that reads what others wrote: a UserError, or an orderly result.
 
     python benchmarks/fuzz.py                              # 50,000 inputs; writes benchmarks/results/fuzz.json
-    python benchmarks/fuzz.py --only gguf --inputs 1000    # of one kind (see benchmarks/fuzz_kinds.py)
+    python benchmarks/fuzz.py --only tokenizer --inputs 1000    # of one kind (see benchmarks/fuzz_kinds.py)
     python benchmarks/fuzz.py --only json --at 137         # that input again, with its traceback
 
 An input is a few files.  Input number i of a kind is a valid seed with one to four mutations, and depends on
