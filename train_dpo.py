@@ -129,8 +129,7 @@ def measure(config: Config, run: Run, policy: GPT, pairs: Pairs, sampling: Sampl
 
     margins = config.beta * (chosen - rejected).detach()
     right = torch.where(pairs.share > 0.5, (margins.sign() + 1) / 2, 0.5)  # no margin, or a tie: a half
-    found = {"rewards/chosen": config.beta * chosen, "rewards/rejected": config.beta * rejected}
-    found |= {"rewards/margins": margins, "rewards/accuracies": right}
+    found = dict(zip(REWARDS, (config.beta * chosen, config.beta * rejected, margins, right), strict=True))
     found |= dict(zip(("logps/chosen", "logps/rejected"), logps.chunk(2), strict=True))
     if pairs.sampled:  # the policy's own samples: their log-ratio estimates its KL to the reference [D1]
         found |= pairs.measures | {"objective/kl": (logps - pairs.ref_logps).view(2, -1).mean(0)}
