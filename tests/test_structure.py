@@ -126,6 +126,7 @@ TABLES = {  # the page that holds each benchmark's tables (None: printed only), 
     "rollout": ("speed", 1),
     "sft": ("speed", 1),
     "scaling": (None, 4),
+    "scaling --ranks": ("scaling", 1),
     "tasks arithmetic": ("tasks", 2),
     "tasks safety": ("tasks", 1),
 }
