@@ -3,7 +3,8 @@
     python benchmarks/demo.py --seeds 1 2 3                        # the SFT, reward and judge models: runs/seed-1 ...
     python benchmarks/frontier.py --seeds 1 2 3                    # everything, hours on two cores
     python benchmarks/frontier.py --seeds 1 --algorithms rloo --kl-coefs 0.2
-    python benchmarks/frontier.py --tables                         # trains nothing: the table and the figure again
+    python benchmarks/frontier.py --costs                          # minutes: seconds and memory per iteration
+    python benchmarks/frontier.py --tables                         # trains nothing: prints the tables of the results
 
 All start from the same SFT model, practise on the same prompts with the same number of sampled responses, and maximise
 the same reward model (RUN/rm-a). What differs is a row of minirlhf/algorithms.py. The learning rate was chosen among three on
@@ -11,7 +12,8 @@ the practice prompts of one seed. The KL stands in the reward for all of them, o
 Each policy then continues 256 test prompts that no stage has seen, SAMPLES times, and is scored by
 - score: the reward model that was maximised;
 - judge: a reward model of the same kind on the other half of the ratings (RUN/judge);
-- strong: with --strong, a reward model on pretrained weights.
+- strong: with --strong, a reward model on pretrained weights. It reads one sample per prompt, and of best-of-n the picks
+  among the first n samples.
 
 Best-of-n picks by `score` among N samples of the SFT model. Its means are expectations over all subsets of n of them, and its
 KL is the bound ln n - (n - 1) / n [D20], which holds for each prompt.
@@ -23,10 +25,15 @@ and the figure are made of what is there, and written to benchmarks/results/fron
 import argparse
 import json
 import math
+import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 import torch
@@ -45,11 +52,12 @@ from minirlhf.tokenizer import Tokenizer  # noqa: E402
 from minirlhf.tools import evaluate  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/frontier.json"
+COSTS = ROOT / "benchmarks/results/frontier_costs.json"
 PROMPTS, SAMPLES = 256, 4  # test prompts, and how often each policy continues each
 BEST_OF, DRAWS = (2, 4, 8, 16, 32, 64, 128), 128
-RATE = (
-    4e-4  # of 1e-4, 2e-4 and 4e-4 the best for PPO, RLOO and GRPO: see benchmarks/results/frontier_rates.txt
-)
+COST_ITERATIONS, COST_ROUNDS = 4, 3
+PARTS = ("rollout", "score", "update")
+RATE = 4e-4  # of 1e-4, 2e-4 and 4e-4 the best for PPO, RLOO and GRPO: benchmarks/results/frontier_rates.txt
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
 
@@ -61,8 +69,9 @@ class Reader:
         self.run = run
         sft = checkpoint.resolve(run / "sft")
         self.sft, self.tokenizer = checkpoint.load_gpt(sft).eval(), Tokenizer.load(sft)
-        folders = {"score": run / "rm-a", "judge": run / "judge"} | ({"strong": strong} if strong else {})
+        folders = {"score": run / "rm-a", "judge": run / "judge"}
         self.readers = {name: RewardReader.load(folder, "train it first") for name, folder in folders.items()}
+        self.strong = RewardReader.load(strong, "train it first")
         settings = {
             "response_tokens": 24,
             "temperature": 1.0,
@@ -106,6 +115,36 @@ class Reader:
         }  # [DRAWS, PROMPTS]
         return {str(n): {"kl": ppo.best_of_n_kl(n)} | best_of(by_name, n) for n in (1, *BEST_OF)}
 
+    @torch.no_grad()
+    def strong_score(self, texts: Texts) -> dict[str, float]:
+        scores = self.strong.scores(texts, self.tokenizer, 16)[0].numpy()
+        return {"strong": float(scores.mean()), "strong_se": float(scores.std() / math.sqrt(len(scores)))}
+
+    def strong_of_policy(self, folder: Path) -> dict[str, float]:
+        policy = checkpoint.load_gpt(folder).eval()
+        return self.strong_score(evaluate.write(policy, self.prompts, self.sampling, 1000))
+
+    def strong_best_of_n(self) -> dict[str, dict[str, float]]:
+        best, best_score, row = None, None, {}
+        for k in range(DRAWS):
+            texts = evaluate.write(self.sft, self.prompts, self.sampling, k)
+            score = torch.tensor(self.scores(texts)["score"])
+            if best is None:
+                best, best_score = texts, score
+            new = torch.where(score > best_score, PROMPTS, 0) + torch.arange(PROMPTS)  # of the two halves
+            best, best_score = Texts.cat([best, texts])[new], torch.maximum(score, best_score)
+            if k + 1 in (1, *BEST_OF):
+                row[str(k + 1)] = self.strong_score(best)
+        return row
+
+
+def kept(file: Path, make: Callable[[], dict]) -> dict:
+    """What a file holds; what is made for it, if there is none."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(make(), indent=1).encode())
+    return json.loads(file.read_text())
+
 
 def best_of(scores: dict[str, np.ndarray], n: int) -> dict[str, float]:
     """Expected scores of the sample with the highest `score` among n of the DRAWS, all subsets alike: {name: mean, name_se}.
@@ -124,31 +163,51 @@ def best_of(scores: dict[str, np.ndarray], n: int) -> dict[str, float]:
     return row
 
 
-def train(args: argparse.Namespace, algorithm: str, kl_coef: float, seed: int, out: Path) -> None:
-    run = args.runs / f"seed-{seed}"
-    models = ("--init", run / "sft", "--reward-model", run / "rm-a", "--monitor", run / "judge")
-    how = (
-        "--algorithm",
-        algorithm,
-        "--kl",
-        "reward",
-        "--kl-coef",
-        kl_coef,
-        "--lr",
-        args.lr or RATE,
-    )
-    size = ("--iterations", args.iterations, "--save-every", args.iterations, "--seed", seed)
-    command("train_ppo.py", *models, *how, *size, *args.options.split(), "--out", out, "--resume")
+def options(args: argparse.Namespace, algorithm: str, kl_coef: float, seed: int) -> list:
+    """What follows train_ppo.py on its command line, but for --out."""
+    run, iterations = args.runs / f"seed-{seed}", COST_ITERATIONS if args.costs else args.iterations
+    models = ["--init", run / "sft", "--reward-model", run / "rm-a", "--monitor", run / "judge"]
+    how = ["--algorithm", algorithm, "--kl", "reward", "--kl-coef", kl_coef, "--lr", args.lr or RATE]
+    size = ["--iterations", iterations, "--save-every", iterations, "--seed", seed]
+    return [*models, *how, *size, *args.options.split()]
+
+
+def costs(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """{algorithm: what each of its processes took}: seconds per iteration, without the first, and peak memory."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for _, algorithm in product(range(COST_ROUNDS), args.algorithms):
+        with tempfile.TemporaryDirectory() as folder:
+            words = ["train_ppo.py", *options(args, algorithm, 0.2, args.seeds[0]), "--out", f"{folder}/ppo"]
+            process = subprocess.Popen(
+                [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.DEVNULL
+            )
+            _, status, used = os.wait4(process.pid, 0)
+            if status:
+                raise SystemExit(
+                    f"{' '.join(map(str, words))}: exit code {os.waitstatus_to_exitcode(status)}"
+                )
+            lines = (Path(folder) / "ppo/metrics.jsonl").read_text().splitlines()[1:]
+        parts = {part: median(json.loads(line)[f"time/{part}"] for line in lines) for part in PARTS}
+        found.setdefault(algorithm, []).append(parts | {"peak_mb": used.ru_maxrss / 1024})
+    return found
+
+
+def table_of_costs(found: dict[str, list[dict[str, float]]]) -> str:
+    """In Markdown: medians over processes."""
+    rows = []
+    for algorithm, rounds in found.items():
+        parts = [median(one[part] for one in rounds) for part in PARTS]
+        peak = median(one["peak_mb"] for one in rounds)
+        rows.append([algorithm, f"{sum(parts):.2f}", *(f"{part:.2f}" for part in parts), f"{peak:.0f}"])
+    return table(["s per iteration", *PARTS, "peak MB"], rows)
 
 
 def measure(reader: Reader, out: Path) -> dict:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    seconds = [line["time/rollout"] + line["time/score"] + line["time/update"] for line in lines]
+    seconds = [sum(line[f"time/{part}"] for part in PARTS) for line in lines]
     about = checkpoint.load_config(out)
     used = {name: about["training"][name] for name in ("lr", "iterations", "batch", "minibatch", "kl_coef")}
-    row = reader.of_policy(out) | used | {"row": about["algorithm"], "seconds": float(np.median(seconds))}
-    write_atomically(out / "frontier.json", json.dumps(row, indent=1).encode())
-    return row
+    return reader.of_policy(out) | used | {"row": about["algorithm"], "seconds": float(np.median(seconds))}
 
 
 def at(curve: list[dict], kl: float, name: str) -> float | None:
@@ -161,25 +220,37 @@ def at(curve: list[dict], kl: float, name: str) -> float | None:
 def summary(results: dict) -> str:
     """In Markdown: a row per algorithm and KL coefficient, means over seeds, with the standard error over seeds in brackets."""
     rows = []
-    for arm, seeds in results["policies"].items():
+    for arm, seeds in sorted(results["policies"].items(), key=place):
         ps = list(seeds.values())
-        spread = lambda name, ps=ps: (
-            f" ({stdev(p[name] for p in ps) / math.sqrt(len(ps)):.2f})" if len(ps) > 1 else ""
-        )
         lines = {
             seed: at([*results["best_of_n"][seed].values()], p["kl"], "judge") for seed, p in seeds.items()
         }
         known = [p["judge"] - lines[seed] for seed, p in seeds.items() if lines[seed] is not None]
         beside = f"{mean(known):+.2f}" if len(known) == len(ps) else "-"
-        cells = [f"{mean(p[name] for p in ps):.2f}{spread(name)}" for name in ("kl", "score", "judge")]
-        rows.append([arm, str(len(ps)), *cells, beside, f"{mean(p['distinct_2'] for p in ps):.2f}",
-                     f"{mean(p['seconds'] for p in ps):.2f}"])  # fmt: skip
+        cells = [over_seeds(ps, name) for name in ("kl", "score", "judge")]
+        rows.append([arm, str(len(ps)), *cells, beside, over_seeds(ps, "strong"),
+                     f"{mean(p['distinct_2'] for p in ps):.2f}"])  # fmt: skip
     for n in BEST_OF:
         ps = [seed[str(n)] for seed in results["best_of_n"].values()]
-        cells = [f"{mean(p[name] for p in ps):.2f}" for name in ("kl", "score", "judge")]
-        rows.append([f"best of {n}", str(len(ps)), *cells, "", "", ""])
-    head = ["seeds", "KL, nats", "score", "judge", "judge - best-of-n's", "distinct-2", "s per iteration"]
+        cells = [over_seeds(ps, name, error=False) for name in ("kl", "score", "judge", "strong")]
+        rows.append([f"best of {n}", str(len(ps)), *cells[:3], "", cells[3], ""])
+    head = ["seeds", "KL, nats", "score", "judge", "judge - best-of-n's", "strong judge", "distinct-2"]
     return table(head, rows)
+
+
+def place(arm: tuple[str, dict]) -> tuple:
+    """Where a row of the table stands: by algorithm, training and KL coefficient."""
+    algorithm, coefficient, *label = arm[0].split(" ")
+    return [*ALGORITHMS].index(algorithm), label, float(coefficient)
+
+
+def over_seeds(rows: list[dict], name: str, error: bool = True) -> str:
+    """ "1.43 (0.01)": mean and standard error over the seeds that have it."""
+    values = [row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    spread = f" ({stdev(values) / math.sqrt(len(values)):.2f})" if error and len(values) > 1 else ""
+    return f"{mean(values):.2f}{spread}"
 
 
 def fit(kls: list[float], gains: list[float], best_of_n: bool) -> tuple[float, float, float]:
@@ -268,37 +339,48 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--options", default="", help="More options for train_ppo.py, in one string.")
     add("--label", default="", help="Stands behind the name of the row in the table.")
     add("--strong", type=Path, help="A reward model on pretrained weights that scores, too.")
-    add("--tables", action="store_true", help="Train nothing: print the table of the committed results.")
+    add("--costs", action="store_true", help="Measure only what an iteration takes. Let nothing else run.")
+    add("--tables", action="store_true", help="Train nothing: print the tables of the committed results.")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
+    if args.costs:
+        write_atomically(COSTS, json.dumps(costs(args), indent=1).encode())
+        print(table_of_costs(json.loads(COSTS.read_text())))
+        return
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"best_of_n": {}, "policies": {}}
     for seed in [] if args.tables else args.seeds:
         reader = Reader(args.runs / f"seed-{seed}", args.strong)
-        line = args.out / f"best-of-n-{seed}.json"
-        if not line.exists():
-            args.out.mkdir(parents=True, exist_ok=True)
-            write_atomically(line, json.dumps(reader.best_of_n(), indent=1).encode())
-        known["best_of_n"][str(seed)] = json.loads(line.read_text())
+        line = kept(args.out / f"best-of-n-{seed}.json", reader.best_of_n)
+        if reader.strong:
+            strong = kept(args.out / f"best-of-n-{seed}-strong.json", reader.strong_best_of_n)
+            line = {n: line[n] | strong[n] for n in line}
+        known["best_of_n"].setdefault(str(seed), {})
+        known["best_of_n"][str(seed)] = {n: known["best_of_n"][str(seed)].get(n, {}) | line[n] for n in line}
         for algorithm, kl_coef in product(args.algorithms, args.kl_coefs):
             arm = " ".join([algorithm, f"{kl_coef:g}", *[args.label] * bool(args.label)])
             out = args.out / f"{arm.replace(' ', '-')}-{seed}"
-            train(args, algorithm, kl_coef, seed, out)
-            row = out / "frontier.json"
-            found = json.loads(row.read_text()) if row.exists() else measure(reader, out)
+            command("train_ppo.py", *options(args, algorithm, kl_coef, seed), "--out", out, "--resume")
+            found = kept(out / "frontier.json", partial(measure, reader, out))
+            if reader.strong:
+                found |= kept(out / "strong.json", partial(reader.strong_of_policy, out))
             latest = (
                 json.loads(RESULTS.read_text()) if RESULTS.exists() else known
             )  # of another process, perhaps
             known = {"best_of_n": latest["best_of_n"] | known["best_of_n"], "policies": latest["policies"]}
-            known["policies"].setdefault(arm, {})[str(seed)] = found
+            of_arm = known["policies"].setdefault(arm, {})
+            of_arm[str(seed)] = of_arm.get(str(seed), {}) | found
             write_atomically(RESULTS, json.dumps(known, indent=1).encode())
     print(summary(known))
     print(
         "\nThe judge's gain is d (alpha - beta d) for best-of-n, d (alpha - beta log d) for RL, d = sqrt(KL):\n"
     )
     print(fits(known))
+    if COSTS.exists():
+        print("\nAn iteration of 128 responses, on two cores:\n")
+        print(table_of_costs(json.loads(COSTS.read_text())))
     if not args.tables:
         plot(known, RESULTS.with_suffix(".png"))
 
