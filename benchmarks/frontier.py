@@ -57,6 +57,7 @@ PROMPTS, SAMPLES = 256, 4  # test prompts, and how often each policy continues e
 BEST_OF, DRAWS = (2, 4, 8, 16, 32, 64, 128), 128
 COST_ITERATIONS, COST_ROUNDS = 4, 3
 PARTS = ("rollout", "score", "update")
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 RATE = 4e-4  # of 1e-4, 2e-4 and 4e-4 the best for PPO, RLOO and GRPO: benchmarks/results/frontier_rates.txt
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
