@@ -318,6 +318,25 @@ def test_equal_groups_stay_at_0_when_the_rollout_is_whitened(run, inputs, tmp_pa
         assert (minibatch == 0).all(1).any() and minibatch.abs().max() > 0.1
 
 
+def test_whitening_a_rollout_counts_an_advantage_that_is_0_in_a_group_that_differs(
+    run, inputs, tmp_path, monkeypatch
+):
+    """Rewards of 0, 1, 2 and 1: the ones are as good as their group, and still tokens of the rollout [D10]."""
+    code = "def steps(prompts, responses):\n    return [0.0, 1.0, 2.0, 1.0] * (len(responses) // 4)\n"
+    (tmp_path / "steps.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    policy_loss = ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda *args: seen.append(args[2:4]) or policy_loss(*args))
+    more = "--algorithm rloo --group 4 --scale rollout --kl none --missing-eos none --reward steps:steps"
+    out = tmp_path / "out"
+    assert run("train_ppo", *SMALL, *inputs[:2], *more.split(), "--iterations", 1, "--out", out) == 0
+    first_epoch = [advantages[mask] for advantages, mask in seen[:2]]
+    tokens = torch.cat(first_epoch)
+    assert tokens.mean().abs() < 1e-5 and tokens.var(correction=0) == pytest.approx(1, abs=1e-4)
+    assert len(tokens.unique()) == 3
+
+
 REFUSED = [
     ("--algorithm grpo --group 1", "--baseline mean compares the answers of a group: --group must be at least 2"),
     ("--baseline leave-one-out", "--baseline leave-one-out compares the answers of a group"),
@@ -334,8 +353,14 @@ REFUSED = [
     ("--kl reward --kl k3", "--kl is both reward and k3: drop one of them"),
     ("--algorithm grpo --kl", "--kl needs a value"),
     ("--algorithm cispo --clip-range .2", "give --clip-range-high, not --clip-range"),
-    ("--objective cispo", "--objective cispo: a range for it is needed"),
-    ("--algorithm gspo --objective clip", "--objective clip: a range for it is needed"),
+    ("--objective cispo", "--objective cispo needs a range of its own: give --clip-range-high"),
+    ("--algorithm gspo --objective clip", "--objective clip needs a range of its own: give --clip-range"),
+    ("--algorithm gspo --objective clip --clip-range-high .28", "give --clip-range"),  # the low one is GSPO's
+    ("--algorithm rloo --objective sequence --clip-range-high 4e-4", "give --clip-range"),
+    ("--num-generations 4", "unknown option --num-generations: did you mean --group?"),
+    ("--loss_type grpo", "unknown option --loss_type: did you mean --algorithm?"),
+    ("--beta .04", "unknown option --beta: did you mean --kl-coef?"),
+    ("--alg grpo", "unknown option --alg: did you mean --algorithm?"),
     ("--algorithm a2c", "--algorithm must be one of ppo, rloo, grpo, dr-grpo, dapo, cispo, gspo, not 'a2c'"),
 ]  # fmt: skip
 
