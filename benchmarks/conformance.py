@@ -216,17 +216,17 @@ def trl_grpo_advantages(rewards: Tensor, group: int, scale_rewards: str = "group
     return space["advantages"]
 
 
-def trl_rloo_advantages(rewards: Tensor, group: int) -> Tensor:
+def trl_rloo_advantages(rewards: Tensor, group: int, beta: float = 0.0, **kl: Tensor) -> Tensor:
+    """kl: old_per_token_logps, ref_per_token_logps and completion_mask, for a beta that is not 0."""
     from trl.trainer.utils import nanstd
 
     space = {
-        "self": SimpleNamespace(normalize_advantages=False),
+        "self": SimpleNamespace(normalize_advantages=False, beta=beta),
         "rewards": rewards,
         "num_generations": group,
     }
-    exec(
-        trl_statements("RLOOTrainer", "grouped_rewards ="), space | {"torch": torch, "nanstd": nanstd}, space
-    )
+    space |= kl | {"torch": torch, "nanstd": nanstd, "gather": lambda x: x}
+    exec(trl_statements("RLOOTrainer", "if self.beta != 0.0"), space)
     return space["advantages"]
 
 

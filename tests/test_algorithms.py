@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,9 +79,14 @@ def test_D27_expectations_of_the_baselines(p):
     true = p * (1 - p)
     assert gradient("leave-one-out", "none") == pytest.approx(true, abs=1e-12)
     assert gradient("mean", "none") == pytest.approx(true * 7 / 8, abs=1e-12)
-    assert gradient("mean", "std") == pytest.approx({0.5: 0.43387, 0.1: 0.19591, 0.02: 0.04716}[p], abs=5e-6)
+    k = groups.sum(1)  # a group of which k are right has the variance k (8 - k) / 56
+    by_hand = float((chance * k * (8 - k) / 64 / ((k * (8 - k) / 56).sqrt() + 1e-4)).sum())
+    assert gradient("mean", "std") == pytest.approx(by_hand, abs=1e-12)
     equal = ppo.equal_rewards(groups.view(-1), 8).view(-1, 8)[:, 0]
-    assert float(chance[equal].sum()) == pytest.approx({0.5: 0.0078125, 0.1: 0.430, 0.02: 0.851}[p], abs=1e-3)
+    assert float(chance[equal].sum()) == pytest.approx(p**8 + (1 - p) ** 8, abs=1e-12)
+    row = [f"{p:g}"[1:], *(f"{x:.6g}"[1:] for x in (true, true, true * 7 / 8)), f"{by_hand:.5f}"[1:]]
+    page = (Path(__file__).parents[1] / "docs/algorithms.md").read_text()
+    assert f"| {' | '.join(row)} | {p**8 + (1 - p) ** 8:.3f}".replace(" 0.", " .") in page
 
 
 def test_D27_groups_are_rows_that_follow_each_other():
