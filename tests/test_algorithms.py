@@ -1,7 +1,10 @@
 """PPO's relatives: the table, its cells, what is refused, and a run of each."""
 
+import ast
 import dataclasses
+import inspect
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,52 @@ def test_a_clip_range_alone_is_of_both_sides():
     assert (row.clip_range, row.clip_range_high) == (0.2, 0.28)
 
 
+PAGE = (Path(__file__).parents[1] / "docs/algorithms.md").read_text()
+
+
+def test_the_pages_table_is_the_code():
+    rows = re.findall(r"^\| `([a-z-]+)` \(\[.+?\]\(.+?\)\) \| (.+) \|$", PAGE, re.M)
+    assert [name for name, _ in rows] == [*ALGORITHMS]
+    for name, cells in rows:
+        group, baseline, scale, objective, clip, average, kl, equal = cells.split(" | ")
+        row = ALGORITHMS[name]
+        low, high = (
+            row.clip_range if x == "-" else float(x) for x in clip.split(", ")
+        )  # CISPO reads no low one
+        read = Algorithm(int(group), baseline, scale, objective, low, high, average, kl, equal)
+        assert read == row and clip.startswith("-") == (objective == "cispo")
+
+
+# What GRPO adds to PPO's loop, in the order of the page's sentence.
+LOOP = [
+    [
+        "G, world =",
+        "groups = optim",
+        "local_batch = groups",
+        "order = data.cursor",
+        "mine = [i for i in order",
+    ],
+    ["k1_coef = kl_coef if"],
+    ["advantages = ppo.group_advantages", "advantages = advantages[:, None]"],
+    ["weights, shares = ppo.averaging", "tokens, divisor =", "old, mask, weight ="],
+    ["kl = ppo.kl_loss", "(loss + kl_coef * kl"],
+]
+
+
+def test_the_page_counts_the_lines_that_are_to_be_read_after_ppo():
+    bodies = 0
+    for name in ("group_advantages", "equal_rewards", "averaging", "kl_loss"):
+        function = ast.parse(inspect.getsource(getattr(ppo, name))).body[0]
+        bodies += function.end_lineno - function.body[1].lineno + 1
+    code = Path(train_ppo.__file__).read_text()
+    for line in itertools.chain(*LOOP):
+        assert code.count(f" {line}") == 1, line
+    counts = [2, bodies, *map(len, LOOP)]
+    paragraph = PAGE.partition("## What to read after PPO")[2].partition("**The group**")[0]
+    assert [int(n) for n in re.findall(r"\((\d+)\)", paragraph)] == counts
+    assert f"GRPO is {sum(counts)} lines" in paragraph and sum(counts) <= 40
+
+
 def test_nothing_branches_on_a_name():
     """Whoever adds a row adds no code."""
     code = (train_ppo.Path(train_ppo.__file__)).read_text()
@@ -85,8 +134,7 @@ def test_D27_expectations_of_the_baselines(p):
     equal = ppo.equal_rewards(groups.view(-1), 8).view(-1, 8)[:, 0]
     assert float(chance[equal].sum()) == pytest.approx(p**8 + (1 - p) ** 8, abs=1e-12)
     row = [f"{p:g}"[1:], *(f"{x:.6g}"[1:] for x in (true, true, true * 7 / 8)), f"{by_hand:.5f}"[1:]]
-    page = (Path(__file__).parents[1] / "docs/algorithms.md").read_text()
-    assert f"| {' | '.join(row)} | {p**8 + (1 - p) ** 8:.3f}".replace(" 0.", " .") in page
+    assert f"| {' | '.join(row)} | {p**8 + (1 - p) ** 8:.3f}".replace(" 0.", " .") in PAGE
 
 
 def test_D27_groups_are_rows_that_follow_each_other():

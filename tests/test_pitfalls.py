@@ -1,12 +1,14 @@
 """Every pitfall of docs/conformance.md by its number, against our own code, with the numbers that tell it.
 
-test_conformance.py asks the same of anybody's functions. Here are the exact numbers, and the rows that concern
-a loop rather than a function.
+test_conformance.py asks the same of anybody's functions. Here are the exact numbers, and the pitfalls that
+concern a loop rather than a function.
 """
 
 import inspect
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,14 @@ def some_texts(policy, n=64, temperature=1.0):
     settings = Sampling(8, temperature, EOS, PAD)
     torch.manual_seed(1)
     return generate(policy, prompts, torch.ones(n, 3, dtype=torch.bool), settings), settings
+
+
+def test_every_pitfall_of_the_page_has_a_test_by_its_number():
+    page = (Path(__file__).parents[1] / "docs/conformance.md").read_text()
+    listed = {int(number) for number in re.findall(r"^\| P(\d+) \|", page, re.M)}
+    tests = [name for name in globals() if name.startswith("test_p")]
+    assert {int(number) for name in tests for number in re.findall(r"p(\d\d)_", name)} == listed
+    assert len(listed) == 26
 
 
 # ----------------------------------------------------------------------------- averages
