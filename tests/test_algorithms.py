@@ -175,6 +175,18 @@ def test_D28_what_is_left_out_leaves_the_divisor(how):
     assert torch.equal(share[:2], expected_share) and share[2] == 0
 
 
+def test_D27_D28_D29_unknown_words_are_refused():
+    """Not taken for another one without a word: these functions are anybody's."""
+    ones, mask = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    for baseline, scale in (("loo", "std"), ("mean", "batch")):
+        with pytest.raises(KeyError):
+            ppo.group_advantages(torch.ones(2), 2, baseline, scale)
+    with pytest.raises(KeyError):
+        ppo.averaging(mask, "sequences", 2)
+    with pytest.raises(ValueError, match="not 'gspo'"):
+        ppo.policy_loss(ones, ones, ones, mask, 0.2, objective="gspo")
+
+
 def gradient(objective: str, advantage: float, ratio: float, clip=(0.2, 0.2)) -> float:
     """d loss / d log-probability of one token."""
     new = torch.tensor([[ratio]], dtype=torch.float64).log().requires_grad_()

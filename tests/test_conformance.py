@@ -168,6 +168,7 @@ def test_a_wrong_adapter_is_the_users_mistake(options, said):
             lambda logprobs, ref_logprobs: 1 / 0,
             "called for the first time, the function fails: ZeroDivision",
         ),
+        ("kl", lambda logprobs, ref_logprobs: sys.exit(3), "the function fails: SystemExit: 3"),
         ("masked_mean", lambda x, mask: 1.0, "returns a float: choose a part"),
         ("kl_loss", lambda new_logprobs, ref_logprobs: new_logprobs, "add --output tensor"),
     ],

@@ -110,6 +110,6 @@ def show_rows(rows: list[dict], kl_coef: float) -> str:
 def none_ended(responses: int) -> str:
     """What to say of a first rollout of which no response has an end of text."""
     return (
-        f"warning: none of the first {responses} responses ended by itself: is the prompt laid out as the model "
-        "was trained, and is --response-tokens long enough? See docs/troubleshooting.md, The policy never stops"
+        f"warning: none of the first {responses} responses ended by itself: is the prompt laid out as the "
+        "model was trained, and is --response-tokens long enough? (docs/troubleshooting.md, never stops)"
     )
