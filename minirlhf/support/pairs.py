@@ -178,8 +178,8 @@ def load_judged(
             ledger, what = Counter(), f"{split}, pairs of these texts"
         found[split] = data.encode_judged(tokenizer, records, context, config.too_long, ledger)
         if split == "train" and all(item.record.share == 0.5 for item in found[split]):
-            remedy = "a policy that has no preference has learnt them already"
-            raise UserError(f"{source.name}: all {len(found[split])} pairs to train on are ties: {remedy}")
+            why = "which the reference has learnt already: give pairs of which one response is preferred"
+            raise UserError(f"{source.name}: all {len(found[split])} pairs to train on are ties, {why}")
         run.account(what, ledger)
     return found
 
