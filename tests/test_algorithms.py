@@ -295,6 +295,105 @@ def test_a_run_of_each(run, metrics, inputs, tmp_path, name):
     assert line["optimizer_steps"] == 4
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """{name of an equation: [(its arguments, what it returned)]} of what a run calls."""
+    calls = {}
+
+    def watch(name):
+        equation = getattr(ppo, name)
+
+        def call(*args):
+            found = equation(*args)
+            calls.setdefault(name, []).append((args, found))
+            return found
+
+        monkeypatch.setattr(ppo, name, call)
+
+    for name in ("shape_rewards", "group_advantages", "averaging", "policy_loss", "kl_loss"):
+        watch(name)
+    return calls
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_loop_hands_every_cell_to_its_equation(run, inputs, tmp_path, seen, name):
+    """In the second iteration, where policy and reference differ.  The KL enters once, by the cell [D30] [P12]."""
+    row = ALGORITHMS[name]
+    assert run("train_ppo", *SMALL, *inputs, "--algorithm", name, "--out", tmp_path) == 0
+    (scores, _, _, _, coef), token_rewards = seen["shape_rewards"][-1]
+    rewards = token_rewards.sum(1)
+    assert coef == (0.15 if row.kl == "reward" else 0)
+    assert ((rewards - scores).abs().max() > 1e-4) == (row.kl == "reward")
+    assert ("group_advantages" in seen) == (row.baseline != "critic")
+    if row.baseline != "critic":
+        (given, *cells), advantages = seen["group_advantages"][-1]
+        assert given.equal(rewards) and cells == [row.group, row.baseline, row.scale]
+        trained = torch.cat(
+            [args[2][:, 0] for args, _ in seen["policy_loss"][-2:]]
+        )  # an epoch of two minibatches
+        assert trained.sort()[0].equal(advantages.sort()[0])
+    assert seen["averaging"][-1][0][1:] == (row.average, 12)  # 12 tokens at most
+    for args, _ in seen["policy_loss"]:
+        assert args[4] == (row.clip_range, row.clip_range_high) and args[7] == row.objective
+    assert all(args[4] == row.kl for args, _ in seen["kl_loss"])
+
+
+@pytest.mark.parametrize("kl", ["k3", "reward"])
+def test_the_kl_of_the_loss_has_its_coefficient(run, inputs, tmp_path, monkeypatch, kl):
+    """A term with a known gradient in its place: it moves the weights as often as kl_coef says."""
+    options = [*SMALL, *inputs, "--algorithm", "grpo", "--kl", kl, "--iterations", 1]
+
+    def first_gradients(coef):
+        with gradients() as found:
+            assert (
+                run("train_ppo", *options, "--kl-coef", coef, "--out", tmp_path / f"{len(taken)}-{coef}") == 0
+            )
+        taken.append(found[0])
+        return found[0]
+
+    taken = []
+    plain = first_gradients(1)
+    if kl == "k3":
+        monkeypatch.setattr(
+            ppo, "kl_loss", lambda new, old, ref, mask, *rest: (new * mask).sum() / mask.sum()
+        )
+    none, one, two = (first_gradients(coef) for coef in (0, 1, 2))
+    agree([none], [plain], 1e-6)  # k3 has no gradient yet: the policy is its reference
+    if kl == "k3":
+        assert (one - none).norm() > 0.01 * none.norm()
+        torch.testing.assert_close(two - none, 2 * (one - none), atol=1e-5, rtol=1e-3)
+    else:  # nor has k1 in the reward any yet, and the loss has no such term
+        assert one.equal(none) and two.equal(none)
+
+
+def test_dapo_leaves_out_the_groups_that_are_equal_and_no_others(run, inputs, tmp_path, seen, monkeypatch):
+    code = "def some(prompts, responses):\n    return [0.0] * 4 + [float(i) for i in range(len(responses) - 4)]\n"
+    (tmp_path / "first.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    more = [
+        "--algorithm",
+        "dapo",
+        "--group",
+        "4",
+        "--missing-eos",
+        "none",
+        "--reward",
+        "first:some",
+        "--iterations",
+        "1",
+    ]
+    assert run("train_ppo", *SMALL, *inputs[:2], *more, "--out", tmp_path / "out") == 0
+    ((learnt, _, _), (weights, shares)) = seen["averaging"][-1]
+    assert (
+        learnt.any(1).tolist()
+        == (shares > 0).tolist()
+        == (weights[:, 0] > 0).tolist()
+        == [False] * 4 + [True] * 12
+    )
+    for args, _ in seen["policy_loss"]:  # out of the loss, and out of what divides it
+        assert args[5] == args[3].sum() and (args[2][~args[3].any(1)] == 0).all()
+
+
 @pytest.mark.parametrize("name", RELATIVES)
 def test_D17_microbatches_change_no_gradient(run, inputs, tmp_path, name):
     """Tokens, responses or a constant: the loss's divisor is that of the whole optimiser step [P1]."""
