@@ -7,7 +7,7 @@
 trl==1.16.0 comes with the extra [models]. The other two need `pip install --no-deps verl==0.9.1
 openrlhf==0.11.2` beside it; packages that they import and that these functions do not use, such as ray and
 deepspeed, are stood in for where they are missing. A line "beside it" says what the library's own words or
-defaults say about a difference; most are choices. Each adapter below gives one function our names.
+defaults say about a difference; some are choices. Each adapter below gives one function our names.
 """
 
 from __future__ import annotations
@@ -351,7 +351,7 @@ def of_verl() -> list[Asked]:
         Asked("compute_grpo_outcome_advantage", "advantages", advantages(core.compute_grpo_outcome_advantage), raw),
         Asked("compute_rloo_outcome_advantage", "advantages", advantages(core.compute_rloo_outcome_advantage), raw),
         Asked("compute_gae_advantage_return", "gae", gae, whitened, floats),
-Asked("masked_whiten", "whiten", functional.masked_whiten, "the unbiased variance", floats | {"rename": {"values": "x"}}),
+        Asked("masked_whiten", "whiten", functional.masked_whiten, "the unbiased variance", floats | {"rename": {"values": "x"}}),
         Asked("agg_loss token-mean", "masked_mean", average("token-mean"), "", floats),
         Asked("agg_loss seq-mean-token-mean", "masked_mean", average("seq-mean-token-mean"), modes, floats),
         Asked("AdaptiveKLController", "kl_controller", controller),
