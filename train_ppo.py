@@ -262,8 +262,8 @@ def main() -> None:
             if algorithm.equal_groups == "drop":
                 learnt = response_mask & ~equal[:, None]
         if algorithm.scale == "rollout":
-            differing = response_mask if critic else response_mask & (advantages != 0)  # zeros stay zeros
-            advantages = whiten(advantages, differing, sum_=over_ranks)  # [D10]
+            differing = True if critic else ~ppo.equal_rewards(token_rewards.sum(1), G)[:, None]
+            advantages = whiten(advantages, response_mask & differing, sum_=over_ranks)  # [D10]
         weights, shares = ppo.averaging(learnt, algorithm.average, config.response_tokens)  # [D28]
 
         # 5. Update: epochs of minibatches.  The policy steps, then the critic, so that only one model's
@@ -325,7 +325,7 @@ def main() -> None:
             state["kl_coef"] = ppo.adapt_kl_coef(kl_coef, kl, target, config.batch, config.kl_horizon)
         run.log(iteration + 1, metrics, "score {objective/scores:.2f} kl {objective/kl:.1f}")
         due, last = (iteration + 1) % config.save_every == 0, iteration + 1 == config.iterations
-        run.record_texts(iteration + 1, texts, per_text, kl_coef, show=due or last, every=config.save_samples)
+        run.record_texts(iteration + 1, texts, per_text, k1_coef, show=due or last, every=config.save_samples)
         run.checkpoint(iteration + 1, due)
 
     run.save(config.iterations, complete=True, results={"seconds": run.elapsed})

@@ -7,7 +7,7 @@
 trl==1.16.0 comes with the extra [models]. The other two need `pip install --no-deps verl==0.9.1
 openrlhf==0.11.2` beside it; packages that they import and that these functions do not use, such as ray and
 deepspeed, are stood in for where they are missing. A line "beside it" says what the library's own words or
-defaults say about a difference; most are choices. Each adapter below gives one function our names.
+defaults say about a difference; some are choices. Each adapter below gives one function our names.
 """
 
 from __future__ import annotations
@@ -216,17 +216,17 @@ def trl_grpo_advantages(rewards: Tensor, group: int, scale_rewards: str = "group
     return space["advantages"]
 
 
-def trl_rloo_advantages(rewards: Tensor, group: int) -> Tensor:
+def trl_rloo_advantages(rewards: Tensor, group: int, beta: float = 0.0, **kl: Tensor) -> Tensor:
+    """kl: old_per_token_logps, ref_per_token_logps and completion_mask, for a beta that is not 0."""
     from trl.trainer.utils import nanstd
 
     space = {
-        "self": SimpleNamespace(normalize_advantages=False),
+        "self": SimpleNamespace(normalize_advantages=False, beta=beta),
         "rewards": rewards,
         "num_generations": group,
     }
-    exec(
-        trl_statements("RLOOTrainer", "grouped_rewards ="), space | {"torch": torch, "nanstd": nanstd}, space
-    )
+    space |= kl | {"torch": torch, "nanstd": nanstd, "gather": lambda x: x}
+    exec(trl_statements("RLOOTrainer", "if self.beta != 0.0"), space)
     return space["advantages"]
 
 
@@ -351,7 +351,7 @@ def of_verl() -> list[Asked]:
         Asked("compute_grpo_outcome_advantage", "advantages", advantages(core.compute_grpo_outcome_advantage), raw),
         Asked("compute_rloo_outcome_advantage", "advantages", advantages(core.compute_rloo_outcome_advantage), raw),
         Asked("compute_gae_advantage_return", "gae", gae, whitened, floats),
-Asked("masked_whiten", "whiten", functional.masked_whiten, "the unbiased variance", floats | {"rename": {"values": "x"}}),
+        Asked("masked_whiten", "whiten", functional.masked_whiten, "the unbiased variance", floats | {"rename": {"values": "x"}}),
         Asked("agg_loss token-mean", "masked_mean", average("token-mean"), "", floats),
         Asked("agg_loss seq-mean-token-mean", "masked_mean", average("seq-mean-token-mean"), modes, floats),
         Asked("AdaptiveKLController", "kl_controller", controller),

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import beside, ppo  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
 from minirlhf import data  # noqa: E402
-from minirlhf.support import cli  # noqa: E402
+from minirlhf.support import cli, hardware  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results/dpo.json"
 KEYS = ("n_layer", "n_head", "n_embd", "vocab", "prompt", "response", "end")
@@ -174,7 +174,9 @@ def report(known: dict[str, dict]) -> tuple[str, list[str]]:
 def main() -> None:
     parser = beside.parser(__doc__, RESULTS, rounds=3, peer=beside.PEER_116)
     parser.add_argument("--work", choices=WORK, nargs="+", default=[*WORK])
-    parser.add_argument("--variants", choices=OURS, nargs="+", default=[*OURS])
+    parser.add_argument(
+        "--variants", choices=OURS, nargs="+", help="Default: fp32, and bf16 where it is native."
+    )
     parser.add_argument(
         "--steps", type=cli.number(cli.Count), default=20, help="Steps per process that count."
     )
@@ -182,6 +184,7 @@ def main() -> None:
     if args.job:
         ours(args.job)
         return
+    args.variants = args.variants or ([*OURS] if hardware.has_fast_bf16() else ["fp32"])
     beside.conclude(*report(beside.collect(parser, args, args.work, run)), args.check)
 
 

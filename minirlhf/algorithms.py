@@ -92,16 +92,16 @@ class AlgorithmOptions:
 
     def row(self) -> Algorithm:
         """The row, with the cells that were given; UserError where they contradict each other."""
-        objective = self.objective or ALGORITHMS[self.algorithm].objective
+        row = ALGORITHMS[self.algorithm]
+        objective = self.objective or row.objective
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high
         if objective == "cispo" and self.clip_range is not None:
             raise UserError(
                 "--objective cispo caps ratios from above alone: give --clip-range-high, not --clip-range"
             )
-        if objective != ALGORITHMS[self.algorithm].objective and high is None:
-            raise UserError(
-                f"--objective {objective}: a range for it is needed: give --clip-range-high, or --clip-range"
-            )
+        needed, range_ = ("-high", high) if objective == "cispo" else ("", self.clip_range)
+        if objective != row.objective and range_ is None:  # the row's is made for another kind of ratio
+            raise UserError(f"--objective {objective} needs a range of its own: give --clip-range{needed}")
         cells = {f.name: getattr(self, f.name) for f in fields(Algorithm)} | {"clip_range_high": high}
         given = {name: value for name, value in cells.items() if value is not None}
-        return replace(ALGORITHMS[self.algorithm], **given)
+        return replace(row, **given)

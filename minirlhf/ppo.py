@@ -68,15 +68,13 @@ def group_advantages(rewards: Tensor, group: int, baseline: str, scale: str) -> 
     Rows k * group .. (k + 1) * group - 1 answer one prompt and were drawn together. `baseline` 'mean': the
     group's mean (GRPO); 'leave-one-out': the mean of the others (RLOO). The latter gives the true gradient,
     the former (group - 1) / group of it. `scale` 'std' divides by the group's unbiased standard deviation
-    + 1e-4, as TRL does. Equal rewards give exactly 0, as does a group of one.
+    + 1e-4, as TRL does; 'none' and 'rollout' do not. Equal rewards give exactly 0, as does a group of one.
     """
     rows, others = rewards.double().view(-1, group), max(group - 1, 1)
     advantages = rows - rows.mean(1, keepdim=True)
     std = (advantages.square().sum(1, keepdim=True) / others).sqrt()
-    if baseline == "leave-one-out":
-        advantages = advantages * group / others
-    if scale == "std":
-        advantages = advantages / (std + 1e-4)
+    advantages = advantages * {"mean": 1, "leave-one-out": group / others}[baseline]
+    advantages = advantages / {"none": 1, "rollout": 1, "std": std + 1e-4}[scale]
     return torch.where(equal_rewards(rewards, group), 0.0, advantages.view(-1)).to(rewards.dtype)
 
 
@@ -102,9 +100,8 @@ def averaging(response_mask: Tensor, how: str, longest: int) -> tuple[Tensor, Te
     """
     lengths = response_mask.sum(1).float()
     counts = (lengths > 0).float()  # a response that is left out of the loss leaves the divisor, too
-    if how == "tokens":
-        return counts[:, None], lengths
-    return (counts / (lengths.clamp(min=1) if how == "responses" else longest))[:, None], counts
+    divisor = {"tokens": 1, "responses": lengths.clamp(min=1), "constant": longest}[how]
+    return (counts / divisor)[:, None], lengths if how == "tokens" else counts
 
 
 @torch.no_grad()
@@ -145,6 +142,8 @@ def policy_loss(
     is beyond the range and whose clipped term decides the loss (cispo: whose ratio is capped);
     `policy/approxkl_avg`, the mean of (new - old)^2 / 2 as lmhp logs it.
     """
+    if objective not in ("clip", "sequence", "cispo"):
+        raise ValueError(f"objective must be 'clip', 'sequence' or 'cispo', not {objective!r}")
     total = _total(response_mask, denominator)
     low, high = clip_range if isinstance(clip_range, tuple) else (clip_range, clip_range)
     # Off the mask 0 goes in BEFORE exp: exp(NaN) would poison the gradient even of what is dropped later.

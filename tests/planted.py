@@ -49,10 +49,6 @@ def total(mask, denominator):
 # ------------------------------------------------------------------------------ functions that hold
 
 
-def sampling_weights(logprobs, sampler_logprobs, cap):
-    return (logprobs.detach() - sampler_logprobs).exp().clamp(max=cap)
-
-
 def response_mask(responses, eos, pad):
     """Of a sampler that knows no lengths: up to the first EOS, which counts."""
     ended = (responses == eos).cumsum(1) - (responses == eos).long()
@@ -82,7 +78,7 @@ HEALTHY: list[tuple[str, Callable, dict[str, Any]]] = [
     ("shape_rewards", ppo.shape_rewards, {}),
     ("whiten", masked.whiten, {}),
     ("masked_mean", masked.masked_mean, {}),
-    ("sampling_weights", sampling_weights, {}),
+    ("sampling_weights", ppo.importance_weights, {"rename": {"engine_logprobs": "sampler_logprobs"}}),
     ("response_mask", response_mask, {}),
     ("sequence_logprobs", sequence_logprobs, {}),
     ("dpo_loss", preference.dpo_loss, {}),
@@ -532,6 +528,11 @@ def not_truncated(logprobs, sampler_logprobs, cap):
 @bug("P15", "sampling_weights", "weights carry no gradient")
 def weights_with_gradient(logprobs, sampler_logprobs, cap):
     return (logprobs - sampler_logprobs).exp().clamp(max=cap)
+
+
+@bug("D22", "sampling_weights", "weights of padding")
+def weights_masked_by_multiplying(logprobs, sampler_logprobs, response_mask, cap):
+    return (logprobs.detach() - sampler_logprobs).exp().clamp(max=cap) * response_mask
 
 
 @bug("P22", "response_mask", "the EOS counts, and nothing after")

@@ -1,7 +1,11 @@
 """PPO's relatives: the table, its cells, what is refused, and a run of each."""
 
+import ast
 import dataclasses
+import inspect
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +55,52 @@ def test_a_clip_range_alone_is_of_both_sides():
     assert (row.clip_range, row.clip_range_high) == (0.2, 0.28)
 
 
+PAGE = (Path(__file__).parents[1] / "docs/algorithms.md").read_text()
+
+
+def test_the_pages_table_is_the_code():
+    rows = re.findall(r"^\| `([a-z-]+)` \(\[.+?\]\(.+?\)\) \| (.+) \|$", PAGE, re.M)
+    assert [name for name, _ in rows] == [*ALGORITHMS]
+    for name, cells in rows:
+        group, baseline, scale, objective, clip, average, kl, equal = cells.split(" | ")
+        row = ALGORITHMS[name]
+        low, high = (
+            row.clip_range if x == "-" else float(x) for x in clip.split(", ")
+        )  # CISPO reads no low one
+        read = Algorithm(int(group), baseline, scale, objective, low, high, average, kl, equal)
+        assert read == row and clip.startswith("-") == (objective == "cispo")
+
+
+# What GRPO adds to PPO's loop, in the order of the page's sentence.
+LOOP = [
+    [
+        "G, world =",
+        "groups = optim",
+        "local_batch = groups",
+        "order = data.cursor",
+        "mine = [i for i in order",
+    ],
+    ["k1_coef = kl_coef if"],
+    ["advantages = ppo.group_advantages", "advantages = advantages[:, None]"],
+    ["weights, shares = ppo.averaging", "tokens, divisor =", "old, mask, weight ="],
+    ["kl = ppo.kl_loss", "(loss + kl_coef * kl"],
+]
+
+
+def test_the_page_counts_the_lines_that_are_to_be_read_after_ppo():
+    bodies = 0
+    for name in ("group_advantages", "equal_rewards", "averaging", "kl_loss"):
+        function = ast.parse(inspect.getsource(getattr(ppo, name))).body[0]
+        bodies += function.end_lineno - function.body[1].lineno + 1
+    code = Path(train_ppo.__file__).read_text()
+    for line in itertools.chain(*LOOP):
+        assert code.count(f" {line}") == 1, line
+    counts = [2, bodies, *map(len, LOOP)]
+    paragraph = PAGE.partition("## What to read after PPO")[2].partition("**The group**")[0]
+    assert [int(n) for n in re.findall(r"\((\d+)\)", paragraph)] == counts
+    assert f"GRPO is {sum(counts)} lines" in paragraph and sum(counts) <= 40
+
+
 def test_nothing_branches_on_a_name():
     """Whoever adds a row adds no code."""
     code = (train_ppo.Path(train_ppo.__file__)).read_text()
@@ -78,9 +128,13 @@ def test_D27_expectations_of_the_baselines(p):
     true = p * (1 - p)
     assert gradient("leave-one-out", "none") == pytest.approx(true, abs=1e-12)
     assert gradient("mean", "none") == pytest.approx(true * 7 / 8, abs=1e-12)
-    assert gradient("mean", "std") == pytest.approx({0.5: 0.43387, 0.1: 0.19591, 0.02: 0.04716}[p], abs=5e-6)
+    k = groups.sum(1)  # a group of which k are right has the variance k (8 - k) / 56
+    by_hand = float((chance * k * (8 - k) / 64 / ((k * (8 - k) / 56).sqrt() + 1e-4)).sum())
+    assert gradient("mean", "std") == pytest.approx(by_hand, abs=1e-12)
     equal = ppo.equal_rewards(groups.view(-1), 8).view(-1, 8)[:, 0]
-    assert float(chance[equal].sum()) == pytest.approx({0.5: 0.0078125, 0.1: 0.430, 0.02: 0.851}[p], abs=1e-3)
+    assert float(chance[equal].sum()) == pytest.approx(p**8 + (1 - p) ** 8, abs=1e-12)
+    row = [f"{p:g}"[1:], *(f"{x:.6g}"[1:] for x in (true, true, true * 7 / 8)), f"{by_hand:.5f}"[1:]]
+    assert f"| {' | '.join(row)} | {p**8 + (1 - p) ** 8:.3f}".replace(" 0.", " .") in PAGE
 
 
 def test_D27_groups_are_rows_that_follow_each_other():
@@ -119,6 +173,18 @@ def test_D28_what_is_left_out_leaves_the_divisor(how):
     expected, expected_share = ppo.averaging(MASK, how, 128)
     assert torch.equal(weights[:2], expected) and weights[2] == 0
     assert torch.equal(share[:2], expected_share) and share[2] == 0
+
+
+def test_D27_D28_D29_unknown_words_are_refused():
+    """Not taken for another one without a word: these functions are anybody's."""
+    ones, mask = torch.ones(2, 2), torch.ones(2, 2, dtype=torch.bool)
+    for baseline, scale in (("loo", "std"), ("mean", "batch")):
+        with pytest.raises(KeyError):
+            ppo.group_advantages(torch.ones(2), 2, baseline, scale)
+    with pytest.raises(KeyError):
+        ppo.averaging(mask, "sequences", 2)
+    with pytest.raises(ValueError, match="not 'gspo'"):
+        ppo.policy_loss(ones, ones, ones, mask, 0.2, objective="gspo")
 
 
 def gradient(objective: str, advantage: float, ratio: float, clip=(0.2, 0.2)) -> float:
@@ -229,6 +295,105 @@ def test_a_run_of_each(run, metrics, inputs, tmp_path, name):
     assert line["optimizer_steps"] == 4
 
 
+@pytest.fixture
+def seen(monkeypatch):
+    """{name of an equation: [(its arguments, what it returned)]} of what a run calls."""
+    calls = {}
+
+    def watch(name):
+        equation = getattr(ppo, name)
+
+        def call(*args):
+            found = equation(*args)
+            calls.setdefault(name, []).append((args, found))
+            return found
+
+        monkeypatch.setattr(ppo, name, call)
+
+    for name in ("shape_rewards", "group_advantages", "averaging", "policy_loss", "kl_loss"):
+        watch(name)
+    return calls
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_loop_hands_every_cell_to_its_equation(run, inputs, tmp_path, seen, name):
+    """In the second iteration, where policy and reference differ.  The KL enters once, by the cell [D30] [P12]."""
+    row = ALGORITHMS[name]
+    assert run("train_ppo", *SMALL, *inputs, "--algorithm", name, "--out", tmp_path) == 0
+    (scores, _, _, _, coef), token_rewards = seen["shape_rewards"][-1]
+    rewards = token_rewards.sum(1)
+    assert coef == (0.15 if row.kl == "reward" else 0)
+    assert ((rewards - scores).abs().max() > 1e-4) == (row.kl == "reward")
+    assert ("group_advantages" in seen) == (row.baseline != "critic")
+    if row.baseline != "critic":
+        (given, *cells), advantages = seen["group_advantages"][-1]
+        assert given.equal(rewards) and cells == [row.group, row.baseline, row.scale]
+        trained = torch.cat(
+            [args[2][:, 0] for args, _ in seen["policy_loss"][-2:]]
+        )  # an epoch of two minibatches
+        assert trained.sort()[0].equal(advantages.sort()[0])
+    assert seen["averaging"][-1][0][1:] == (row.average, 12)  # 12 tokens at most
+    for args, _ in seen["policy_loss"]:
+        assert args[4] == (row.clip_range, row.clip_range_high) and args[7] == row.objective
+    assert all(args[4] == row.kl for args, _ in seen["kl_loss"])
+
+
+@pytest.mark.parametrize("kl", ["k3", "reward"])
+def test_the_kl_of_the_loss_has_its_coefficient(run, inputs, tmp_path, monkeypatch, kl):
+    """A term with a known gradient in its place: it moves the weights as often as kl_coef says."""
+    options = [*SMALL, *inputs, "--algorithm", "grpo", "--kl", kl, "--iterations", 1]
+
+    def first_gradients(coef):
+        with gradients() as found:
+            assert (
+                run("train_ppo", *options, "--kl-coef", coef, "--out", tmp_path / f"{len(taken)}-{coef}") == 0
+            )
+        taken.append(found[0])
+        return found[0]
+
+    taken = []
+    plain = first_gradients(1)
+    if kl == "k3":
+        monkeypatch.setattr(
+            ppo, "kl_loss", lambda new, old, ref, mask, *rest: (new * mask).sum() / mask.sum()
+        )
+    none, one, two = (first_gradients(coef) for coef in (0, 1, 2))
+    agree([none], [plain], 1e-6)  # k3 has no gradient yet: the policy is its reference
+    if kl == "k3":
+        assert (one - none).norm() > 0.01 * none.norm()
+        torch.testing.assert_close(two - none, 2 * (one - none), atol=1e-5, rtol=1e-3)
+    else:  # nor has k1 in the reward any yet, and the loss has no such term
+        assert one.equal(none) and two.equal(none)
+
+
+def test_dapo_leaves_out_the_groups_that_are_equal_and_no_others(run, inputs, tmp_path, seen, monkeypatch):
+    code = "def some(prompts, responses):\n    return [0.0] * 4 + [float(i) for i in range(len(responses) - 4)]\n"
+    (tmp_path / "first.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    more = [
+        "--algorithm",
+        "dapo",
+        "--group",
+        "4",
+        "--missing-eos",
+        "none",
+        "--reward",
+        "first:some",
+        "--iterations",
+        "1",
+    ]
+    assert run("train_ppo", *SMALL, *inputs[:2], *more, "--out", tmp_path / "out") == 0
+    ((learnt, _, _), (weights, shares)) = seen["averaging"][-1]
+    assert (
+        learnt.any(1).tolist()
+        == (shares > 0).tolist()
+        == (weights[:, 0] > 0).tolist()
+        == [False] * 4 + [True] * 12
+    )
+    for args, _ in seen["policy_loss"]:  # out of the loss, and out of what divides it
+        assert args[5] == args[3].sum() and (args[2][~args[3].any(1)] == 0).all()
+
+
 @pytest.mark.parametrize("name", RELATIVES)
 def test_D17_microbatches_change_no_gradient(run, inputs, tmp_path, name):
     """Tokens, responses or a constant: the loss's divisor is that of the whole optimiser step [P1]."""
@@ -318,6 +483,25 @@ def test_equal_groups_stay_at_0_when_the_rollout_is_whitened(run, inputs, tmp_pa
         assert (minibatch == 0).all(1).any() and minibatch.abs().max() > 0.1
 
 
+def test_whitening_a_rollout_counts_an_advantage_that_is_0_in_a_group_that_differs(
+    run, inputs, tmp_path, monkeypatch
+):
+    """Rewards of 0, 1, 2 and 1: the ones are as good as their group, and still tokens of the rollout [D10]."""
+    code = "def steps(prompts, responses):\n    return [0.0, 1.0, 2.0, 1.0] * (len(responses) // 4)\n"
+    (tmp_path / "steps.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    policy_loss = ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda *args: seen.append(args[2:4]) or policy_loss(*args))
+    more = "--algorithm rloo --group 4 --scale rollout --kl none --missing-eos none --reward steps:steps"
+    out = tmp_path / "out"
+    assert run("train_ppo", *SMALL, *inputs[:2], *more.split(), "--iterations", 1, "--out", out) == 0
+    first_epoch = [advantages[mask] for advantages, mask in seen[:2]]
+    tokens = torch.cat(first_epoch)
+    assert tokens.mean().abs() < 1e-5 and tokens.var(correction=0) == pytest.approx(1, abs=1e-4)
+    assert len(tokens.unique()) == 3
+
+
 REFUSED = [
     ("--algorithm grpo --group 1", "--baseline mean compares the answers of a group: --group must be at least 2"),
     ("--baseline leave-one-out", "--baseline leave-one-out compares the answers of a group"),
@@ -334,8 +518,14 @@ REFUSED = [
     ("--kl reward --kl k3", "--kl is both reward and k3: drop one of them"),
     ("--algorithm grpo --kl", "--kl needs a value"),
     ("--algorithm cispo --clip-range .2", "give --clip-range-high, not --clip-range"),
-    ("--objective cispo", "--objective cispo: a range for it is needed"),
-    ("--algorithm gspo --objective clip", "--objective clip: a range for it is needed"),
+    ("--objective cispo", "--objective cispo needs a range of its own: give --clip-range-high"),
+    ("--algorithm gspo --objective clip", "--objective clip needs a range of its own: give --clip-range"),
+    ("--algorithm gspo --objective clip --clip-range-high .28", "give --clip-range"),  # the low one is GSPO's
+    ("--algorithm rloo --objective sequence --clip-range-high 4e-4", "give --clip-range"),
+    ("--num-generations 4", "unknown option --num-generations: did you mean --group?"),
+    ("--loss_type grpo", "unknown option --loss_type: did you mean --algorithm?"),
+    ("--beta .04", "unknown option --beta: did you mean --kl-coef?"),
+    ("--alg grpo", "unknown option --alg: did you mean --algorithm?"),
     ("--algorithm a2c", "--algorithm must be one of ppo, rloo, grpo, dr-grpo, dapo, cispo, gspo, not 'a2c'"),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """`python -m minirlhf.conformance`: it catches every planted bug, finds no fault with ours, and takes any signature."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,7 @@ def test_a_wrong_adapter_is_the_users_mistake(options, said):
             lambda logprobs, ref_logprobs: 1 / 0,
             "called for the first time, the function fails: ZeroDivision",
         ),
+        ("kl", lambda logprobs, ref_logprobs: sys.exit(3), "the function fails: SystemExit: 3"),
         ("masked_mean", lambda x, mask: 1.0, "returns a float: choose a part"),
         ("kl_loss", lambda new_logprobs, ref_logprobs: new_logprobs, "add --output tensor"),
     ],
@@ -250,6 +252,33 @@ def test_the_list_is_a_table_of_every_property(run, capsys):
     titles = {(p.number, p.title.replace("||", "\\|\\|")) for ps in PROPERTIES.values() for p in ps}
     assert {tuple(row.split(" | ", 2)[:2]) for row in rows} == {(f"| {n}", title) for n, title in titles}
     assert all(row.count(" | ") == 4 for row in rows)
+
+
+def test_the_pages_count_what_there_is():
+    bugs, properties = len({bug.function for bug in BUGS}), sum(map(len, PROPERTIES.values()))
+    page, readme = ((ROOT / name).read_text() for name in ("docs/conformance.md", "README.md"))
+    assert f"holds {bugs} functions with a bug each; each of the {properties} properties" in page
+    assert f"the same for the objectives: {properties} properties" in readme
+
+
+@pytest.mark.parametrize("library", ["trl", "verl", "openrlhf"])
+def test_the_page_counts_what_libraries_hold(library):
+    """Sums over the raw output, every property of which is one that is asked today."""
+    raw = (ROOT / f"benchmarks/results/conformance_{library}.txt").read_text()
+    counts = [
+        map(int, found) for found in re.findall(r"^(\d+) hold, (\d+) fail, (\d+) not asked$", raw, re.M)
+    ]
+    sums = " | ".join(str(sum(column)) for column in zip(*counts, strict=True))
+    assert (
+        f"(../benchmarks/results/conformance_{library}.txt)) | {sums} |"
+        in (ROOT / "docs/conformance.md").read_text()
+    )
+    for part in raw.split("\n\n")[1:]:
+        kind = re.match(r".+ as (\w+), seed", part)[1]
+        asked = re.findall(r"^(?:holds|FAILS|-)\s+(\w+)\s+(.+)$", part, re.M)
+        assert len(asked) == len(PROPERTIES[kind])
+        for (number, told), p in zip(asked, PROPERTIES[kind], strict=True):
+            assert number == p.number and told.startswith(p.title)
 
 
 def test_the_page_lists_the_properties(run, capsys):

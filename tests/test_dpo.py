@@ -260,7 +260,7 @@ def test_online_pairs_have_the_better_sample_first(smoke):
     policy, ref = (checkpoint.load_gpt(smoke / "sft", dropout=0.0) for _ in range(2))
     stub, config = OneRank(), train_dpo.Config(online=True, batch=8, data="toy", response_tokens=6)
     stub.rank, stub.world, stub.require_finite = 0, 1, lambda **named: None
-    stub.account = lambda *args: None
+    stub.account = stub.print = lambda *args: None
 
     class Reader:
         tokenizer, context = Tokenizer.load(smoke / "sft"), 64
@@ -344,6 +344,14 @@ NOTHING = {
     "one rating per prompt": (
         [{"prompt": f"p{i}", "response": " x", "rating": i % 5} for i in range(60)],
         "no pair to learn in",
+    ),
+    "ties": (
+        [{"prompt": f"p{i}", "response_a": " x", "response_b": " y", "votes": {"tie": 2}} for i in range(60)],
+        "pairs to train on are ties",
+    ),
+    "equal ratings": (
+        [{"prompt": f"p{i // 2}", "response": f" {i}", "rating": 3} for i in range(120)],
+        "pairs to train on are ties",
     ),
     "completions": ([{"prompt": f"p{i}", "completion": " x"} for i in range(60)], "--online"),
 }

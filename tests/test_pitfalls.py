@@ -1,12 +1,14 @@
 """Every pitfall of docs/conformance.md by its number, against our own code, with the numbers that tell it.
 
-test_conformance.py asks the same of anybody's functions. Here are the exact numbers, and the rows that concern
-a loop rather than a function.
+test_conformance.py asks the same of anybody's functions. Here are the exact numbers, and the pitfalls that
+concern a loop rather than a function.
 """
 
 import inspect
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,14 @@ def some_texts(policy, n=64, temperature=1.0):
     settings = Sampling(8, temperature, EOS, PAD)
     torch.manual_seed(1)
     return generate(policy, prompts, torch.ones(n, 3, dtype=torch.bool), settings), settings
+
+
+def test_every_pitfall_of_the_page_has_a_test_by_its_number():
+    page = (Path(__file__).parents[1] / "docs/conformance.md").read_text()
+    listed = {int(number) for number in re.findall(r"^\| P(\d+) \|", page, re.M)}
+    tests = [name for name in globals() if name.startswith("test_p")]
+    assert {int(number) for name in tests for number in re.findall(r"p(\d\d)_", name)} == listed
+    assert len(listed) == 26
 
 
 # ----------------------------------------------------------------------------- averages
@@ -140,11 +150,19 @@ def expectation(baseline, scale, p, G=8):
     return found
 
 
+def scaled(p, G=8):
+    """The expectation with a standard deviation by hand: k of G right have k (G - k) / (G (G - 1)) as variance."""
+    chances = [math.comb(G, k) * p**k * (1 - p) ** (G - k) for k in range(G + 1)]
+    stds = [math.sqrt(k * (G - k) / (G * (G - 1))) + 1e-4 for k in range(G + 1)]
+    return sum(chances[k] * k * (G - k) / G**2 / stds[k] for k in range(G + 1))
+
+
 @pytest.mark.parametrize("p", TRUE)
 def test_p04_expected_gradients_of_a_bernoulli_policy(p):
     assert expectation("leave-one-out", "none", p) == pytest.approx(TRUE[p], abs=EXACT)
     assert expectation("mean", "none", p) == pytest.approx(TRUE[p] * 7 / 8, abs=EXACT)
-    assert expectation("mean", "std", p) == pytest.approx(SCALED[p], abs=5e-6)
+    assert expectation("mean", "std", p) == pytest.approx(scaled(p), abs=EXACT)
+    assert scaled(p) == pytest.approx(SCALED[p], abs=5e-6)
     equal = (1 - p) ** 8 + p**8
     assert equal == pytest.approx(EQUAL[p], abs=5e-4)
 
@@ -300,10 +318,10 @@ def test_p14_the_whole_distribution_is_sampled():
 
 
 def test_p15_p16_weights_of_another_engines_samples():
-    """sg[min(old / sampler, 2)]: a function of yours, which policy_loss takes as weights. Ours samples with
-    the policy, and takes old log-probabilities from the update's own forward pass [D18]."""
+    """sg[min(old / sampler, 2)], which policy_loss takes as weights [D32]. The stages sample with the policy,
+    and take old log-probabilities from the update's own forward pass [D18]."""
     ratio = double([5.0, 0.1, 1.0])
-    weights = planted.sampling_weights(ratio.log(), torch.zeros_like(ratio), cap=2.0)
+    weights = ppo.importance_weights(ratio.log(), torch.zeros_like(ratio), real(3, R=3), cap=2.0)
     near(weights, [[2.0, 0.1, 1.0]])
     new = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
     old, A = new.detach(), torch.ones(1, 3, dtype=torch.float64)
@@ -408,8 +426,9 @@ def test_p26_dpo_and_ipo_at_their_landmarks():
         # The slope is -beta / 2 at policy = reference, where the loss is ln 2.
         near(grad, [-beta / (1 + math.exp(beta * margin))], 1e-6)
         near(preference.ipo_loss(double(1 / (2 * beta)), double(0.0), beta), 0.0, 1e-6)
-    summed = planted.sequence_logprobs(double([-1.0, -2.0, NAN]), real(2, R=3))
-    near(summed, [-3.0])
+    logps, ref_logps, lengths = double(-3.0, -6.0), double(-4.0, -8.0), torch.tensor([10, 20])
+    near(preference.sequence_log_ratios(logps, ref_logps, lengths, "dpo"), [1.0, 2.0])  # sums
+    near(preference.sequence_log_ratios(logps, ref_logps, lengths, "ipo"), [0.1, 0.1])  # means
 
 
 def test_p28_returns_are_those_of_unwhitened_advantages():

@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -474,6 +475,20 @@ def test_texts_are_recorded_at_the_steps_that_were_asked_for(tmp_path, capsys):
     assert shown[-6:-4] == ["  'A' -> 'B'", "    score +1.00  kl 0.0  total +1.00"]
     run.record_texts(9, texts(4), said, 0.1, show=False, every=None)
     assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 8
+
+
+def test_p30_a_first_rollout_of_which_nothing_ends_is_said(tmp_path, capsys, monkeypatch):
+    """Once, and not where nothing can end.  The usual reason: a chat model that is fed bare text [P30]."""
+    run, _ = begun(tmp_path)
+    said = lambda rate: {"val/eos_rate": torch.tensor([0.0, 0.0, 0.0, rate])}
+    for step, rate in ((1, 1.0), (2, 0.0), (1, 0.0)):
+        capsys.readouterr()
+        run.record_texts(step, texts(4), said(rate), 0.1, show=False, every=None)
+        warned = "warning: none of the first 4 responses ended by itself" in capsys.readouterr().out
+        assert warned == (step == 1 and rate == 0)
+    monkeypatch.setattr(run, "config", SimpleNamespace(stop=False))
+    run.record_texts(1, texts(4), said(0.0), 0.1, show=False, every=None)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("keep", [0, 2, 5])

@@ -40,6 +40,18 @@ Config = TypeVar("Config")
 EMPTY = "its value is empty; is a shell variable unset?"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota or a limit on files is full
 CRASHES = (errno.ENOENT, errno.EEXIST)  # a file that comes or goes is our mistake, or another process'
+TRLS = {  # TRL's names of what our options do
+    "--num-generations": "--group",
+    "--loss-type": "--algorithm",
+    "--scale-rewards": "--scale",
+    "--importance-sampling-level": "--objective",
+    "--epsilon": "--clip-range",
+    "--epsilon-high": "--clip-range-high",
+    "--beta": "--kl-coef",
+    "--num-iterations": "--epochs",
+    "--learning-rate": "--lr",
+    "--max-completion-length": "--response-tokens",
+}
 HUGE = 10**9  # no count is larger: a list of so many entries would not fit in memory
 
 
@@ -241,12 +253,20 @@ def parse_config(presets: dict[str, Config], description: str, argv: list[str] |
         raise UserError(words.strip(" -.") + " (--help lists every option)") from None
     if unknown:
         options = [_option(field.name) for field in dataclasses.fields(default)]
-        near = difflib.get_close_matches(unknown[0], options, n=1)
+        near = nearest(unknown[0], options)
         raise UserError(
-            f"unknown option {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help")
+            f"unknown option {unknown[0]}" + (f": did you mean {near}?" if near else ": see --help")
         )
     check_ranges(config)
     return config
+
+
+def nearest(unknown: str, options: Sequence[str]) -> str | None:
+    """The option that somebody may have meant: TRL's name of it, its beginning, or nearly its letters."""
+    word = unknown.lower().replace("_", "-")
+    begun = [option for option in options if len(word) > 3 and option.startswith(word)]
+    known = [option for option in [TRLS.get(word), *begun] if option in options]
+    return next(iter(known or difflib.get_close_matches(word, options, n=1)), None)
 
 
 def given(argv: list[str] | None = None) -> set[str]:

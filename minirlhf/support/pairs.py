@@ -20,6 +20,7 @@ from minirlhf.model import GPT
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, by_microbatch, generate, response_logprobs
 from minirlhf.support import ledger as ledgers
+from minirlhf.support import logs
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
@@ -159,7 +160,7 @@ def load_judged(
 ) -> dict[str, list[data.Judged]]:
     """The pairs of the splits train, val and test.  Every row that is left out is counted.
 
-    Raises UserError where the data hold no judgements, or none of two responses to one prompt.
+    Raises UserError where the data hold no judgements, none of two responses to one prompt, or only ties.
     """
     if source.kind not in ("rated", "preference"):
         want = "want preferences, or ratings of several responses to a prompt, or --online"
@@ -176,6 +177,9 @@ def load_judged(
             run.account(split, ledger)
             ledger, what = Counter(), f"{split}, pairs of these texts"
         found[split] = data.encode_judged(tokenizer, records, context, config.too_long, ledger)
+        if split == "train" and all(item.record.share == 0.5 for item in found[split]):
+            why = "which the reference has learnt already: give pairs of which one response is preferred"
+            raise UserError(f"{source.name}: all {len(found[split])} pairs to train on are ties, {why}")
         run.account(what, ledger)
     return found
 
@@ -249,6 +253,8 @@ class SampledPairs:
             )
         self.run.require_finite(scores=scores, ref_logps=ref_logps)
         has_eos = texts.ended(self.sampling.eos)
+        if step == 0 and not has_eos.any():
+            self.run.print(logs.none_ended(len(texts)))
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, "subtract")  # [D9]
 
         # The better sample comes first, as a hard choice (Guo et al.); equal scores are a tie.

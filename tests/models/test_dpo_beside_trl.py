@@ -1,8 +1,8 @@
 """Our DPO and IPO against TRL's own trainer: the same loss and the same gradients from the same log-probabilities.
 
-TRL is no dependency of this project: without it (trl 1.16) this file is skipped.
+trl==1.16.0 comes with the extra [models]; without it this file is skipped.
 
-    .peer116/bin/python -m pytest tests/models/test_dpo_beside_trl.py
+    pytest -m models tests/models/test_dpo_beside_trl.py
 """
 
 from types import SimpleNamespace
@@ -82,7 +82,7 @@ def test_D25_loss_and_gradient_are_trls(loss, beta, seed):
     their_loss.backward()
     our_loss.backward()
     assert b.grad.abs().max() > 1e-4
-    torch.testing.assert_close(b.grad, a.grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=1e-6)
     assert metrics["logps/chosen"] == pytest.approx(logps[:B].mean().item(), rel=1e-5)
     assert metrics["logps/rejected"] == pytest.approx(logps[B:].mean().item(), rel=1e-5)
     if loss == "sigmoid":  # of ipo TRL logs sums, where its loss compares means

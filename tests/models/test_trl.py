@@ -140,6 +140,17 @@ def test_advantages_of_rloo(rewards):
     torch.testing.assert_close(found, theirs, atol=1e-12, rtol=1e-12)
 
 
+def test_rloos_kl_in_the_reward(batch):
+    """The sum over a response's tokens of k1, off its reward before the group is compared [D1]."""
+    _, logprobs, ref, scores, mask = batch
+    tensors = {"old_per_token_logps": logprobs, "ref_per_token_logps": ref, "completion_mask": mask}
+    theirs = trl_rloo_advantages(scores.clone(), 3, beta=0.3, **tensors)
+    rewards = ppo.shape_rewards(scores, logprobs, ref, mask, 0.3).sum(1)
+    found = ppo.group_advantages(rewards, 3, "leave-one-out", "none")
+    torch.testing.assert_close(found, theirs, atol=1e-12, rtol=1e-12)
+    assert (found - ppo.group_advantages(scores, 3, "leave-one-out", "none")).abs().max() > 0.01
+
+
 def test_a_group_of_one_has_no_advantage_in_either():
     for theirs in (trl_grpo_advantages(torch.ones(1), 1), trl_rloo_advantages(torch.ones(1), 1)):
         assert theirs.tolist() == ppo.group_advantages(torch.ones(1), 1, "mean", "std").tolist() == [0.0]
@@ -152,6 +163,13 @@ def test_rounding_noise_of_equal_rewards_is_scaled_up_to_a_third_in_trl():
     rewards = torch.full((16,), 1000.1)
     assert not ppo.group_advantages(rewards, 16, "mean", "std").any()
     assert trl_grpo_advantages(rewards.clone(), 16).abs().max() == pytest.approx(0.374, abs=0.01)
+
+
+def test_a_nan_reward_leaves_the_group_in_trl_and_ends_the_run_in_ours():
+    """Of (1, nan, 0) TRL compares 1 with 0. Ours never sees one: train_ppo.py's scores are required to be finite."""
+    rewards = torch.tensor([1.0, math.nan, 0.0], dtype=torch.float64)
+    assert trl_rloo_advantages(rewards.clone(), 3).tolist() == [1.0, 0.0, -1.0]
+    assert trl_grpo_advantages(rewards.clone(), 3, "none").tolist() == [0.5, 0.0, -0.5]
 
 
 def test_rloos_first_step_is_ours_with_a_constant_of_one_token(batch):

@@ -92,10 +92,10 @@ KINDS = {
         first=lambda: zeros("x", mask=real(2, R=2)),
     ),
     "sampling_weights": Kind(
-        "(logprobs, sampler_logprobs, cap) -> weights of tokens that another engine sampled",
-        ("logprobs", "sampler_logprobs"),
+        "(logprobs, sampler_logprobs, response_mask, cap) -> weights of tokens that another engine sampled",
+        ("logprobs", "sampler_logprobs", "response_mask"),
         {"cap": 2.0},
-        first=lambda: zeros("logprobs", "sampler_logprobs", cap=2.0),
+        first=lambda: zeros("logprobs", "sampler_logprobs", response_mask=real(2, R=2), cap=2.0),
     ),
     "response_mask": Kind(
         "(responses, eos, pad) -> bool, True = counts",

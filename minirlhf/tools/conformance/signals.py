@@ -589,7 +589,8 @@ AVERAGING = (
 
 
 def weights_of(f: Subject, ratios: Tensor, cap: float = 2.0) -> Tensor:
-    return f(logprobs=ratios.log(), sampler_logprobs=torch.zeros_like(ratios), cap=cap)
+    given = {"sampler_logprobs": torch.zeros_like(ratios), "response_mask": ratios > 0, "cap": cap}
+    return f(logprobs=ratios.log(), **given)
 
 
 def weight_of_equal_engines(f: Subject) -> None:
@@ -606,8 +607,17 @@ def weight_is_at_most_the_cap(f: Subject) -> None:
 
 def weights_are_constants(f: Subject) -> None:
     leaf = double([[0.1]]).requires_grad_()
-    if f(logprobs=leaf, sampler_logprobs=double([[0.0]]), cap=2.0).requires_grad:
+    given = {"sampler_logprobs": double([[0.0]]), "response_mask": real(1, R=1), "cap": 2.0}
+    if f(logprobs=leaf, **given).requires_grad:
         raise Broken("logprobs that require a gradient", "weights that require one", "constants")
+
+
+def weights_of_padding_are_finite(f: Subject) -> None:
+    for junk in (NAN, math.inf):
+        given = {"sampler_logprobs": double([[0.0, 0.0]]), "response_mask": real(1, R=2), "cap": 2.0}
+        got = f(logprobs=double([[0.0, junk]]), **given)
+        if not got.isfinite().all():
+            raise Broken(f"logprobs 0, and {junk} in the padding: weights", shown(got), "finite numbers")
 
 
 SAMPLING_WEIGHTS = (
@@ -638,6 +648,12 @@ SAMPLING_WEIGHTS = (
         weights_are_constants,
         "the policy is pushed to agree or disagree with the sampling engine",
         "everyone with a separate engine",
+    ),
+    Property(
+        "D22",
+        "weights of padding are finite",
+        weights_of_padding_are_finite,
+        "0 * NaN is NaN: padding that the sampling engine left undefined makes all weights of the model NaN",
     ),
 )
 

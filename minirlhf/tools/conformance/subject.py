@@ -153,7 +153,7 @@ class Subject:
             pass
         except UserError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             reason = one_line(f"{type(error).__name__}: {' '.join(str(error).split())}")
             raise UserError(f"called for the first time, {self.name} fails: {reason}") from error
 
