@@ -9,7 +9,7 @@ DPO as in Rafailov et al. 2023: the policy is its own reward model, beta log p /
 the reward model's pairwise loss.  IPO (Azar et al. 2023) pulls the margin to 1 / (2 beta) instead.  --online
 lets the policy write both responses, of which a reward model prefers one (Guo et al. 2024).  Departures:
 - what people said is a soft label: vote shares, or for ratings the odds that one rater scores higher;
-- the reference's log-probabilities are computed once, before the loop, and no reference is held in it [D26];
+- of judged pairs the reference's log-probabilities are computed once: the loop holds no reference [D26];
 - there is no dropout [D5]: a policy that has not moved has margins of exactly 0.
 
 Numbers in brackets are implementation details: docs/details.md names each one's source and test.
