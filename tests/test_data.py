@@ -1015,7 +1015,7 @@ def place(tmp_path, monkeypatch):
     def no_pip(*args, **kwargs):
         raise AssertionError("pip must not run")
 
-    monkeypatch.setattr(vader.subprocess, "run", no_pip)
+    monkeypatch.setattr(subprocess, "run", no_pip)
 
     def place(content: bytes) -> Path:
         monkeypatch.setattr(vader, "SHA256", hashlib.sha256(content).hexdigest())
@@ -1152,7 +1152,7 @@ def test_pip_fetches_the_pinned_version_by_hash(place, monkeypatch, tmp_path):
         Path(command[command.index("-d") + 1], vader.SDIST).write_bytes(content)
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(vader.subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
     assert len(load("vader", data_dir=tmp_path).records) == 8
     assert seen["command"][:4] == [sys.executable, "-m", "pip", "download"]
     assert {"--no-deps", "--no-binary", "--require-hashes"} <= set(seen["command"])
@@ -1176,7 +1176,7 @@ def test_offline_tells_the_reason_and_two_ways_out(monkeypatch, tmp_path, outcom
             raise outcome
         return outcome
 
-    monkeypatch.setattr(vader.subprocess, "run", pip)
+    monkeypatch.setattr(subprocess, "run", pip)
     with pytest.raises(UserError) as e:
         load("vader", data_dir=tmp_path)
     way_out = "use --data toy, or put vaderSentiment-3.3.2.tar.gz into --data-dir"

@@ -129,6 +129,7 @@ TABLES = {  # the page that holds each benchmark's tables (None: printed only), 
     "scaling --ranks": ("scaling", 1),
     "tasks arithmetic": ("tasks", 2),
     "tasks safety": ("tasks", 1),
+    "tasks translation": ("tasks", 2),
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

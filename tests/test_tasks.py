@@ -3,14 +3,17 @@
 import importlib
 import json
 import math
+import struct
 import subprocess
+import zipfile
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import tasks
-from benchmarks.recipes import arithmetic, code, common, judged, safety
+from benchmarks.recipes import arithmetic, code, common, interface, judged, safety, translation
 from minirlhf import UserError, rewards
 from minirlhf.measure.program import Limits, judge
 from minirlhf.support.rows import OwnRow
@@ -31,6 +34,8 @@ def in_process(run, monkeypatch):
 @pytest.mark.parametrize("name", tasks.RECIPES)
 def test_every_recipe_runs(name, in_process, tmp_path):
     recipe = importlib.import_module(f"benchmarks.recipes.{name}")
+    if name == "interface":
+        pytest.importorskip("sacrebleu")
     before = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
     in_process.setattr("sys.argv", ["tasks.py", name, "--smoke", "--home", str(tmp_path)])
     tasks.main()
@@ -65,11 +70,15 @@ def test_functions_are_disjoint_and_their_programs_pass():
 
 
 def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_path):
+    texts = {f"text {i}": [f"texte {i}"] for i in range(5000)}
+    in_process.setattr(interface, "wheels", lambda folder: [])
+    in_process.setattr(interface, "read", lambda files: texts)
+
     def stop(*arguments):
         raise KeyboardInterrupt
 
     in_process.setattr(common, "command", stop)
-    for recipe in (arithmetic, code):
+    for recipe in (arithmetic, code, interface):
         home = tmp_path / recipe.__name__
         with pytest.raises(KeyboardInterrupt):
             recipe.run(home, 1, smoke=False)
@@ -80,7 +89,73 @@ def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_pat
         assert len(rows["test"]) == recipe.TEST and not seen & {row["prompt"] for row in rows["test"]}
 
 
-FORMS = (safety,)  # the recipes that read files of other people
+def catalogue(messages, order="<"):
+    """A compiled gettext catalogue of {msgid: msgstr}."""
+    texts = [[text.encode() for text in part] for part in (messages, messages.values())]
+    at, tables, body = 28 + 16 * len(messages), b"", b""
+    for part in texts:
+        for text in part:
+            tables += struct.pack(f"{order}2I", len(text), at + len(body))
+            body += text + b"\0"
+    head = struct.pack(f"{order}7I", 0x950412DE, 0, len(messages), 28, 28 + 8 * len(messages), 0, 0)
+    return head + tables + body
+
+
+MESSAGES = {
+    "": "Content-Type: text/plain; charset=UTF-8\n",
+    "Save": "Enregistrer",
+    "menu\x04Save…": "Enregistrer\u2026",  # the same words as above
+    "%d file\0%d files": "%d fichier\0%d fichiers",
+    "One file\0Many files": "Un fichier\0Beaucoup de fichiers",
+    "Save\nall": "Tout  enregistrer",
+    "<b>Save</b>": "<b>Enregistrer</b>",
+    "Menu": "Menu",
+    "Save one file": "",
+    "Save it to a place that is far away": "Enregistrer ailleurs",
+}
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_catalogues_are_read(order):
+    found = dict(interface.messages(catalogue(MESSAGES, order)))
+    assert found["Save…"] == "Enregistrer…" and found["One file"] == "Un fichier"
+    assert len(found) == len(MESSAGES) and found["Save\nall"] == "Tout  enregistrer"
+
+
+def test_short_plain_texts_of_common_words_are_kept(monkeypatch, tmp_path):
+    for name, content in (("a", MESSAGES), ("b", {"Save": "Sauvegarder", "Save one file": "Enregistrer"})):
+        with zipfile.ZipFile(tmp_path / name, "w") as wheel:
+            wheel.writestr("x/locale/fr/LC_MESSAGES/django.mo", catalogue(content))
+            wheel.writestr("x/locale/de/LC_MESSAGES/django.mo", catalogue({"Open": "Öffnen"}))
+    files = [tmp_path / "a", tmp_path / "b", tmp_path / "b"]
+    monkeypatch.setattr(interface, "FREQUENT", 1)
+    assert interface.read(files) == {
+        "save": ["sauvegarder", "enregistrer"],
+        "one file": ["un fichier"],
+        "save all": ["tout enregistrer"],
+        "save one file": ["enregistrer"],
+    }
+    monkeypatch.setattr(interface, "FREQUENT", 2)  # without "all" no text is lost but that one
+    assert set(interface.read(files)) == {"save", "one file", "save one file"}
+    monkeypatch.setattr(interface, "FREQUENT", 3)  # no text with "one" leaves one "save"
+    assert interface.read(files) == {}
+
+
+def test_wheels_are_verified(monkeypatch, tmp_path):
+    monkeypatch.setattr(interface, "WHEELS", {"some_texts-1.0-py3": "00"})
+    pins = {}
+    monkeypatch.setattr(
+        interface, "download", lambda folder, wanted, *options: pins.update(wanted) or "no way"
+    )
+    with pytest.raises(UserError, match=r"some_texts-1.0-.*: cannot be fetched \(no way\): put it there"):
+        interface.wheels(tmp_path / "wheels")
+    assert pins == {"some_texts==1.0": "00"}
+    (tmp_path / "wheels/some_texts-1.0-py3-none-any.whl").write_text("")
+    with pytest.raises(UserError, match="sha256 is not 00: delete it"):
+        interface.wheels(tmp_path / "wheels")
+
+
+FORMS = (safety, translation)  # the recipes that read files of other people
 
 
 @pytest.mark.parametrize("recipe", FORMS)
@@ -114,11 +189,147 @@ def test_folds_hold_out_every_key_once(keys, folds):
     assert judged.divide(items, str, folds, folds + 1) == judged.divide(items, str, folds, 1)
 
 
+HEAD = "system\tdoc\tdocSegId\tglobalSegId\trater\tsource\ttarget\tcategory\tseverity"
+
+
+def mqm(path, *rows):
+    path.write_text("\n".join([HEAD, *("\t".join(row) for row in rows)]) + "\n")
+    return path
+
+
+def test_errors_of_a_translation_add_up_by_rater(tmp_path):
+    row = lambda system, rater, target, category, severity: (
+        system, "d", "1", "7", rater, "源", target, category, severity,
+    )  # fmt: skip
+    file = mqm(
+        tmp_path / "mqm.tsv",
+        row("A", "r1", "an <v>error</v>", "Accuracy/Mistranslation", "Major"),
+        row("A", "r1", "<v>an</v> error", "Fluency/Punctuation", "Minor"),
+        row("A", "r2", "an error", "No-error", "No-error"),
+        row("A", "r2", "an error", "Accuracy", "HOTW-test"),
+        row("B", "r1", "none", "Non-translation!", "Major"),
+        row("system", "rater", "target", "category", "severity"),  # a heading in the middle
+    )
+    a, b = translation.read(file)
+    assert a.target == "an error" and a.costs == {"r1": 5.1, "r2": 0.0} and a.cost == 2.55
+    assert b.costs == {"r1": 25.0} and (a.document, a.segment) == (b.document, b.segment) == ("d", "7")
+    for bad, reason in (
+        (
+            row("A", "r1", "x", "Accuracy", "Grave"),
+            "severity: 'grave' is none of major, minor, neutral, no-error",
+        ),
+        (("A", "d"), "2 columns, but the heading has 9"),
+    ):
+        with pytest.raises(UserError, match=rf"mqm.tsv:2: {reason}"):
+            translation.read(mqm(tmp_path / "mqm.tsv", bad))
+    file.write_text("system\tdoc\n")
+    with pytest.raises(UserError, match="mqm.tsv:1: no column rater, source"):
+        translation.read(file)
+
+
+def translations(*costs):
+    """Translations of one segment, by three raters."""
+    return [
+        translation.Translation(f"s{i}", "d", "1", "src", f"t{i}", dict(zip("xyz", c, strict=True)))
+        for i, c in enumerate(costs)
+    ]
+
+
+def test_ratings_against_the_mean_of_the_segment(monkeypatch):
+    items = translations((0, 0, 0), (1, 1, 1)) + [
+        translation.Translation("s", "d", "2", "src", "alone", {"x": 3.0})
+    ]
+    rows = translation.rows_of(items)
+    half = math.log(2) / 2
+    assert [row["ratings"] for row in rows] == [[half] * 3, [-half] * 3, [0.0]]
+    assert [row["text"] for row in rows] == ["t0", "t1", "alone"]
+    monkeypatch.setattr(translation, "SOURCE", True)
+    assert [(row["prompt"], row["response"]) for row in translation.rows_of(items)][1] == ("src = ", "t1")
+
+
 def test_beginnings_of_texts():
     assert judged.begin("one two three", 2) == "one two ..." and judged.begin("one  two", 2) == "one  two"
 
 
 # ---------------------------------------------------------------- measures
+
+
+def test_pairs_are_compared_within_a_group():
+    costs = [0.0, 1.0, 5.0, 5.0, 0.0]
+    groups = [[0, 1, 2], [3, 4]]
+    assert translation.pair_accuracy([3, 2, 1, 1, 2], costs, groups) == 1.0
+    assert translation.pair_accuracy([3, 2, 1, 2, 1], costs, groups) == 3 / 4
+    assert translation.pair_accuracy([1, 1, 1, 1, 1], costs, groups) == 0.5
+    assert translation.pair_accuracy([1, 2, 9], [1.0, 1.0, 0.0], [[0, 1, 2]]) == 1.0  # equal costs: no pair
+    assert translation.chosen_cost([3, 2, 1, 9, 2], costs, groups) == 2.5
+    assert translation.chosen_cost([3, 3, 1, 2, 2], costs, groups) == 1.5  # ties: the mean of them
+
+
+def test_one_rater_is_judged_by_the_others():
+    items = translations((0, 6, 7), (5, 0, 0))
+    found = translation.one_rater(items)
+    assert found["pairs"] == pytest.approx(
+        (0 + 1 / 1 + 1 / 1) / 3
+    )  # y and z: the others' means, 2.5, are equal
+    agreeing = translations((0, 0, 0), (5, 5, 5), (1, 1, 1))
+    found = translation.one_rater(agreeing)
+    assert found == {"pairs": 1.0, "r": pytest.approx(1.0), "chosen": 0.0, "alpha": pytest.approx(1.0)}
+
+
+def test_the_best_system_is_chosen_on_other_documents():
+    learnt, test = translations((0, 0, 0), (9, 9, 9)), translations((6, 6, 6), (3, 3, 3))
+    assert translation.systems_of(learnt, test) == {"any": 4.5, "best": 6.0, "oracle": 3.0}
+
+
+def test_the_translation_most_like_the_others():
+    pytest.importorskip("sacrebleu")
+    items = translations(*[(0, 0, 0)] * 3)
+    for item, target in zip(items, ("the red house", "the red house there", "banana"), strict=True):
+        item.target = target
+    scores = translation.alike(items)
+    assert scores[0] > scores[2] and scores[1] > scores[2]
+
+
+def test_ridge_finds_a_line():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(200, 3)), np.array([1.0, -2.0, 0.0])
+    found = translation.ridge(x, x, x[:5] * 2, x @ w + 5, x @ w)
+    assert np.corrcoef(found, x[:5] @ w)[0, 1] > 0.999
+
+
+def test_what_is_measured_of_interface_texts():
+    pytest.importorskip("sacrebleu")
+    rows = [{"reference": ["ouvrir le fichier", "ouvrir un fichier"]}, {"reference": ["fermer"]}]
+    written = [[" ouvrir un fichier", "ferme"], ["xyz", "fermer"]]  # [2 samples][2 prompts]
+    sampled = common.Asked(["a", "b"], rows, written, [[1.0, 0.5], [0.0, 1.0]], 0.0)
+    likeliest = common.Asked(["a", "b"], rows, [["ouvrir le fichier", "ferme"]], [[1.0, 0.5]], 0.0)
+    found = interface.measured(sampled, likeliest, {"ouvrir", "un", "fichier", "fermer"})
+    assert (found["chrf"], found["best"], found["exact"]) == (0.625, 1.0, 0.5)
+    assert (found["likeliest"], found["likeliest exact"], found["different"]) == (0.75, 0.5, 1.0)
+    assert found["length"] == pytest.approx((17 + 5 + 3 + 6) / 4 / ((17 + 6) / 2))
+    assert found["words"] == pytest.approx(4 / 6) and 0 <= found["bleu"] <= 1
+
+
+def test_what_there_is_to_learn_within_segments():
+    """Raters a and b agree but for a's severity; c says the same of all.  Systems differ alike in both."""
+    quality = lambda *costs: dict(zip("abc", costs, strict=True))
+    items = []
+    for segment, costs in (("1", [(1, 0, 0), (3, 1, 0)]), ("2", [(3, 1, 0), (7, 3, 0)])):
+        for system, of in zip("XY", costs, strict=True):
+            items.append(translation.Translation(system, "d", segment, "s", system, quality(*of)))
+    found = translation.within_segments(items)
+    assert found["system"] == pytest.approx(1.0)  # log(1 + cost) of each rater rises by log 2, or not at all
+    assert 0 < found["raters"] < 1 and 0 < found["within"] < 1
+    for item in items:
+        del item.costs["c"]
+    assert translation.within_segments(items)["raters"] == pytest.approx(1.0)
+    assert translation.of_system(items, items[:2]) == [-(0.5 + 2) / 2, -(2 + 5) / 2]
+
+
+def test_the_nearest_to_the_mean_of_the_segment():
+    items = translations(*[(0, 0, 0)] * 3)
+    encoded = {"t0": np.array([0.0, 0.0]), "t1": np.array([1.0, 0.0]), "t2": np.array([5.0, 0.0])}
+    assert translation.nearest(items, encoded) == [-2.0, -1.0, -3.0]
 
 
 def test_margins_of_pairs():
@@ -139,6 +350,11 @@ def test_a_recipe_says_which_files_it_needs(monkeypatch):
             "safety",
             [],
             "--data: safety needs harmless-base/test.jsonl.gz of Anthropic's HH-RLHF: see docs/tasks.md",
+        ),
+        (
+            "translation",
+            ["--data", "one"],
+            "--data: translation needs WMT 2023.* table .*; that of the TED talks",
         ),
         ("arithmetic", ["--data", "one"], "--data: arithmetic needs no file here"),
     ):

@@ -6,7 +6,8 @@ train      a reward model, by train_rm.py, from MiniLM; scores: what it says of 
 compare    a reward model of pairs beside the longer text and TF-IDF, on the same unseen pairs
 """
 
-from collections.abc import Callable, Hashable, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -18,10 +19,11 @@ import torch
 
 from benchmarks.demo import ROOT, table
 from benchmarks.recipes import common
-from minirlhf import UserError, data
+from minirlhf import UserError, checkpoint, data
 from minirlhf.measure import baselines
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.rewards import RewardReader
+from minirlhf.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Text = tuple[str, str]  # prompt, response
@@ -100,17 +102,39 @@ def train(
     return common.stage("train_rm.py", folder, seed, *start, *options)
 
 
+def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iterator[tuple]:
+    """Batches of texts of like length: (their places in `texts`, tokens [B, T], mask [B, T])."""
+    records = [data.Response(prompt=prompt, response=response) for prompt, response in texts]
+    ids = [data.encode_pair(tokenizer, record, context, "cut").ids for record in records]
+    for places in data.batches(len(ids), BATCH, 0, 0, [len(row) for row in ids]):
+        yield places, *data.collate([ids[i] for i in places], tokenizer.pad)
+
+
 @torch.no_grad()
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
     reader = RewardReader.load(folder, "train it first")
     reader.model.eval()
-    records = [data.Response(prompt=prompt, response=response) for prompt, response in texts]
-    ids = [data.encode_pair(reader.tokenizer, record, reader.context, "cut").ids for record in records]
     found = np.zeros(len(texts))
-    for places in data.batches(len(ids), BATCH, 0, 0, [len(row) for row in ids]):
-        tokens, mask = data.collate([ids[i] for i in places], reader.tokenizer.pad)
+    for places, tokens, mask in by_length(reader.tokenizer, reader.context, texts):
         found[places] = reader.model.each(tokens, mask).mean(0).numpy()
+    return found
+
+
+@torch.no_grad()
+def features(base: Path, texts: Sequence[Text], cache: Path) -> np.ndarray:
+    """The mean hidden state of each text [len(texts), channels], of a model that was not trained further.
+
+    They are kept in the folder `cache`, since all seeds read the same texts.
+    """
+    file = cache / f"frozen-{hashlib.sha256(repr((str(base), *texts)).encode()).hexdigest()[:16]}.npy"
+    if file.exists():
+        return np.load(file)
+    tokenizer, model = checkpoint.tokenizer_of(base), checkpoint.load_gpt(base).eval()
+    found = np.zeros((len(texts), model.config.n_embd))
+    for places, tokens, mask in by_length(tokenizer, model.config.context, texts):
+        found[places] = (model(tokens, mask).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    np.save(file, found)
     return found
 
 

@@ -13,8 +13,6 @@ import io
 import json
 import os
 import re
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -24,14 +22,13 @@ from pathlib import Path
 
 from minirlhf import UserError
 from minirlhf.data import Dataset, Response
+from minirlhf.interop.fetch import download
 from minirlhf.support.files import write_atomically
 from minirlhf.support.formats import check
 
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-SDIST = "vaderSentiment-3.3.2.tar.gz"
+PACKAGE, SDIST = "vaderSentiment==3.3.2", "vaderSentiment-3.3.2.tar.gz"
 MAX_MEMBER = 16 << 20  # bytes; the largest real member has 2.3 MB
-PIP = "-m pip download --no-deps --no-binary vaderSentiment --require-hashes --retries 1 --no-input"
-PIP_SECONDS = 300
 GENRES = {"movies": "movieReviewSnippets", "products": "amazonReviewSnippets", "tweets": "tweets"}
 GENRES |= {"editorials": "nytEditorialSnippets"}  # genre -> files; a fifth genre, "words", is the lexicon
 CACHE_FORMAT = 2  # raise it whenever the cached rows change
@@ -91,26 +88,13 @@ def _sdist(folder: Path) -> bytes:
         path, reason = folder / SDIST, ""
         if not path.exists():
             path = Path(temporary, SDIST)
-            reason = _download(Path(temporary))
+            reason = download(Path(temporary), {PACKAGE: SHA256}, "--no-binary", "vaderSentiment")
         way_out = f"use --data toy, or put {SDIST} into --data-dir"
         check(path.exists(), f"vader: cannot be fetched ({reason}): {way_out}")
         content = path.read_bytes()
     same = hashlib.sha256(content).hexdigest() == SHA256
     check(same, f"{path}: sha256 is not {SHA256}: delete it")
     return content
-
-
-def _download(folder: Path) -> str:
-    """Let pip fetch the source distribution into a folder.  What pip says went wrong, if it did."""
-    pins = folder / "pins.txt"
-    pins.write_text(f"vaderSentiment==3.3.2 --hash=sha256:{SHA256}\n")
-    command = [sys.executable, *PIP.split(), "-r", str(pins), "-d", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_SECONDS)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        return f"pip: {type(e).__name__}"
-    errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-    return errors[-1].strip()[:200] if errors else "pip"
 
 
 def _tables(sdist: bytes) -> dict[str, list[list[str]]]:
