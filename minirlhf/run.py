@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, optim
-from minirlhf.support import cli, shard
+from minirlhf.support import shard
 from minirlhf.support.folder import LOWER_LR, Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -32,7 +32,7 @@ from minirlhf.support.hardware import (
     trim_freed_memory,
 )
 from minirlhf.support.history import Sums
-from minirlhf.support.run_config import RunConfig
+from minirlhf.support.run_config import RunConfig, refuse_unread_options
 
 STREAMS = {"sft": 1, "rm": 2, "ppo": 3, "dpo": 4}  # a stage's own random numbers
 
@@ -42,8 +42,7 @@ class Run(Folder):
 
     def __init__(self, stage: str, config: RunConfig):
         """Raises UserError where OUT holds another run, cannot be resumed, or is in use."""
-        cli.refuse_unread(["--lora-alpha"], "without --lora", config.lora is None)
-        cli.refuse_unread(["--embedding-lr"], "with --lora", config.lora is not None)
+        refuse_unread_options(config)
         super().__init__(stage, config, shard.on(setup_machine(), config))
         self.device = self.machine.device
         self.precision = pick_precision(config.precision)

@@ -288,6 +288,15 @@ def test_damaged_folders_are_told_and_nothing_is_written(folder, tmp_path):
     refused(tmp_path / "nowhere", out, "no such file or folder")
 
 
+def test_a_checkpoint_of_ours_is_no_folder_of_theirs(folders, tmp_path):
+    """It was refused as "architecture None is not supported"."""
+    refused(
+        folders / "llama ours",
+        tmp_path / "ours",
+        "is a checkpoint of this project already: give it to --init",
+    )
+
+
 def test_a_file_that_is_no_gguf_and_a_package_that_is_not_there(tmp_path, monkeypatch):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
@@ -513,6 +522,34 @@ def test_what_has_no_equivalent_is_not_exported(tokenizer, tmp_path):
     assert convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=True) == "LlamaForCausalLM"
     found = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
     assert torch.equal(found, reward.members[0].backbone.ln_f.weight)
+    save(tmp_path / "sft", tokenizer, **LLAMA)
+    with pytest.raises(
+        UserError, match="is no reward model, but a language model: export it without --backbone"
+    ):
+        convert.export_model(tmp_path / "sft", tmp_path / "none", backbone=True)
+
+
+CHATML = "{% for m in messages %}<|pad|>{{ m.role }}\n{{ m.content }}<|endoftext|>AFTER{% endfor %}"
+
+
+@pytest.mark.parametrize("after", ["\n", "", " \n<|pad|>"])
+def test_a_classifier_is_exported_with_a_word_on_what_its_template_writes_after_the_last_turn(
+    tokenizer, tmp_path, capsys, after
+):
+    """A classifier reads its score at the last token: behind ChatML's line break it was another number."""
+    template = CHATML.replace("AFTER", "{{ '" + after.replace("\n", "\\n") + "' }}")
+    tokenizer = Tokenizer(tokenizer.ranks, hf={"chat_template": template})
+    tokenizer.layout.name = "template"
+    assert chat_template.after_last_end(tokenizer) == after
+    head = {"pooling": "last", "members": 1, "mlp": False}
+    config = GPTConfig(tokenizer.vocab_size, **LLAMA)
+    model = RewardEnsemble(config, "last", 1, False)
+    about = checkpoint.describe("rm", config, convert.Import("random"), 3, True, tokenizer, head=head)
+    checkpoint.save(tmp_path / "rm", 3, model.state_dict(), about, tokenizer)
+    kind = convert.export_model(tmp_path / "rm", tmp_path / "out", backbone=False)
+    assert kind == "LlamaForSequenceClassification"
+    told = f"scores are read at the end of the last turn: cut off {after!r}, which the chat template writes after"
+    assert (told in capsys.readouterr().out) == bool(after)
 
 
 # ----------------------------------------------------------------------------- tokenizers

@@ -244,6 +244,59 @@ def test_prompts_that_the_policy_practised_on_are_told(smoke, capsys):
     assert "note: the policy practised on these prompts (the val split)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage, settings, split", [
+    ("ppo", {"data": "toy", "split": "auto"}, "val"), ("ppo", {"data": "my.jsonl", "split": "auto"}, "all"),
+    ("ppo", {"data": "my.jsonl", "split": "test"}, "test"), ("ppo", {"data": "toy"}, "val"),
+    ("dpo", {"data": "my.jsonl", "split": "auto", "online": False}, "train"),
+    ("dpo", {"data": "my.jsonl", "split": "auto", "online": True}, "all"),
+])  # fmt: skip
+def test_the_split_that_a_policy_was_trained_on(stage, settings, split):
+    """DPO on a file of judged pairs was said to have practised on all of its prompts."""
+    assert evaluate.practised_split({"stage": stage, "training": settings}) == split
+
+
+@pytest.mark.parametrize("reward, told", [
+    (["rm"], False), (["rm:0.5"], False), (["rm", "minirlhf.rewards:length:-1"], True), (["mine:score"], True),
+])  # fmt: skip
+def test_rewards_beside_the_reward_model_are_told(smoke, tmp_path, capsys, reward, told):
+    """`score` was the reward model's, and nothing said that the policy had maximised another number."""
+    scores_as(copied(smoke, tmp_path, reward=reward))
+    note = f"note: the policy maximised {reward!r}: `score` is the reward model's alone"
+    assert (note in capsys.readouterr().out) == told
+
+
+def test_seconds_are_those_of_the_policy_that_is_compared(smoke, tmp_path):
+    """They were those of RUN/ppo, whichever policy was compared."""
+    run = copied(smoke, tmp_path, results={"seconds": 5})
+    (run / "ppo").rename(run / "other")
+    shutil.copytree(smoke / "ppo", run / "ppo", symlinks=True)
+    found = evaluate.collect(run, {"ppo": {"kl": 1.0}}, run / "rm", run / "other")
+    assert found["ppo"] == {"kl": 1.0, "seconds": 5}
+
+
+@pytest.mark.parametrize("option", ["--sft", "--policy"])
+def test_models_that_cannot_continue_the_same_prompts_are_refused(run, smoke, tmp_path, capsys, option):
+    """With another tokenizer the SFT model's texts were nonsense, or an id had no row: a traceback."""
+    other = [
+        "--preset",
+        "smoke",
+        "--vocab",
+        300,
+        "--epochs",
+        1,
+        "--samples",
+        0,
+        "--out",
+        tmp_path / "other" / "sft",
+    ]
+    assert run("train_sft", *other) == 0
+    capsys.readouterr()
+    assert run("minirlhf.evaluate", "--run", smoke, "--sft", tmp_path / "other" / "sft") == 2
+    assert "its tokenizer is not that of" in capsys.readouterr().err
+    assert run("minirlhf.evaluate", "--run", smoke, option, smoke / "rm") == 2
+    assert "a rm checkpoint writes no text: name one of train_sft.py" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options, message", [
     (["--prompts", "0"], "--prompts must be at least 1"), (["--best-of", "4", "-1"], "--best-of must be at least 1"),
     (["--seed", "-1"], "--seed must be at least 0"), (["--samples", "x"], "--samples"),

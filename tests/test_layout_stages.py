@@ -203,6 +203,23 @@ def test_export_takes_the_model_s_own_template_along(home, run, tmp_path, capsys
     assert about["chat_template"] == source("chatml") and "replace" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("row, more, told", [
+    ({"prompt": "Is it good?", "completion": "Yes."}, [], True),
+    ({"prompt": "Is it good?", "completion": "Yes."}, ["--instruction-field", "prompt"], False),
+    ({"prompt": "Is it good?", "completion": "Yes."}, ["--layout", "transcript"], False),
+    ({"text": "It is good."}, [], False), ({"messages": talk("it")}, [], False),
+])  # fmt: skip
+def test_plain_prompts_beside_a_chat_template_are_told(home, run, tmp_path, capsys, row, more, told):
+    """An instruct model was trained on questions without its template, and nothing said so."""
+    told_apart = lambda value, film: talk(film) if isinstance(value, list) else f"{film}: {value}"
+    rows = [{key: told_apart(value, film) for key, value in row.items()} for film in FILMS]
+    file = lines(tmp_path / "rows.jsonl", rows)
+    options = [*SMALL, "--data", file, "--init", home / "base", "--samples", 0, "--epochs", 1, "--batch", 64]
+    assert run("train_sft", *options, *more, "--out", tmp_path / "sft") == 0
+    note = "note: the prompts are plain texts, which the chat template of"
+    assert (note in capsys.readouterr().out) == told
+
+
 def test_layout_transcript_is_obeyed_and_never_mixed(home, run, tmp_path, capsys):
     sft = [*SMALL, "--data", home / "talks.jsonl", "--init", home / "base", "--samples", 0, "--epochs", 1]
     sft += ["--final-epochs", 1, "--layout", "transcript"]

@@ -355,6 +355,31 @@ def test_mistakes(run, capsys, tmp_path, options, told):
     assert not (tmp_path / "out" / "latest").exists()
 
 
+@pytest.mark.parametrize(
+    "stage, options, told",
+    [
+        ("train_sft", ["--lora", 2, "--dropout", 0.1], "--dropout has no effect with --lora"),
+        ("train_rm", ["--lora", 2, "--dropout", 0.1], "--dropout has no effect with --lora"),
+        ("train_rm", ["--lora", 2, "--embedding-lr", 2], "--embedding-lr has no effect with --lora"),
+        (
+            "train_rm",
+            ["--train-layers", 1, "--embedding-lr", 2],
+            "--embedding-lr has no effect with --train-layers",
+        ),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(smoke, run, capsys, tmp_path, stage, options, told):
+    """They were taken, and recorded in config.json as if they had been used."""
+    out = tmp_path / "out"
+    assert run(stage, *SMALL, *options, "--init", smoke / "sft", "--out", out) == 2
+    assert told in capsys.readouterr().err and not out.exists()
+
+
+def test_no_dropout_beside_adapters_may_be_said(smoke, run, tmp_path):
+    options = ["--lora", 2, "--dropout", 0, "--init", smoke / "sft", "--epochs", 1, "--samples", 0]
+    assert run("train_sft", *SMALL, *options, "--out", tmp_path / "out") == 0
+
+
 def test_a_base_of_another_policy_is_no_base(tuned, smoke, run, capsys, tmp_path):
     options = [*SMALL, "--lora", 8, "--init", tuned / "sft", "--out", tmp_path / "out"]
     assert run("train_dpo", *options) == 2

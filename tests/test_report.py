@@ -336,6 +336,22 @@ def test_a_policy_of_functions_alone(tmp_path, run_report):
     assert "reward: wins over SFT" in shown.text and "reward model: wins" not in shown.text
 
 
+def test_a_policy_of_dpo_bears_its_name(tmp_path, run_report):
+    """Page and terminal called every policy PPO, also one that minirlhf.evaluate --policy had compared."""
+    results, ppo = made_up()
+    results["policy"] = "DPO"
+    html, out = run_report(write_run(tmp_path, results, ppo))
+    shown = Page(html)
+    line = next(line for line in out.splitlines() if "at KL 8.7 nats" in line)
+    assert line.startswith("DPO ") and f"{results['ppo']['judge_win_rate']:.1%}" in line
+    assert "DPO, score +1.75, KL 8.2 nats" in shown.text and "PPO, score" not in shown.text
+    table = shown.text.partition("Against SFT, on")[2].partition("Reward model and people")[0]
+    assert "best of 16DPO" in "".join(table.split("\n")) and "PPO" not in table
+    results["policy"] = "<b>"
+    with pytest.raises(UserError, match="policy: expected PPO or DPO, found '<b>'"):
+        run_report(write_run(tmp_path / "odd", results, ppo))
+
+
 def without(name):
     """A run in which an optional piece is missing, and what its page must hold instead."""
     results, ppo = made_up(("score",) if name == "judge and lexicon" else ("score", "judge", "lexicon"))

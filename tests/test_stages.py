@@ -506,6 +506,9 @@ def test_names_of_columns_are_recorded_compared_and_read_again(smoke, run, tmp_p
         settings["rating_scale"] == [-4, 4] == checkpoint.load_config(tmp_path / "rm")["normalise"]["scale"]
     )
     assert run("train_rm", *rm) == 0 and "is complete: nothing to do" in capsys.readouterr().out
+    unread = [*options, "--rating-scale", 0, 4, "--text-field", "a", "--out", tmp_path / "sft"]
+    assert run("train_sft", *unread) == 2
+    assert "--rating-scale is for ratings, and" in capsys.readouterr().err
     assert run("train_rm", *rm, "--fields", "genre=other") == 2
     assert "holds a run with another fields" in capsys.readouterr().err
     ppo = [

@@ -25,6 +25,7 @@ from minirlhf import UserError
 from minirlhf.interop import sandbox
 from minirlhf.support import added
 from minirlhf.support.conversation import ROLES, TURN, Message
+from minirlhf.support.layout import TEMPLATE
 from minirlhf.support.spans import Part, Span, encode_with_spans
 from minirlhf.support.text import one_line
 from minirlhf.tokenizer import Tokenizer
@@ -73,6 +74,23 @@ def end_of_turn(source: str, specials: Mapping[str, int], named: Mapping[str, st
         return None
     found = added.cut([text.partition(content)[2]], specials)
     return next((i for i in found if isinstance(i, int)), None)
+
+
+def after_last_end(tokenizer: Tokenizer) -> str:
+    """What the template writes after the end of the assistant's last turn, such as ChatML's line break.
+
+    Texts are learnt and judged up to that end.  "" where nothing follows, and for the layout `transcript`.
+    """
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    if tokenizer.layout.name != TEMPLATE:
+        return ""
+    try:
+        ids, said = encode_turns(tokenizer, messages, [1])
+    except UserError:
+        return ""
+    last = max((i for i, number in enumerate(said) if number >= 0), default=len(ids))
+    end = next((i for i in range(last, len(ids)) if ids[i] in tokenizer.ends), len(ids))
+    return tokenizer.decode(ids[end + 1 :], False)
 
 
 # ---------------------------------------------------------------- filling in a template

@@ -250,6 +250,10 @@ def from_folder(folder: Path) -> Imported:
         raise UserError(
             f"{folder}: no config.json: give a Hugging Face folder, a .gguf file, {' or '.join(PACKAGES)}"
         )
+    if "stage" in model and "tokenizer" in model:
+        raise UserError(
+            f"{folder}: is a checkpoint of this project already: give it to --init, or export it first"
+        )
     with odd_files(folder / "config.json"):
         family, config = read_config(model, folder / "config.json")
     files = weight_files(folder)
@@ -489,6 +493,8 @@ def export_model(source: Path, out: Path, backbone: bool) -> str:
 
     backbone: of a reward model, export the language model under its head."""
     about, config = checkpoint.load_config(source), checkpoint.shape_of(source)
+    if backbone and "head" not in about:
+        raise UserError(f"{source}: is no reward model, but a language model: export it without --backbone")
     tokenizer = checkpoint.tokenizer_of(source)
     family = family_of(source, about, config)
     state, more, name = checked_state(source, about, config), {}, family.classes[0]
@@ -596,6 +602,11 @@ def _classifier(
         state["ln_f.bias"] = state["ln_f.bias"] + offset * weight[0] / weight.square().sum()
     elif offset:
         print(f"{source}: add {offset:.6f} to their scores, since their head has no bias")
+    if after := chat_template.after_last_end(tokenizer):
+        print(
+            f"{source}: scores are read at the end of the last turn: cut off {after!r:.60}, which the chat "
+            "template writes after it"
+        )
     kind = re.sub("LMHeadModel|ForCausalLM", "ForSequenceClassification", family.classes[0])
     return kind, {"score.weight": weight}
 

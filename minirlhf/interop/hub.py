@@ -103,15 +103,17 @@ class Repository:
     def _reason(self, error: Exception) -> str:
         errors, status = self.hub.errors, getattr(getattr(error, "response", None), "status_code", None)
         page = f"{self.hub.constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
+        here = "no such folder here, and " if self.kind == "model" else ""
         if isinstance(error, errors.GatedRepoError):
             return f"is gated: ask for access at {page}, then {LOGIN}"
         if isinstance(error, errors.RepositoryNotFoundError):
-            here = "no such folder here, and " if self.kind == "model" else ""
             return f"{here}no such {self.kind} on the hub, or a private one: correct the name, or {LOGIN}"
         if isinstance(error, errors.RevisionNotFoundError):
             return f"has no revision {self.revision}: name a branch, a tag or a commit of {page}"
         if isinstance(error, errors.OfflineModeIsEnabled) or self.hub.constants.HF_HUB_OFFLINE:
-            return "not, or not all of it, in the cache, and HF_HUB_OFFLINE is set: unset it, or set HF_HOME"
+            folder = ", or name a folder that is here" if self.kind == "model" else ""
+            offline = "not, or not all of it, in the cache, and HF_HUB_OFFLINE is set"
+            return f"{offline}: unset it, or set HF_HOME{folder}"
         if isinstance(error, errors.HFValidationError):
             return f"is no name that the hub has: {one_line(error)}"
         if status in (401, 403):
@@ -122,7 +124,8 @@ class Repository:
         if isinstance(error, OSError) and (full or error.filename is not None):
             return f"the cache cannot be written ({one_line(error)}): make room, or set HF_HOME"
         return (
-            f"the hub cannot be reached ({one_line(error):.150}), and it is not in the cache: go online once"
+            f"{here}the hub cannot be reached ({one_line(error):.150}), nor is it in the cache: "
+            "correct the name, or go online once"
         )
 
 

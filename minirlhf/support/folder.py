@@ -28,7 +28,7 @@ from minirlhf.support import (
 )
 from minirlhf.support.files import Lock, refuse_unwritable
 from minirlhf.support.hardware import Machine
-from minirlhf.support.layout import check_alike
+from minirlhf.support.layout import check_alike, plain_prompts
 from minirlhf.support.logs import MetricLogger
 from minirlhf.support.origin import inputs_of
 from minirlhf.support.state import pack_optimizer, unpack_optimizer
@@ -86,6 +86,8 @@ class Folder:
         self.inputs, abouts = {"data": source.sha256}, {}
         if self.config.lora and checkpoints["init"] is None:
             raise UserError("--lora trains adapters beside the weights of a model: name it with --init")
+        if self.config.rating_scale and source.kind != "rated":
+            raise UserError(f"--rating-scale is for ratings, and {source.name} holds none: drop it")
         if self.config.lora:
             checkpoints |= {"base": checkpoint.base_of(checkpoints["init"])}
         for name, path in checkpoints.items():
@@ -103,6 +105,11 @@ class Folder:
         check_alike(source, abouts)
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())
+        init = str(checkpoints["init"])
+        if init in abouts and getattr(self.config, "layout", "auto") == "auto":
+            remark = plain_prompts(source, init, abouts[init])
+            if remark:
+                self.print(remark)
         if self.state != "start":
             claims.compare_inputs(self.out, self.saved, self.inputs)
         if self.state == "complete":

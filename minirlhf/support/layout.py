@@ -79,6 +79,18 @@ def has_conversations(records: Iterable[Any]) -> bool:
     return any(isinstance(text, Conversation) for r in records for text in (r.prompt, *r.texts))
 
 
+def plain_prompts(source: Any, path: Any, about: dict) -> str | None:
+    """A remark where all prompts are plain texts, and the checkpoint (config.json: about) has a template."""
+    if recorded(about, path) != TEMPLATE or has_conversations(source.records):
+        return None
+    if not any(record.prompt for record in source.records):
+        return None
+    return (
+        f"note: the prompts are plain texts, which the chat template of {path} leaves as they are: "
+        "messages would be laid out, and --instruction-field prompt makes each prompt a user's turn"
+    )
+
+
 @contextmanager
 def of_row(where: str) -> Iterator[None]:
     """Errors inside name the row."""

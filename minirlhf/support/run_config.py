@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from minirlhf import UserError
-from minirlhf.support.cli import Above0, Count, Real, Seed, check_ranges
+from minirlhf.support.cli import Above0, Count, Real, Seed, check_ranges, refuse_unread
 from minirlhf.support.shapes import names_of
 from minirlhf.support.track import Track
 
@@ -70,3 +70,12 @@ class RunConfig:
             raise UserError(f"--fields and --rating-scale are for files: {self.data} needs neither")
         if self.resume and self.overwrite:
             raise UserError("--resume continues a run and --overwrite replaces it: give one of them")
+
+
+def refuse_unread_options(config: RunConfig) -> None:
+    """UserError for an option on the command line that --lora or --train-layers leaves without effect."""
+    adapters, frozen = config.lora is not None, config.train_layers is not None
+    refuse_unread(["--lora-alpha"], "without --lora", not adapters)
+    refuse_unread(["--embedding-lr"], "with --lora", adapters)
+    refuse_unread(["--embedding-lr"], "with --train-layers, which freezes the embeddings", frozen)
+    refuse_unread(["--dropout"], "with --lora", adapters and getattr(config, "dropout", 0.0) > 0)

@@ -232,6 +232,7 @@ def load_scorers(
     model = None if config.reward else config.reward_model or maximised_model(about, config.run)
     if model is not None:
         scorers: Scorers = {"score": of_model(model)}
+        tell_other_rewards(about)
     else:
         rewards = load_rewards(list(config.reward) or trusted_rewards(about))
         if any(function is None for _, function, _ in rewards):
@@ -241,6 +242,23 @@ def load_scorers(
     if config.judge or (config.run / "judge" / "config.json").exists():
         scorers["judge"] = of_model(config.judge or config.run / "judge")
     return scorers, fields_read(rewards)
+
+
+def tell_other_rewards(about: dict[str, Any]) -> None:
+    """Print a line where the policy maximised more than the reward model, whose score alone is compared."""
+    specs = about["training"].get("reward")
+    if isinstance(specs, list) and any(str(spec).partition(":")[0] != "rm" for spec in specs):
+        print(f"note: the policy maximised {specs!r:.200}: `score` is the reward model's alone")
+
+
+def practised_split(about: dict[str, Any]) -> str:
+    """The split of the data that the policy was trained on: train by DPO on judged pairs."""
+    settings = about["training"]
+    if about.get("stage") == "dpo" and not settings.get("online"):
+        return "train"
+    split = settings.get("split", "val")
+    own = "val" if settings["data"] in data.BUILT_IN else "all"
+    return own if split == "auto" else split
 
 
 def trusted_rewards(about: dict[str, Any]) -> list[str]:
@@ -281,7 +299,12 @@ def load(config: Config) -> Setting:
         config.policy or run / "ppo", "run train_ppo.py first, or name one with --policy"
     )
     sft_dir = checkpoint.resolve(config.sft or run / "sft", "run train_sft.py first, or name one with --sft")
-    about, tokenizer = checkpoint.load_config(policy_dir), checkpoint.tokenizer_of(policy_dir)
+    _, about, tokenizer = checkpoint.writer(policy_dir)
+    if checkpoint.writer(sft_dir)[2].hash != tokenizer.hash:
+        raise UserError(
+            f"{sft_dir}: its tokenizer is not that of {policy_dir}, so the two cannot continue the same "
+            "prompts: name the model that the policy started from with --sft"
+        )
     settings = settings_of(about, policy_dir, SETTINGS, stop=True, fields=[], rating_scale=[])
     sampling = sampling_of(settings, tokenizer)
     device = hardware.setup_machine().device
@@ -338,9 +361,7 @@ def evaluate(config: Config) -> dict[str, Any]:
         picked = {name: [drawn_scores[1 + k][name][i] for i, k in best] for name in base_scores}
         return row(texts, picked, ppo.best_of_n_kl(n))  # [D20]
 
-    practised = settings.get("split", "val")
-    if practised == "auto":
-        practised = "val" if settings["data"] in ("vader", "toy") else "all"
+    practised = practised_split(about)
     if practised in ("all", config.split):
         print(
             f"note: the policy practised on these prompts (the {practised} split): others are a fairer test"
@@ -374,15 +395,15 @@ def evaluate(config: Config) -> dict[str, Any]:
     }
 
 
-def collect(run: Path, results: dict[str, Any], report_model: Path) -> dict[str, Any]:
-    """The results, with what the earlier stages measured: results.json is the whole run on one page."""
+def collect(run: Path, results: dict[str, Any], report_model: Path, policy: Path) -> dict[str, Any]:
+    """The results, with what the stages measured: results.json is the whole run on one page."""
     found = {"sft": {}, "rm": {}} | results
     folders = {"sft": run / "sft", "rm": report_model, "rm_optimised": run / "rm-a", "judge": run / "judge"}
     for name, folder in folders.items():
         if (folder / "config.json").exists():
             found[name] = checkpoint.load_config(folder).get("results", {})
-    if (run / "ppo" / "config.json").exists():
-        found["ppo"] = found["ppo"] | checkpoint.load_config(run / "ppo").get("results", {})
+    measured = checkpoint.load_config(policy).get("results", {})
+    found["ppo"] = found["ppo"] | {name: measured[name] for name in ("seconds",) if name in measured}
     return found
 
 
@@ -415,7 +436,8 @@ def main() -> None:
         raise UserError(f"--results {target}: is a folder: name a file in it")
     if config.run.exists() and not target.parent.is_dir():
         raise UserError(f"--results {target}: there is no folder {target.parent}: make it first")
-    results = collect(config.run, evaluate(config), config.report_model or config.run / "rm")
+    stages = (config.report_model or config.run / "rm", config.policy or config.run / "ppo")
+    results = collect(config.run, evaluate(config), *stages)
     files.write_output(target, json.dumps(results, indent=1))
     print_table(results)
     print(f"\nwritten to {target}")

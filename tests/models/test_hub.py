@@ -323,7 +323,7 @@ def test_no_network_at_all(server, tmp_path, monkeypatch):
     server.server_close()
     with pytest.raises(UserError) as refused:
         convert.import_model("org/tiny", tmp_path / "none")
-    one_line(refused, "org/tiny: the hub cannot be reached (", "go online once")
+    one_line(refused, "org/tiny: no such folder here, and the hub cannot be reached (", "go online once")
 
 
 def test_without_the_package_a_line_says_what_to_install(server, tmp_path, monkeypatch):

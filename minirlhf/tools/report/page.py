@@ -120,6 +120,7 @@ def tables(run: Run, with_samples: bool) -> str:
     """What evaluate measured, and what the reward models' reports say; HTML."""
     results, metrics = run.results, run.followed.metrics
     stages, writers, reward = results["stages"], results["writers"], results["reward"]
+    policy = results["policy"]
     rm = stages.get("rm", {"row": {}, "peers": {}, "bins": []})
     models = {STAGES[name]: stages[name]["row"] for name in ("rm", "rm_optimised", "judge") if name in stages}
     bins = [[f"{score:+.2f}", f"{people:+.2f}", f"{n:g}"] for score, people, n in rm["bins"]]
@@ -128,9 +129,11 @@ def tables(run: Run, with_samples: bool) -> str:
         for stage in ("sft", "rm")
     }
     against_people = comparison(models | rm["peers"], list(rm["row"]), "reward model")
-    cards = "".join(grid(sample_cards(sample)) for sample in results["samples"]) if with_samples else ""
+    cards = (
+        "".join(grid(sample_cards(sample, policy)) for sample in results["samples"]) if with_samples else ""
+    )
     return f"""<h3>Against SFT, on {escape(results["prompts"])} {escape(results["split"])} prompts</h3>
-{comparison(writers, list(writers["PPO"]), reward)}
+{comparison(writers, list(writers[policy]), reward)}
 <h3>Reward model and people, on test texts</h3>{against_people}
 <p>Validation on the way: SFT {validation["sft"] or "–"} bits per byte;
 reward model {validation["rm"] or "–"}.</p>
@@ -141,7 +144,8 @@ reward model {validation["rm"] or "–"}.</p>
 
 def beside(runs: list[Run]) -> str:
     """The policies of several runs, as minirlhf.evaluate measured them."""
-    rows = {run.name: run.results["writers"]["PPO"] for run in runs if run.results}
+    measured = {run.name: run.results for run in runs if run.results}
+    rows = {name: results["writers"][results["policy"]] for name, results in measured.items()}
     names = [name for row in rows.values() for name in row]
     return comparison(rows, names, "reward model") if rows else ""
 

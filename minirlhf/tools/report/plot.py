@@ -63,7 +63,7 @@ def _draw_scores(
         rows = [row for row in history if metrics[key] in row]  # none if the judge did not watch
         kl, scores = (np.array([row[name] for row in rows]) for name in ("objective/kl", metrics[key]))
         left.scatter(kl, scores, s=12, color=colour, alpha=0.3, linewidths=0)
-        shown = len(rows) or key in writers["PPO"]
+        shown = len(rows) or key in [*writers.values()][-1]
         left.plot(
             smooth(kl, window),
             smooth(scores, window),
@@ -75,7 +75,7 @@ def _draw_scores(
         scores = {key: row[key] for key in SCORERS if row.get(key) is not None}
         if row.get("kl") is None or not scores:
             continue
-        marker, size = {"SFT": ("o", 46), "PPO": ("*", 190)}.get(name, ("D", 46))
+        marker, size = {"SFT": ("o", 46), "PPO": ("*", 190), "DPO": ("*", 190)}.get(name, ("D", 46))
         colours = [SCORERS[key][1] for key in scores]
         places = [row["kl"]] * len(scores), list(scores.values())
         left.scatter(*places, size, colours, marker=marker, edgecolors="white", zorder=3)

@@ -91,7 +91,8 @@ def _sample(value: Any, where: str) -> dict[str, Any]:
 def load_results(file: Path) -> dict[str, Any]:
     """results.json, of which every value that the report shows has been checked.
 
-    {writers, stages: rows by name; samples; prompts, seed, split, versions: text; reward: the score's label}
+    {writers, stages: rows by name; samples; policy: its name among the writers, the last one; prompts, seed,
+    split, versions: text; reward: the score's label}
     """
     missing = f"{file}: missing or incomplete: run python -m minirlhf.evaluate --run {file.parent} first"
     if not (text := read(file)).strip():
@@ -108,14 +109,18 @@ def load_results(file: Path) -> dict[str, Any]:
     for name in list(sft):
         if "win_rate" in name:  # against itself: ties
             del sft[name]
+    policy = given.get("policy", "PPO")
+    if policy not in ("PPO", "DPO"):
+        refuse(at("policy"), "PPO or DPO", policy)
     versions = object_of(given["versions"], at("versions")).items()
     reward = [text_of(spec, at("reward")) for spec in list_of(given.get("reward", ["rm"]), at("reward"))]
     return {
         "writers": {
             "SFT": sft,
             **{f"best of {n}": _row(row, at(f"best_of_n.{n}")) for n, row in best_of_n},
-            "PPO": _row(given["ppo"], at("ppo")),
+            policy: _row(given["ppo"], at("ppo")),
         },
+        "policy": policy,
         "stages": {name: _stage(given[name], at(name)) for name in STAGES if given.get(name)},
         "samples": [
             _sample(sample, at(f"samples[{i}]"))
@@ -153,7 +158,8 @@ def stage_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(stage, its key number, what that is, its time) of all that was trained, then their sum."""
     lines, total = [], 0.0
     for name, stage in results["stages"].items():
-        row = stage["row"] | (results["writers"]["PPO"] if name == "ppo" else {})
+        title = results["policy"] if name == "ppo" else STAGES[name]
+        row = stage["row"] | (results["writers"][title] if name == "ppo" else {})
         key = next((key for key in NUMBERS if key in row), None)
         number, interval = "", ""
         what = "not finished"
@@ -166,7 +172,7 @@ def stage_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
             if key is not None and stage["peers"].get(peer):
                 what += f", {peer} {cell(stage['peers'][peer], key)}"
         seconds = row.get("seconds")
-        lines.append((STAGES[name], number, what, "–" if seconds is None else clock(seconds)))
+        lines.append((title, number, what, "–" if seconds is None else clock(seconds)))
         total += seconds or 0.0
     return [*lines, ("all stages", clock(total), "of training", "")]
 
@@ -193,11 +199,11 @@ def grid(cards: list[str]) -> str:
     return '<div class="grid">' + "".join(f'<div class="card">{card}</div>' for card in cards) + "</div>"
 
 
-def sample_cards(sample: dict[str, Any]) -> list[str]:
-    """The SFT model's continuation and the policy's, of one prompt."""
+def sample_cards(sample: dict[str, Any], policy: str) -> list[str]:
+    """The SFT model's continuation and the policy's, of one prompt; policy: its name."""
     notes = {
         "sft": f"SFT, score {sample['score_sft']:+.2f}",
-        "ppo": f"PPO, score {sample['score_ppo']:+.2f}, KL {sample['kl']:.1f} nats",
+        "ppo": f"{policy}, score {sample['score_ppo']:+.2f}, KL {sample['kl']:.1f} nats",
     }
     text = lambda who: f'<div class="text"><i>{escape(sample["prompt"])}</i>{escape(sample[who])}</div>'
     return [f"<small>{escape(note)}</small>{text(who)}" for who, note in notes.items()]
