@@ -708,7 +708,7 @@ def change_value(path: Path, content: bytes) -> None:
     key = hashlib.sha256(content).digest()
     table, column = COLUMNS[key[0] % len(COLUMNS)].split(".")
     value = (content, content.decode("utf-8", "replace"), key[1] - 128, key[1] / 7)[key[2] % 4]
-    with contextlib.closing(sqlite3.connect(path)) as db, contextlib.suppress(sqlite3.Error):
+    with contextlib.closing(sqlite3.connect(path)) as db, contextlib.suppress(sqlite3.Error, UnicodeError):
         for trigger in ("no_update", "no_delete"):
             db.execute(f"DROP TRIGGER IF EXISTS {trigger}")
         db.execute("PRAGMA ignore_check_constraints = ON")

@@ -32,7 +32,7 @@ from minirlhf.support.hardware import (
     trim_freed_memory,
 )
 from minirlhf.support.history import Sums
-from minirlhf.support.run_config import RunConfig, refuse_unread_options
+from minirlhf.support.run_config import RunConfig, all_warmup, refuse_unread_options
 
 STREAMS = {"sft": 1, "rm": 2, "ppo": 3, "dpo": 4}  # a stage's own random numbers
 
@@ -78,6 +78,8 @@ class Run(Folder):
     def loop(self, total: int) -> Iterator[int]:
         """The steps to do, from 0, each with its own seeds; Ctrl-C and SIGTERM wait for a step's end."""
         self.started, self.total = time.perf_counter(), total
+        if remark := all_warmup(self.config, total):
+            self.print(remark)
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
         self.bar = tqdm(range(self.step, total), initial=self.step, total=total, disable=self.rank > 0)
         try:

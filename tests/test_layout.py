@@ -639,3 +639,15 @@ def test_content_in_parts_is_their_text(tmp_path):
     file.write_text(json.dumps({"messages": pieces}) + "\n")
     with pytest.raises(UserError, match=r"parts.jsonl:1: messages: a message has a part of type 'image'"):
         data.load(file)
+
+
+def test_an_answer_of_which_the_template_writes_nothing_keeps_its_prompt(tmp_path):
+    trims = (
+        "{%- for m in messages %}{%- if m.role == 'assistant' %}a: {% generation %}{{ m.content | trim }}"
+        "{% endgeneration %}{%- else %}u: {{ m.content }}{%- endif %}\n{%- endfor %}"
+    )
+    tokenizer, talk = tokenizer_of(trims, "template"), {"messages": [HI, bot("So."), HI, bot(" ")]}
+    (written,) = learnt(tokenizer, tmp_path, talk, learn="all")
+    assert written.count("⟦") == 1 and "⟦So.⟧" in written and written.count(HI["content"]) == 2
+    with pytest.raises(UserError, match="nothing to learn in 1 row"):
+        learnt(tokenizer, tmp_path, talk, learn="last")

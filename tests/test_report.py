@@ -207,6 +207,15 @@ def test_F19_text_of_models_and_users_is_escaped(tmp_path, run_report, monkeypat
     assert "<b>'run" in shown.text
 
 
+def test_F19_a_page_in_a_terminal_cannot_steer_it(tmp_path, run_report, monkeypatch):
+    monkeypatch.setattr(plot, "draw", lambda *shown: b"")
+    results, ppo = made_up()
+    results["samples"] = [results["samples"][0] | {"prompt": "a\x1b[31mb\nc", "sft": "\x9b1m"}]
+    page = run_report(write_run(tmp_path / "run", results, ppo))[0]
+    assert "\x1b" not in page and "\x9b" not in page
+    assert "a\\x1b[31mb\nc" in page
+
+
 def test_F19_the_page_allows_its_own_script_and_style_alone(tmp_path, run_report, monkeypatch):
     monkeypatch.setattr(plot, "draw", lambda *shown: b"")
     html = run_report(write_run(tmp_path, *made_up()))[0]

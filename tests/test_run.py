@@ -14,6 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_ppo
+import train_rm
+import train_sft
 from minirlhf import Stopped, UserError, checkpoint, data, optim
 from minirlhf import run as stage_run
 from minirlhf.model import GPT, GPTConfig
@@ -22,6 +25,7 @@ from minirlhf.run import Run, RunConfig
 from minirlhf.support import claims, files, hardware, logs
 from minirlhf.support.cli import Above0, Count
 from minirlhf.support.logs import MetricLogger
+from minirlhf.support.run_config import all_warmup
 from minirlhf.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({bytes([b]): b for b in range(256)})
@@ -571,3 +575,14 @@ def test_lines_without_a_step_are_left_out(tmp_path):
     )
     assert logs.lines_until(tmp_path / "m.jsonl", 9) == ['{"step": 1}', '{"step": 2}']
     assert logs.lines_until(tmp_path / "none.jsonl", 9) == []
+
+
+@pytest.mark.parametrize("steps, said", [(5, False), (4, True), (2, True)])
+def test_a_run_that_ends_while_it_warms_up_says_so(steps, said):
+    remark = all_warmup(train_sft.Config(warmup=4, lr=1e-3), steps)
+    assert (remark is not None) == said
+    assert all_warmup(train_ppo.Config(), 1) is None  # PPO has no warm-up
+    of_members = train_rm.Config(warmup=4, members=2, lr=1e-3)  # each member has half of the steps
+    assert "4 steps" in all_warmup(of_members, 8) and all_warmup(of_members, 10) is None
+    if said:
+        assert f"{steps} steps" in remark and "--lr 0.001" in remark

@@ -203,7 +203,7 @@ def _by_template(tok: Any, prompt: str, text: str, learn: Learn) -> LaidOut:
     n_prompt = len(opened)
     if ids[:n_prompt] != opened:  # the text's first characters joined the prompt's last token, say
         n_prompt = next((i for i, number in enumerate(said) if number >= before), len(ids))
-    last = max((i for i, number in enumerate(said) if number >= 0), default=len(ids) - 1)
+    last = max((i for i, number in enumerate(said) if number >= before), default=len(ids) - 1)
     end = next((i for i in range(last, len(ids)) if ids[i] in tok.ends), last)
     return LaidOut(ids[: end + 1], n_prompt, [number in learnt for number in said[: end + 1]])
 

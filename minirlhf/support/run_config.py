@@ -79,3 +79,11 @@ def refuse_unread_options(config: RunConfig) -> None:
     refuse_unread(["--embedding-lr"], "with --lora", adapters)
     refuse_unread(["--embedding-lr"], "with --train-layers, which freezes the embeddings", frozen)
     refuse_unread(["--dropout"], "with --lora", adapters and getattr(config, "dropout", 0.0) > 0)
+
+
+def all_warmup(config: RunConfig, total: int) -> str | None:
+    """What to say where the learning rate is still rising when a run of `total` steps ends; None otherwise."""
+    warmup, steps = getattr(config, "warmup", 0), total // getattr(config, "members", 1)
+    if warmup < steps:
+        return None
+    return f"warning: --warmup {warmup} is longer than the run, {steps} steps: it never reaches --lr {config.lr:g}"

@@ -1,5 +1,10 @@
 """Text that comes from elsewhere, made safe to encode and to print."""
 
+import html
+import re
+
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and new line
+
 
 def utf8(text: str) -> str:
     """`text` as UTF-8 can hold it: surrogate pairs are joined, and lone ones become U+FFFD."""
@@ -14,6 +19,11 @@ def escaped(text: str, keep: str = "") -> str:
 def visible(text: str) -> str:
     """`text` for a terminal: it keeps its new lines, but cannot move the cursor or change colours."""
     return escaped(text, keep="\n")
+
+
+def for_html(text: object) -> str:
+    """`text` for a page: no markup, and no control character that would steer a terminal which shows the file."""
+    return html.escape(CONTROL.sub(lambda found: escaped(found[0]), str(text)))
 
 
 def one_line(message: object, longest: int = 200) -> str:

@@ -11,11 +11,11 @@ import base64
 import hashlib
 import json
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
+from minirlhf.support.text import for_html
 from minirlhf.tools.report.follow import JUDGE_METRIC, REWARD_METRICS, STRIPS, Followed, Row, Rows
 from minirlhf.tools.report.results import (
     STAGES,
@@ -111,8 +111,8 @@ def headline(results: dict[str, Any]) -> str:
     """A card for each stage: its key number."""
     cards = []
     for stage, number, what, time in stage_lines(results):
-        measured = f"<b>{escape(number)}</b> {escape(what)}"
-        cards.append(f"<small>{escape(stage)}</small>{measured}<small>{escape(time)}</small>")
+        measured = f"<b>{for_html(number)}</b> {for_html(what)}"
+        cards.append(f"<small>{for_html(stage)}</small>{measured}<small>{for_html(time)}</small>")
     return grid(cards)
 
 
@@ -132,14 +132,14 @@ def tables(run: Run, with_samples: bool) -> str:
     cards = (
         "".join(grid(sample_cards(sample, policy)) for sample in results["samples"]) if with_samples else ""
     )
-    return f"""<h3>Against SFT, on {escape(results["prompts"])} {escape(results["split"])} prompts</h3>
+    return f"""<h3>Against SFT, on {for_html(results["prompts"])} {for_html(results["split"])} prompts</h3>
 {comparison(writers, list(writers[policy]), reward)}
 <h3>Reward model and people, on test texts</h3>{against_people}
 <p>Validation on the way: SFT {validation["sft"] or "–"} bits per byte;
 reward model {validation["rm"] or "–"}.</p>
 {table(["calibration: mean score", "mean of people", "texts"], bins) if bins else ""}
 {"<h3>Samples</h3>" + cards if cards else ""}
-<p>Seed {escape(results["seed"])}; {escape(results["versions"])}</p>"""
+<p>Seed {for_html(results["seed"])}; {for_html(results["versions"])}</p>"""
 
 
 def beside(runs: list[Run]) -> str:
@@ -179,7 +179,7 @@ def page(
     top = headline(first.results) if first.results and not several else ""
     hint = ""
     if first.results and not facts and not several:
-        command = f"python -m minirlhf.why {escape(str(first.followed.run))}"
+        command = f"python -m minirlhf.why {for_html(str(first.followed.run))}"
         sentence = f"To see why each token was written: <code>{command}</code>, then this command again."
         hint = f'<p class="soft">{sentence}</p>'
     data = {
@@ -194,12 +194,12 @@ def page(
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy(live is not None)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
+<title>{for_html(title)}</title>
 <link rel="icon" href="data:,">
 <style>{static("page.css")}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1><nav aria-label="On this page">{links}</nav></header>
+<header><h1>{for_html(title)}</h1><nav aria-label="On this page">{links}</nav></header>
 <p id="live" role="status" hidden></p>
 <noscript><p>The curves and the texts need JavaScript; the numbers do not.</p></noscript>
 <main>

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from minirlhf import UserError
+from minirlhf.support.text import for_html
 from minirlhf.tools.report.checked import list_of, number_of, object_of, parse, read, refuse, text_of
 
 Row = dict[str, Any]  # measured numbers by name; the interval of NAME is NAME_interval
@@ -180,7 +180,7 @@ def stage_lines(results: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 def table(head: list[str], rows: list[list[str]]) -> str:
     """An HTML table of texts, which are escaped here."""
     line = lambda tag, texts: (
-        f"<tr><th>{escape(texts[0])}" + "".join(f"<{tag}>{escape(text)}" for text in texts[1:])
+        f"<tr><th>{for_html(texts[0])}" + "".join(f"<{tag}>{for_html(text)}" for text in texts[1:])
     )
     return "<table>" + line("th", head) + "".join(line("td", row) for row in rows) + "</table>"
 
@@ -205,5 +205,5 @@ def sample_cards(sample: dict[str, Any], policy: str) -> list[str]:
         "sft": f"SFT, score {sample['score_sft']:+.2f}",
         "ppo": f"{policy}, score {sample['score_ppo']:+.2f}, KL {sample['kl']:.1f} nats",
     }
-    text = lambda who: f'<div class="text"><i>{escape(sample["prompt"])}</i>{escape(sample[who])}</div>'
-    return [f"<small>{escape(note)}</small>{text(who)}" for who, note in notes.items()]
+    text = lambda who: f'<div class="text"><i>{for_html(sample["prompt"])}</i>{for_html(sample[who])}</div>'
+    return [f"<small>{for_html(note)}</small>{text(who)}" for who, note in notes.items()]
