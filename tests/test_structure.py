@@ -128,6 +128,7 @@ TABLES = {  # the page that holds each benchmark's tables (None: printed only), 
     "scaling": (None, 4),
     "scaling --ranks": ("scaling", 1),
     "tasks arithmetic": ("tasks", 2),
+    "tasks interface": ("tasks", 2),
     "tasks safety": ("tasks", 1),
     "tasks translation": ("tasks", 2),
 }
