@@ -179,9 +179,7 @@ def costs(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     for _, algorithm in product(range(COST_ROUNDS), args.algorithms):
         with tempfile.TemporaryDirectory() as folder:
             words = ["train_ppo.py", *options(args, algorithm, 0.2, args.seeds[0]), "--out", f"{folder}/ppo"]
-            process = subprocess.Popen(
-                [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.DEVNULL
-            )
+            process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **QUIET)
             _, status, used = os.wait4(process.pid, 0)
             if status:
                 raise SystemExit(

@@ -114,7 +114,7 @@ def test_no_circle_of_imports():
 
 TABLES = {  # the page that holds each benchmark's tables (None: printed only), and how many there are
     "demo": ("results", 8),
-    "frontier": ("algorithms", 3),
+    "frontier": ("algorithms", 5),
     "lora": ("models", 1),
     "gaming": ("results", 1),
     "rounds": ("feedback", 1),

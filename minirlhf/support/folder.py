@@ -105,7 +105,7 @@ class Folder:
         check_alike(source, abouts)
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())
-        init = str(checkpoints["init"])
+        init = str(checkpoints.get("init"))
         if init in abouts and getattr(self.config, "layout", "auto") == "auto":
             remark = plain_prompts(source, init, abouts[init])
             if remark:

@@ -82,8 +82,9 @@ def refuse_unread_options(config: RunConfig) -> None:
 
 
 def all_warmup(config: RunConfig, total: int) -> str | None:
-    """What to say where the learning rate is still rising when a run of `total` steps ends; None otherwise."""
+    """What to say where a run of `total` steps ends before its warm-up does; None elsewhere."""
     warmup, steps = getattr(config, "warmup", 0), total // getattr(config, "members", 1)
     if warmup < steps:
         return None
-    return f"warning: --warmup {warmup} is longer than the run, {steps} steps: it never reaches --lr {config.lr:g}"
+    never = f"the learning rate never reaches --lr {config.lr:g}"
+    return f"warning: --warmup {warmup} is as long as the run, {steps} steps, or longer: {never}"

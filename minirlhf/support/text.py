@@ -22,7 +22,7 @@ def visible(text: str) -> str:
 
 
 def for_html(text: object) -> str:
-    """`text` for a page: no markup, and no control character that would steer a terminal which shows the file."""
+    """`text` for a page: no markup, and nothing that steers a terminal in which the file is shown."""
     return html.escape(CONTROL.sub(lambda found: escaped(found[0]), str(text)))
 
 
