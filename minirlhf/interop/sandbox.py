@@ -32,7 +32,7 @@ from minirlhf.support.text import one_line
 LONGEST = 1_000_000  # characters that a template may add to its messages, and of a text that it computes
 LONGEST_SOURCE = 200_000  # characters of the template itself: compiling takes longer than running
 BITS = 100_000  # of the largest number that a template may compute
-STEPS, SECONDS = 300_000, 10.0  # rounds of its loops and calls of its macros, and processor time
+STEPS, SECONDS = 300_000, 10.0  # rounds of loops, calls of macros and filters; processor time
 Marks = tuple[str, str]  # what stands before and after a {% generation %} block
 
 
@@ -203,19 +203,23 @@ class Generation(Extension):
 def _compiled(source: str) -> Template:
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     sandbox.filters["tojson"] = _tojson
-    sandbox.filters["bounded"] = lambda x: x
-    sandbox.filters = {name: _limited(function) for name, function in sandbox.filters.items()}
+    sandbox.filters = {name: _limited(function, counted=True) for name, function in sandbox.filters.items()}
+    sandbox.filters["bounded"] = _limited(
+        lambda x: x, counted=False
+    )  # ours: no call in the template's source
     sandbox.globals |= {"raise_exception": _raise, "strftime_now": _now, "namespace": PlainNamespace}
     del sandbox.globals["lipsum"]
     return sandbox.from_string(source)
 
 
-def _limited(function: Callable) -> Callable:
-    """A filter with limits on the widths it is given and on what it makes."""
+def _limited(function: Callable, counted: bool) -> Callable:
+    """A filter with limits on the widths it is given and on what it makes; `map` calls one for each item."""
 
     @functools.wraps(function)
     def limited(*args: Any, **kwargs: Any) -> Any:
         filling = FILLING.get()
+        if counted:
+            filling.step()
         filling.refuse_wide(*args[1:], *kwargs.values())
         return filling.bounded(function(*args, **kwargs))
 
