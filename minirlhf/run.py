@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minirlhf import Stopped, UserError, optim
-from minirlhf.support import shard
+from minirlhf.support import logs, shard
 from minirlhf.support.folder import LOWER_LR, Folder
 from minirlhf.support.hardware import (
     frozen_dtype,
@@ -157,6 +157,8 @@ class Run(Folder):
         self.phase(None)
         self.step = step
         self.logger.log(step, metrics | self.times | {"time/seconds": self.elapsed})
+        if step == 1 and metrics.get("val/eos_rate") == 0 and getattr(self.config, "stop", True):
+            self.print(logs.NONE_ENDED)
         self.bar.set_postfix_str(note.format(**metrics), refresh=False)
 
     def checkpoint(self, step: int, due: bool, best: bool = False) -> None:

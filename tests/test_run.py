@@ -484,14 +484,15 @@ def test_texts_are_recorded_at_the_steps_that_were_asked_for(tmp_path, capsys):
 def test_p30_a_first_rollout_of_which_nothing_ends_is_said(tmp_path, capsys, monkeypatch):
     """Once, and not where nothing can end.  The usual reason: a chat model that is fed bare text [P30]."""
     run, _ = begun(tmp_path)
-    said = lambda rate: {"val/eos_rate": torch.tensor([0.0, 0.0, 0.0, rate])}
-    for step, rate in ((1, 1.0), (2, 0.0), (1, 0.0)):
+    run.started = 0.0
+    for step, rate in ((1, 0.25), (2, 0.0), (1, 0.0)):
         capsys.readouterr()
-        run.record_texts(step, texts(4), said(rate), 0.1, show=False, every=None)
-        warned = "warning: none of the first 4 responses ended by itself" in capsys.readouterr().out
+        monkeypatch.setattr(run, "bar", SimpleNamespace(set_postfix_str=lambda *_, **__: None), raising=False)
+        run.log(step, {"val/eos_rate": rate})
+        warned = "warning: no response of the first rollout ended by itself" in capsys.readouterr().out
         assert warned == (step == 1 and rate == 0)
     monkeypatch.setattr(run, "config", SimpleNamespace(stop=False))
-    run.record_texts(1, texts(4), said(0.0), 0.1, show=False, every=None)
+    run.log(1, {"val/eos_rate": 0.0})
     assert capsys.readouterr().out == ""
 
 

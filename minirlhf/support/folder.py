@@ -212,12 +212,8 @@ class Folder:
         show: bool,
         every: int | None,
     ) -> None:
-        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three if asked to.
-
-        At the first step it is said if none of them ended."""
-        may_end = getattr(self.config, "stop", True)
-        if step == 1 and may_end and not per_text.get("val/eos_rate", torch.ones(1)).any():
-            self.print(logs.none_ended(len(texts)))
+        """Append the texts to OUT/samples.jsonl at every `every`-th step, and print three of them if asked
+        to."""
         write = bool(every) and step % every == 0
         if self.rank == 0 and (show or write):
             rows = logs.sample_rows(*texts.decode(self.tokenizer), per_text)

@@ -15,6 +15,12 @@ from minirlhf.support.track import Tracker
 TRACKED_ROWS = 20  # of a rollout's texts: a tracker's page is for looking, and OUT/samples.jsonl has them all
 
 
+NONE_ENDED = (
+    "warning: no response of the first rollout ended by itself: is the prompt laid out as the model was "
+    "trained, and is --response-tokens long enough? (docs/troubleshooting.md, never stops)"
+)
+
+
 class MetricLogger:
     """OUT/metrics.jsonl, one JSON object per step, and OUT/samples.jsonl; what is tracked goes there as well.
     Rank 0 alone writes."""
@@ -105,11 +111,3 @@ def show_rows(rows: list[dict], kl_coef: float) -> str:
         lines.append(f"  {row['prompt']!r} -> {row['response']!r}")
         lines.append(f"    score {row['score']:+.2f}  kl {row['kl']:.1f}  total {total:+.2f}")
     return "\n".join(lines)
-
-
-def none_ended(responses: int) -> str:
-    """What to say of a first rollout of which no response has an end of text."""
-    return (
-        f"warning: none of the first {responses} responses ended by itself: is the prompt laid out as the "
-        "model was trained, and is --response-tokens long enough? (docs/troubleshooting.md, never stops)"
-    )

@@ -20,7 +20,6 @@ from minirlhf.model import GPT
 from minirlhf.rewards import RewardReader
 from minirlhf.rollout import Sampling, Texts, by_microbatch, generate, response_logprobs
 from minirlhf.support import ledger as ledgers
-from minirlhf.support import logs
 from minirlhf.support.ragged import send
 from minirlhf.support.schedule import Schedule
 from minirlhf.tokenizer import Tokenizer
@@ -253,8 +252,6 @@ class SampledPairs:
             )
         self.run.require_finite(scores=scores, ref_logps=ref_logps)
         has_eos = texts.ended(self.sampling.eos)
-        if step == 0 and not has_eos.any():
-            self.run.print(logs.none_ended(len(texts)))
         scores = ppo.apply_missing_eos(scores, has_eos, config.missing_eos_penalty, "subtract")  # [D9]
 
         # The better sample comes first, as a hard choice (Guo et al.); equal scores are a tie.
