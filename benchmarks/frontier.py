@@ -25,8 +25,6 @@ and the figure are made of what is there, and written to benchmarks/results/fron
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -41,6 +39,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.beside import quietly  # noqa: E402
 from benchmarks.demo import command, table  # noqa: E402
 from minirlhf import checkpoint, data, ppo  # noqa: E402
 from minirlhf.algorithms import ALGORITHMS  # noqa: E402
@@ -57,7 +56,6 @@ PROMPTS, SAMPLES = 256, 4  # test prompts, and how often each policy continues e
 BEST_OF, DRAWS = (2, 4, 8, 16, 32, 64, 128), 128
 COST_ITERATIONS, COST_ROUNDS = 4, 3
 PARTS = ("rollout", "score", "update")
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
 RATE = 4e-4  # of 1e-4, 2e-4 and 4e-4 the best for PPO, RLOO and GRPO: benchmarks/results/frontier_rates.txt
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#E69F00", "#56B4E9")
@@ -126,16 +124,17 @@ class Reader:
         return self.strong_score(evaluate.write(policy, self.prompts, self.sampling, 1000))
 
     def strong_best_of_n(self) -> dict[str, dict[str, float]]:
-        best, best_score, row = None, None, {}
-        for k in range(DRAWS):
-            texts = evaluate.write(self.sft, self.prompts, self.sampling, k)
-            score = torch.tensor(self.scores(texts)["score"])
-            if best is None:
-                best, best_score = texts, score
-            new = torch.where(score > best_score, PROMPTS, 0) + torch.arange(PROMPTS)  # of the two halves
-            best, best_score = Texts.cat([best, texts])[new], torch.maximum(score, best_score)
-            if k + 1 in (1, *BEST_OF):
-                row[str(k + 1)] = self.strong_score(best)
+        write = lambda k: evaluate.write(self.sft, self.prompts, self.sampling, k)
+        score_of = lambda texts: self.readers["score"].scores(texts, self.tokenizer, 128)[0]
+        best = write(0)
+        best_score, row = score_of(best), {"1": self.strong_score(best)}
+        for n in range(2, DRAWS + 1):
+            texts = write(n - 1)
+            score = score_of(texts)
+            picked = torch.where(score > best_score, PROMPTS, 0) + torch.arange(PROMPTS)  # of the two halves
+            best, best_score = Texts.cat([best, texts])[picked], torch.maximum(score, best_score)
+            if n in BEST_OF:
+                row[str(n)] = self.strong_score(best)
         return row
 
 
@@ -164,9 +163,9 @@ def best_of(scores: dict[str, np.ndarray], n: int) -> dict[str, float]:
     return row
 
 
-def options(args: argparse.Namespace, algorithm: str, kl_coef: float, seed: int) -> list:
+def options(args: argparse.Namespace, algorithm: str, kl_coef: float, seed: int, iterations: int) -> list:
     """What follows train_ppo.py on its command line, but for --out."""
-    run, iterations = args.runs / f"seed-{seed}", COST_ITERATIONS if args.costs else args.iterations
+    run = args.runs / f"seed-{seed}"
     models = ["--init", run / "sft", "--reward-model", run / "rm-a", "--monitor", run / "judge"]
     how = ["--algorithm", algorithm, "--kl", "reward", "--kl-coef", kl_coef, "--lr", args.lr or RATE]
     size = ["--iterations", iterations, "--save-every", iterations, "--seed", seed]
@@ -178,16 +177,11 @@ def costs(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for _, algorithm in product(range(COST_ROUNDS), args.algorithms):
         with tempfile.TemporaryDirectory() as folder:
-            words = ["train_ppo.py", *options(args, algorithm, 0.2, args.seeds[0]), "--out", f"{folder}/ppo"]
-            process = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, **QUIET)
-            _, status, used = os.wait4(process.pid, 0)
-            if status:
-                raise SystemExit(
-                    f"{' '.join(map(str, words))}: exit code {os.waitstatus_to_exitcode(status)}"
-                )
-            lines = (Path(folder) / "ppo/metrics.jsonl").read_text().splitlines()[1:]
+            words = options(args, algorithm, 0.2, args.seeds[0], COST_ITERATIONS)
+            peak = quietly("train_ppo.py", *words, "--out", f"{folder}/ppo")
+            lines = Path(folder, "ppo/metrics.jsonl").read_text().splitlines()[1:]
         parts = {part: median(json.loads(line)[f"time/{part}"] for line in lines) for part in PARTS}
-        found.setdefault(algorithm, []).append(parts | {"peak_mb": used.ru_maxrss / 1024})
+        found.setdefault(algorithm, []).append(parts | {"peak_mb": peak / 2**20})
     return found
 
 
@@ -361,7 +355,13 @@ def main() -> None:
         for algorithm, kl_coef in product(args.algorithms, args.kl_coefs):
             arm = " ".join([algorithm, f"{kl_coef:g}", *[args.label] * bool(args.label)])
             out = args.out / f"{arm.replace(' ', '-')}-{seed}"
-            command("train_ppo.py", *options(args, algorithm, kl_coef, seed), "--out", out, "--resume")
+            command(
+                "train_ppo.py",
+                *options(args, algorithm, kl_coef, seed, args.iterations),
+                "--out",
+                out,
+                "--resume",
+            )
             found = kept(out / "frontier.json", partial(measure, reader, out))
             if reader.strong:
                 found |= kept(out / "strong.json", partial(reader.strong_of_policy, out))

@@ -13,7 +13,6 @@ Every measurement is a process of its own; peak memory is what the system says o
 import argparse
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.beside import machine  # noqa: E402
+from benchmarks.beside import machine, quietly  # noqa: E402
 from benchmarks.demo import table  # noqa: E402
 from minirlhf.support import cli  # noqa: E402
 
@@ -39,13 +38,7 @@ ARMS = {  # what is trained, of the reward model and by PPO; how PPO computes it
 
 def train(script: str, *options: object) -> int:
     """Run a stage; its peak memory in bytes."""
-    words = [sys.executable, ROOT / script, "--preset", "smollm2", *map(str, options)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    told = process.stderr.read()
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{script} {' '.join(map(str, options))}\n{told[-2000:]}")
-    return used.ru_maxrss * 1024
+    return quietly(script, "--preset", "smollm2", *options)
 
 
 def measure(base: Path, home: Path, arm: str, iterations: int) -> dict:

@@ -105,11 +105,9 @@ class Folder:
         check_alike(source, abouts)
         self.about["data"] = {"name": source.name, "sha256": source.sha256}
         self.print(source.describe())
-        init = str(checkpoints.get("init"))
-        if init in abouts and getattr(self.config, "layout", "auto") == "auto":
-            remark = plain_prompts(source, init, abouts[init])
-            if remark:
-                self.print(remark)
+        init, by_itself = str(checkpoints.get("init")), getattr(self.config, "layout", "auto") == "auto"
+        if by_itself and init in abouts and (remark := plain_prompts(source, init, abouts[init])):
+            self.print(remark)
         if self.state != "start":
             claims.compare_inputs(self.out, self.saved, self.inputs)
         if self.state == "complete":
