@@ -120,16 +120,15 @@ def writer(path: str | Path) -> tuple[Path, dict, Tokenizer]:
 
 
 def load_reward(path: str | Path) -> tuple[RewardEnsemble, Tokenizer]:
-    """The reward model of a checkpoint, on the CPU, and its tokenizer."""
+    """The reward model of a checkpoint, on the CPU and without dropout, and its tokenizer."""
     about = load_config(path)
     if "head" not in about:
-        raise UserError(
-            f"{path}: a {about.get('stage')} checkpoint, not a reward model: "
-            f"name one of train_rm.py or train_dpo.py"
-        )
+        named = f"{path}: a {about.get('stage')} checkpoint, not a reward model"
+        raise UserError(f"{named}: name one of train_rm.py or train_dpo.py")
     head, config = fit.head_of(about, path), shape_of(path)
     build = lambda: RewardEnsemble(config, **head)
-    return fit.filled(build, config.n_layer * head["members"], load_state(path), path), tokenizer_of(path)
+    model = fit.filled(build, config.n_layer * head["members"], load_state(path), path)
+    return model.eval(), tokenizer_of(path)
 
 
 if __name__ == "__main__":

@@ -505,6 +505,21 @@ def test_D21_two_optimizers_do_not_mix():
 TINY = {"vocab_size": 258, "context": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
 
 
+def test_a_reward_model_that_was_trained_with_dropout_scores_a_text_once_and_for_all(tmp_path):
+    shape = TINY | {"dropout": 0.5}
+    reward = RewardEnsemble(GPTConfig(**shape), "last+mean", 1)
+    about = {
+        "model": shape,
+        "tokenizer": {"hash": OLD.hash},
+        "stage": "rm",
+        "head": {"pooling": "last+mean", "members": 1},
+    }
+    checkpoint.save(tmp_path / "rm", 1, reward.state_dict(), about, OLD)
+    tokens, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.bool)
+    read, _ = checkpoint.load_reward(tmp_path / "rm")
+    assert torch.equal(read(tokens, mask)[0], read(tokens, mask)[0])
+
+
 def test_models_come_back_from_their_checkpoints(tmp_path):
     about = {"model": TINY, "tokenizer": {"hash": OLD.hash}}
     gpt, reward = GPT(GPTConfig(**TINY)), RewardEnsemble(GPTConfig(**TINY), "last+mean", 2)

@@ -114,7 +114,6 @@ def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iter
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
     reader = RewardReader.load(folder, "train it first")
-    reader.model.eval()
     found = np.zeros(len(texts))
     for places, tokens, mask in by_length(reader.tokenizer, reader.context, texts):
         found[places] = reader.model.each(tokens, mask).mean(0).numpy()

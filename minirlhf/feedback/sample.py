@@ -57,7 +57,7 @@ def sample(args: argparse.Namespace) -> None:
         if "disagreement" in args.by and len(reader.members) < 2:
             remedy = "train it with --members 3, or use --by score"
             raise UserError(f"--by disagreement: {args.reward_model} has one member: {remedy}")
-        reader.model.to(device).eval()
+        reader.model.to(device)
     model = checkpoint.load_gpt(folder).to(device).eval()
     prompts = load_prompts(args, tokenizer, model.config.context - sampling.max_new)
     store = Store(args.store, create=True, seed=args.seed)

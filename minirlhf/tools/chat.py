@@ -263,7 +263,7 @@ def main() -> None:
     reference = load_reference(args.reference, speakers, device) if args.reference else None
     reader = RewardReader.load(args.reward_model, "name a checkpoint of train_rm.py")
     if reader:
-        reader.model.to(device).eval()
+        reader.model.to(device)
     for speaker in speakers:
         parameters = sum(p.numel() for p in speaker.model.parameters())
         print(f"{speaker.name}: {speaker.layout}, {parameters:,} parameters")

@@ -223,7 +223,7 @@ def load_scorers(
 
     def of_model(folder: Path) -> Callable[[Texts, list], Tensor]:
         reader = RewardReader.load(folder, "train one with train_rm.py")
-        reader.model.to(device).eval()
+        reader.model.to(device)
         return lambda texts, records: reader.scores(texts, tokenizer, CHUNK)[0]
 
     if config.reward and config.reward_model:
