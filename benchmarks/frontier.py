@@ -123,6 +123,7 @@ class Reader:
         policy = checkpoint.load_gpt(folder).eval()
         return self.strong_score(evaluate.write(policy, self.prompts, self.sampling, 1000))
 
+    @torch.no_grad()
     def strong_best_of_n(self) -> dict[str, dict[str, float]]:
         write = lambda k: evaluate.write(self.sft, self.prompts, self.sampling, k)
         score_of = lambda texts: self.readers["score"].scores(texts, self.tokenizer, 128)[0]

@@ -274,6 +274,29 @@ def test_seconds_are_those_of_the_policy_that_is_compared(smoke, tmp_path):
     assert found["ppo"] == {"kl": 1.0, "seconds": 5}
 
 
+def test_results_of_another_policy_are_not_replaced(run, smoke, tmp_path, capsys):
+    """They were, without a word, and the report of the run then showed the other policy."""
+    copied(smoke, tmp_path).rename(tmp_path / "run")
+    brief = ("--run", tmp_path / "run", "--prompts", 4, "--best-of", 2)
+    file = tmp_path / "run" / "results.json"
+    file.unlink(missing_ok=True)
+    assert (
+        run("minirlhf.evaluate", *brief) == run("minirlhf.evaluate", *brief) == 0
+    )  # its own: measured again
+    before, other = file.read_bytes(), tmp_path / "other" / "ppo"
+    shutil.copytree(smoke / "ppo", other, symlinks=True)
+    shutil.copytree(smoke / "sft", tmp_path / "other" / "sft", symlinks=True)
+    capsys.readouterr()
+    assert run("minirlhf.evaluate", *brief, "--policy", other) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"holds the results of {tmp_path / 'run' / 'ppo'}, and this would be of {other}: give --results"
+        in error
+    )
+    assert file.read_bytes() == before
+    assert run("minirlhf.evaluate", *brief, "--policy", other, "--results", tmp_path / "other.json") == 0
+
+
 @pytest.mark.parametrize("option", ["--sft", "--policy"])
 def test_models_that_cannot_continue_the_same_prompts_are_refused(run, smoke, tmp_path, capsys, option):
     """With another tokenizer the SFT model's texts were nonsense, or an id had no row: a traceback."""
@@ -293,7 +316,8 @@ def test_models_that_cannot_continue_the_same_prompts_are_refused(run, smoke, tm
     capsys.readouterr()
     assert run("minirlhf.evaluate", "--run", smoke, "--sft", tmp_path / "other" / "sft") == 2
     assert "its tokenizer is not that of" in capsys.readouterr().err
-    assert run("minirlhf.evaluate", "--run", smoke, option, smoke / "rm") == 2
+    mine = ("--results", tmp_path / "results.json")
+    assert run("minirlhf.evaluate", "--run", smoke, option, smoke / "rm", *mine) == 2
     assert "a rm checkpoint writes no text: name one of train_sft.py" in capsys.readouterr().err
 
 

@@ -69,7 +69,7 @@ class Config:
     best_of: tuple[Count, ...] = (4, 16)
     """Each n adds a row: the best of n samples of the SFT model."""
     results: Path | None = None
-    """File to write.  Default: RUN/results.json."""
+    """File to write.  Default: RUN/results.json.  A file with the results of another policy is not replaced."""
     samples: CountOr0 = 8
     """Number of prompts that are shown with both continuations."""
     seed: Seed = 1
@@ -429,6 +429,21 @@ def print_table(results: dict[str, Any]) -> None:
         print(f"   {name} {sample['score_ppo']:+.2f} kl {sample['kl']:4.1f}  {sample['ppo']!r}")
 
 
+def same_policy(target: Path, policy: Path) -> str:
+    """The policy's folder, seen from the file of results; raises UserError if the file is about another one."""
+    folder = os.path.relpath(policy, target.parent)
+    try:
+        known = json.loads(target.read_text()).get("policy_folder", "ppo")
+    except (OSError, ValueError, AttributeError):  # no file, or not one of ours
+        return folder
+    if isinstance(known, str) and known != folder:
+        raise UserError(
+            f"{target}: holds the results of {os.path.normpath(target.parent / known)}, and this would be of {policy}: "
+            "give --results FILE, or delete it"
+        )
+    return folder
+
+
 def main() -> None:
     config = cli.parse_config({"demo": Config()}, __doc__)
     target = config.results or config.run / "results.json"
@@ -436,8 +451,10 @@ def main() -> None:
         raise UserError(f"--results {target}: is a folder: name a file in it")
     if config.run.exists() and not target.parent.is_dir():
         raise UserError(f"--results {target}: there is no folder {target.parent}: make it first")
-    stages = (config.report_model or config.run / "rm", config.policy or config.run / "ppo")
-    results = collect(config.run, evaluate(config), *stages)
+    policy = config.policy or config.run / "ppo"
+    folder = same_policy(target, policy)
+    results = evaluate(config) | {"policy_folder": folder}
+    results = collect(config.run, results, config.report_model or config.run / "rm", policy)
     files.write_output(target, json.dumps(results, indent=1))
     print_table(results)
     print(f"\nwritten to {target}")
