@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from benchmarks import tasks
 from benchmarks.recipes import arithmetic, code, common, interface, judged, safety, translation
 from minirlhf import UserError, rewards
+from minirlhf.measure import baselines
 from minirlhf.measure.program import Limits, judge
 from minirlhf.support.rows import OwnRow
 
@@ -235,7 +236,7 @@ def translations(*costs):
     ]
 
 
-def test_ratings_against_the_mean_of_the_segment(monkeypatch):
+def test_ratings_against_the_mean_of_the_segment():
     items = translations((0, 0, 0), (1, 1, 1)) + [
         translation.Translation("s", "d", "2", "src", "alone", {"x": 3.0})
     ]
@@ -243,8 +244,6 @@ def test_ratings_against_the_mean_of_the_segment(monkeypatch):
     half = math.log(2) / 2
     assert [row["ratings"] for row in rows] == [[half] * 3, [-half] * 3, [0.0]]
     assert [row["text"] for row in rows] == ["t0", "t1", "alone"]
-    monkeypatch.setattr(translation, "SOURCE", True)
-    assert [(row["prompt"], row["response"]) for row in translation.rows_of(items)][1] == ("src = ", "t1")
 
 
 def test_beginnings_of_texts():
@@ -291,9 +290,10 @@ def test_the_translation_most_like_the_others():
 
 
 def test_ridge_finds_a_line():
+    pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     x, w = rng.normal(size=(200, 3)), np.array([1.0, -2.0, 0.0])
-    found = translation.ridge(x, x, x[:5] * 2, x @ w + 5, x @ w)
+    found = baselines.ridge(x, x, x[:5] * 2, x @ w + 5, x @ w)
     assert np.corrcoef(found, x[:5] @ w)[0, 1] > 0.999
 
 

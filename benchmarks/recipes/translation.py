@@ -36,7 +36,6 @@ PEOPLE = ("ref", "refA", "refB")  # translations by people among the systems
 REFERENCE = "refB"  # the better of the two that TED has
 COSTS = {"major": 5.0, "minor": 1.0, "neutral": 0.0, "no-error": 0.0}
 TED_SYSTEMS = 4  # of a training segment's 13, drawn at random: all would be more text than WMT's
-SOURCE = False  # whether the text that is scored begins with the source, which MiniLM can hardly read
 OPTIONS = ("--train-layers", 2, "--pooling", "last+mean", "--epochs", 1, "--batch", 16, "--lr", 2e-4,
            "--warmup", 20)  # fmt: skip
 
@@ -144,15 +143,8 @@ def rows_of(items: Sequence[Translation]) -> list[Row]:
     """Rated texts for train_rm.py."""
     found = []
     for item, ratings in zip(items, targets(items), strict=True):
-        prompt, response = text_of(item)
-        texts = {"prompt": prompt, "response": response} if prompt else {"text": response}
-        found.append(texts | {"ratings": ratings, "scale": [-8, 8]})
+        found.append({"text": item.target, "ratings": ratings, "scale": [-8, 8]})
     return found
-
-
-def text_of(item: Translation) -> judged.Text:
-    """(prompt, response) as the reward model reads them."""
-    return (f"{item.source} = " if SOURCE else ""), item.target
 
 
 def some(items: Sequence[Translation], systems: int, seed: int) -> list[Translation]:
@@ -314,25 +306,7 @@ def predicted(
     known = [[mean(ratings) for ratings in targets(items)] for items in (fit, choose)]
     vectors = [np.stack([encoded[text] for text in part]) for part in texts]
     tfidf = baselines.tfidf_ridge(texts[0], known[0], texts[1], known[1], texts[2], characters=True)
-    return {"frozen encoder + ridge": ridge(*vectors, *known), "TF-IDF + ridge": tfidf}
-
-
-def ridge(
-    fit: np.ndarray,
-    choose: np.ndarray,
-    tested: np.ndarray,
-    of_fit: Sequence[float],
-    of_choose: Sequence[float],
-) -> list[float]:
-    """Scores of `tested`, from standardised features; the strength is that with the best r on `choose`."""
-    middle, spread = fit.mean(0), fit.std(0) + 1e-6
-    x, choose, tested = ((part - middle) / spread for part in (fit, choose, tested))
-    y = np.asarray(of_fit) - np.mean(of_fit)
-    strengths = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-    gram = x.T @ x / len(x)
-    models = [np.linalg.solve(gram + s * np.eye(len(gram)), x.T @ y / len(x)) for s in strengths]
-    best = max(models, key=lambda model: pearson(choose @ model, of_choose))
-    return (tested @ best).tolist()
+    return {"frozen encoder + ridge": baselines.ridge(*vectors, *known), "TF-IDF + ridge": tfidf}
 
 
 def readable(items: Sequence[Translation], base: Path) -> float:
@@ -359,11 +333,11 @@ def run(home: Path, seed: int, smoke: bool, wmt: Path, ted: Path) -> dict:
     encoded = dict(
         zip(every, judged.features(base, [("", text) for text in every], home.parent), strict=True)
     )
-    by = {"reward model": judged.scores(home / "rm", [text_of(item) for item in test])}
+    by = {"reward model": judged.scores(home / "rm", [("", item.target) for item in test])}
     by |= predicted(learnt, test, encoded) | {"longer text": longer(test)}
     by |= {"most like the others (chrF)": alike(test), "... (frozen encoder)": nearest(test, encoded)}
     by |= {"its system's mean in training": of_system(learnt, test)}
-    of_talks = {"reward model": judged.scores(home / "rm", [text_of(item) for item in talks_test])}
+    of_talks = {"reward model": judged.scores(home / "rm", [("", item.target) for item in talks_test])}
     of_talks |= {
         "chrF with a reference": against_reference(talks_test, ted),
         "longer text": longer(talks_test),

@@ -6,9 +6,12 @@ missing.
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from minirlhf.measure.stats import pearson
 
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # ridge strengths tried on the validation split
+STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # the same per text, for standardised features
 
 
 def longer_text(texts: Sequence[str]) -> list[float]:
@@ -43,7 +46,6 @@ def tfidf_ridge(
     try:
         from scipy.sparse import hstack
         from sklearn.feature_extraction.text import TfidfVectorizer
-        from sklearn.linear_model import Ridge
     except ImportError:
         return None
     views = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)]
@@ -51,6 +53,32 @@ def tfidf_ridge(
         views += [TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)]
     train = hstack([view.fit_transform(train_texts) for view in views], format="csr")
     val, test = (hstack([view.transform(t) for view in views], format="csr") for t in (val_texts, test_texts))
-    models = [Ridge(alpha=alpha).fit(train, train_ratings) for alpha in ALPHAS]
+    return best_ridge(train, val, test, train_ratings, val_ratings, ALPHAS)
+
+
+def ridge(
+    train: np.ndarray,
+    val: np.ndarray,
+    test: np.ndarray,
+    train_ratings: Sequence[float],
+    val_ratings: Sequence[float],
+) -> list[float] | None:
+    """Predicted ratings of test [N, features], by ridge regression on standardised features; strength as
+    above."""
+    try:
+        from sklearn.preprocessing import StandardScaler
+    except ImportError:
+        return None
+    scaler = StandardScaler().fit(train)
+    parts = [scaler.transform(part) for part in (train, val, test)]
+    alphas = [strength * len(train) for strength in STRENGTHS]
+    return best_ridge(*parts, train_ratings, val_ratings, alphas)
+
+
+def best_ridge(train, val, test, train_ratings, val_ratings, alphas: Sequence[float]) -> list[float]:
+    """Predictions for `test` of the ridge whose predictions for `val` have the best Pearson's r."""
+    from sklearn.linear_model import Ridge
+
+    models = [Ridge(alpha=alpha).fit(train, train_ratings) for alpha in alphas]
     best = max(models, key=lambda model: pearson(model.predict(val), val_ratings))
     return best.predict(test).tolist()

@@ -69,7 +69,7 @@ class Config:
     best_of: tuple[Count, ...] = (4, 16)
     """Each n adds a row: the best of n samples of the SFT model."""
     results: Path | None = None
-    """File to write.  Default: RUN/results.json.  A file with the results of another policy is not replaced."""
+    """File to write.  Default: RUN/results.json.  It must not hold the results of another policy."""
     samples: CountOr0 = 8
     """Number of prompts that are shown with both continuations."""
     seed: Seed = 1
@@ -430,15 +430,16 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def same_policy(target: Path, policy: Path) -> str:
-    """The policy's folder, seen from the file of results; raises UserError if the file is about another one."""
+    """The policy's folder, seen from the file of results; raises UserError if that is about another one."""
     folder = os.path.relpath(policy, target.parent)
     try:
         known = json.loads(target.read_text()).get("policy_folder", "ppo")
     except (OSError, ValueError, AttributeError):  # no file, or not one of ours
         return folder
     if isinstance(known, str) and known != folder:
+        other = os.path.normpath(target.parent / known)
         raise UserError(
-            f"{target}: holds the results of {os.path.normpath(target.parent / known)}, and this would be of {policy}: "
+            f"{target}: holds the results of {other}, and this would be of {policy}: "
             "give --results FILE, or delete it"
         )
     return folder
