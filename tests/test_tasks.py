@@ -61,13 +61,23 @@ def test_sums_are_disjoint_and_worked_out_rightly():
     assert arithmetic.problems(2) == rows != arithmetic.problems(1)
 
 
-def test_functions_are_disjoint_and_their_programs_pass():
+def test_functions_are_different_and_examples_have_faults(monkeypatch):
     rows = code.functions(1)
-    assert len({row["prompt"] for row in rows}) == len(rows) == code.TEST + code.PRACTISED
-    some = rows[:60]
-    programs = [(row["prefix"] + row["completion"], "\n".join(row["tests"])) for row in some]
-    assert {found.verdict for found in judge(programs, Limits())} == {"passed"}
-    assert code.functions(1) == rows
+    assert len({row["prompt"] for row in rows}) == len(rows) == code.TEST + code.TAUGHT + code.PRACTISED
+    assert code.functions(1) == rows != code.functions(2)
+
+    def passed(rows):
+        programs = [(row["prefix"] + row["completion"], "\n".join(row["tests"])) for row in rows]
+        return sum(found.verdict == "passed" for found in judge(programs, Limits())) / len(rows)
+
+    assert 0.3 < passed(rows[:60]) < 0.8
+    monkeypatch.setattr(code, "SLIP", 0)
+    monkeypatch.setattr(code, "TURNED", 0)
+    assert passed(code.functions(1)[:60]) == 1
+    turned = code.Function(code.DIFFERENCE, code.DIFFERENCE, ("a", "b", "3"), True)
+    assert turned.written(code.PHRASES) == "((a - b) - 3)"
+    assert turned.written(code.PHRASES, (True, False)) == "(3 - (a - b))"
+    assert turned.written(code.PHRASES, (False, True)) == "((b - a) - 3)"
 
 
 def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_path):

@@ -1,65 +1,95 @@
 """One-line functions judged by their tests, from scratch: a sentence in, Python out.
 
 A prompt is "# the sum of a and the larger of b and 3", then "def f(a, b):" and "return"; the response is the
-expression.  A tiny GPT learns from 2,000 examples; GRPO then practises on 3,000 other sentences, of which it gets
-five tests each, through `minirlhf.rewards:tests`, which runs the program in a sandbox.  Both are measured on 300
-more, and what became of each program is counted.
+expression.  A tiny GPT learns from 6,000 examples by somebody who often slips and mostly writes differences the
+wrong way round, as code that people wrote has faults.  GRPO then practises on 3,000 other sentences, of which it
+gets five tests each and no program, through `minirlhf.rewards:tests`, which runs programs in a sandbox.  Both
+are measured on 300 more, and what became of each program is counted.
 """
 
+import dataclasses
 import random
 from collections import Counter
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from benchmarks.demo import table
-from benchmarks.recipes.common import Asked, ask, over_seeds, shown, stage, write_rows
+from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, write_rows
 from minirlhf.measure.program import verdicts
 
 REWARD, TOKENS = "minirlhf.rewards:tests", 32
-TEST, TAUGHT, PRACTISED = 300, 2000, 5000
+TEST, TAUGHT, PRACTISED = 300, 6000, 3000
+SLIP, TURNED = 0.3, 0.6  # of the examples with a wrong operand; of the differences the wrong way round
 SAMPLES, K = 4, 4
 PREFIX = "def f(a, b):\n    return"
+DIFFERENCE = "the difference of {} and {}"
 PHRASES = {
     "the sum of {} and {}": "({} + {})",
     "the product of {} and {}": "{} * {}",
-    "the difference of {} and {}": "({} - {})",
+    DIFFERENCE: "({} - {})",
     "the larger of {} and {}": "max({}, {})",
     "the smaller of {} and {}": "min({}, {})",
 }
 LEAVES = ["a", "b", *map(str, range(2, 8))]
 VERDICTS = ("passed", "wrong", "error", "exit", "time", "refused")
 SFT = ("--vocab", 320, "--context", 80, "--n-layer", 3, "--n-head", 4, "--n-embd", 96, "--dropout", 0,
-       "--epochs", 24, "--final-epochs", 0, "--batch", 64, "--lr", 3e-3, "--warmup", 30, "--patience", 24,
+       "--epochs", 12, "--final-epochs", 0, "--batch", 32, "--lr", 3e-3, "--warmup", 30, "--patience", 12,
        "--samples", 0)  # fmt: skip
 RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 80, "--batch", 256, "--minibatch", 128, "--lr", 5e-4,
       "--missing-eos", "none", "--response-tokens", TOKENS, "--save-every", 20)  # fmt: skip
 
 
-def functions(seed: int) -> list[dict]:
-    """All sentences of two phrases, one inside the other, in an order of their own for each seed."""
-    rng, found = random.Random(seed), {}
-    for outer, outer_code in PHRASES.items():
-        for inner, inner_code in PHRASES.items():
-            for x in LEAVES:
-                for y in LEAVES:
-                    for z in LEAVES:
-                        if x == y or not {x, y, z} & {"a", "b"}:
-                            continue
-                        nested = inner.format(x, y), inner_code.format(x, y)
-                        for first in (True, False):
-                            said, code = ((nested[i], z) if first else (z, nested[i]) for i in (0, 1))
-                            found[outer.format(*said)] = outer_code.format(*code)
-    sentences = sorted(found)
-    rng.shuffle(sentences)
-    return [row_of(sentence, found[sentence], rng) for sentence in sentences[: TEST + PRACTISED]]
+@dataclass(frozen=True)
+class Function:
+    """Two phrases, one inside the other: "the sum of a and the larger of b and 3"."""
+
+    outer: str
+    inner: str
+    leaves: tuple[str, str, str]  # the last is the outer phrase's
+    inner_first: bool
+
+    def written(self, phrases: dict[str, str], turned: tuple[bool, bool] = (False, False)) -> str:
+        """With these phrases for the two; `turned`: whether the outer's or the inner's operands change places."""
+        x, y, z = self.leaves
+        pair = [phrases[self.inner].format(*((y, x) if turned[1] else (x, y))), z]
+        return phrases[self.outer].format(*(pair if self.inner_first != turned[0] else reversed(pair)))
+
+    def with_faults(self, rng: random.Random) -> str:
+        """The expression as it is in an example, which may be wrong."""
+        leaves = [*self.leaves]
+        if rng.random() < SLIP:
+            i = rng.randrange(3)
+            leaves[i] = rng.choice([leaf for leaf in LEAVES if leaf != leaves[i]])
+        turned = tuple(p == DIFFERENCE and rng.random() < TURNED for p in (self.outer, self.inner))
+        return dataclasses.replace(self, leaves=tuple(leaves)).written(PHRASES, turned)
 
 
-def row_of(sentence: str, code: str, rng: random.Random) -> dict:
-    tests = []
+def functions(seed: int) -> list[Row]:
+    """Different sentences with their tests and examples, in an order of their own for each seed."""
+    rng = random.Random(seed)
+    found = [
+        Function(outer, inner, leaves, inner_first)
+        for outer, inner, inner_first in product(PHRASES, PHRASES, (True, False))
+        for leaves in product(LEAVES, LEAVES, LEAVES)
+        if leaves[0] != leaves[1] and {*leaves} & {"a", "b"}
+    ]
+    rng.shuffle(found)
+    return [row_of(function, rng) for function in found[: TEST + TAUGHT + PRACTISED]]
+
+
+def row_of(function: Function, rng: random.Random) -> Row:
+    code, tests = function.written(PHRASES), []
     for _ in range(5):
         a, b = rng.randint(-9, 9), rng.randint(-9, 9)
         tests.append(f"assert f({a}, {b}) == {eval(code, {'a': a, 'b': b, 'max': max, 'min': min})}")
-    prompt = f"# {sentence}\n{PREFIX}"
-    return {"prompt": prompt, "prefix": PREFIX, "tests": tests, "completion": f" {code}"}
+    prompt = f"# {function.written({phrase: phrase for phrase in PHRASES})}\n{PREFIX}"
+    return {
+        "prompt": prompt,
+        "prefix": PREFIX,
+        "tests": tests,
+        "completion": f" {function.with_faults(rng)}",
+    }
 
 
 def count(asked: Asked) -> dict[str, int]:
@@ -91,10 +121,12 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
     seconds["rl"] = stage("train_ppo.py", home / "ppo", seed, *rl)
     after = ask(home / "ppo", files["test"], REWARD, samples, TOKENS)
     found = {"seconds": seconds, "test": len(test)}
-    for name, asked in (("before", before), ("after", after)):
+    for name, policy, asked in (("before", "sft", before), ("after", "ppo", after)):
+        likeliest = ask(home / policy, files["test"], REWARD, 1, TOKENS, temperature=0.0)
         found[name] = {
             "pass@1": asked.pass_at(1),
             f"pass@{K}": asked.pass_at(K),
+            "likeliest": likeliest.pass_at(1),
             "verdicts": count(asked),
             "examples": asked.examples(4),
         }
@@ -102,12 +134,12 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 
 def tables(results: dict) -> list[str]:
-    head = ["% of programs for unseen sentences", "pass@1", f"pass@{K}"]
+    head = ["% of programs for unseen sentences", "pass@1", f"pass@{K}", "likeliest program"]
     rows = []
     for name, label in (("before", "SFT"), ("after", "GRPO")):
         cells = [
             over_seeds(results, lambda found, n=name, m=measure: found[n][m]["mean"])
-            for measure in ("pass@1", f"pass@{K}")
+            for measure in ("pass@1", f"pass@{K}", "likeliest")
         ]
         rows.append([label, *cells])
 
