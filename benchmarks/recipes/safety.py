@@ -40,7 +40,8 @@ def read(file: Path) -> list[Pair]:
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     learnt, test = judged.divide(read(file), lambda pair: pair.key, FOLDS, seed)
     options = judged.BRIEFLY if smoke else OPTIONS
-    return judged.compare(home, learnt, test, judged.encoder(home, smoke), seed, options)
+    base, rows = judged.backbone(home, smoke), [pair.row for pair in learnt]
+    return judged.compare(home / "rm", learnt, test, judged.train(home / "rm", rows, base, seed, options))
 
 
 def made_up(home: Path) -> list[Path]:
