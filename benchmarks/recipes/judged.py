@@ -115,10 +115,11 @@ def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iter
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
     reader = RewardReader.load(folder, "train it first")
-    found = np.zeros(len(texts))
-    for places, tokens, mask in by_length(reader.tokenizer, reader.context, texts):
+    once = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text may be in several pairs
+    found = np.zeros(len(once))
+    for places, tokens, mask in by_length(reader.tokenizer, reader.context, list(once)):
         found[places] = reader.model.each(tokens, mask).mean(0).numpy()
-    return found
+    return found[[once[text] for text in texts]]
 
 
 @torch.no_grad()
