@@ -3,8 +3,10 @@
 shallow     a checkpoint of a model's first layers
 logistic    the weights of the head, by ridge-penalised Bradley-Terry regression
 fit         a reward model, as a checkpoint that every stage reads
+compare     such a model beside the longer text and TF-IDF
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.recipes.judged import Pair, minus
+from benchmarks.recipes import judged
+from benchmarks.recipes.judged import Pair, features, minus, texts_of
 from minirlhf import checkpoint
 from minirlhf.model import RewardEnsemble
 from minirlhf.support.about import describe
@@ -59,13 +62,28 @@ def logistic(x: np.ndarray, shares: np.ndarray, strength: float, steps: int = 50
     return w
 
 
-def fit(folder: Path, base: Path, pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> None:
-    """Make `folder` a reward model: `base`, unchanged, the mean over the text, and a linear head.
+def compare(
+    home: Path, learnt: list[Pair], test: list[Pair], whole: Path, layers: int, strength: float
+) -> dict:
+    """judged.compare of a reward model in `home`/rm, on the first layers of the model in `whole`.
+
+    The states of all texts are kept beside `home`, since all seeds read the same texts.  Test pairs are
+    scored from them, as the checkpoint would score the texts.
+    """
+    began = time.perf_counter()
+    base, texts = shallow(whole, layers), sorted(set(texts_of([*learnt, *test])))
+    vectors = dict(zip(texts, features(base, texts, home.parent), strict=True))
+    states = lambda pairs: np.stack([vectors[text] for text in texts_of(pairs)]).astype(float)
+    weight = fit(home / "rm", base, learnt, states(learnt), strength)
+    return judged.compare(minus(states(test)) @ weight, learnt, test, time.perf_counter() - began)
+
+
+def fit(folder: Path, base: Path, pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> np.ndarray:
+    """Make `folder` a reward model: `base`, unchanged, the mean over the text, and a linear head [C].
 
     vectors [2 pairs, C]: `features` of the pairs' texts, in the order of texts_of.  They are standardised,
     so that the mean score is 0, and divided by sqrt(C), so that a `strength` suits models of any width.
     """
-    vectors = vectors.astype(float)
     middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(vectors.shape[1])
     shares = np.array([pair.share for pair in pairs])
     weight = logistic(minus(vectors) / spread, shares, strength) / spread
@@ -81,3 +99,4 @@ def fit(folder: Path, base: Path, pairs: Sequence[Pair], vectors: np.ndarray, st
     settings = Settings(str(base), backbone.config.n_layer, strength)
     about = describe("rm", backbone.config, settings, 0, True, tokenizer, head=head)
     checkpoint.save(folder, 0, model.state_dict(), about, tokenizer)
+    return weight

@@ -5,11 +5,8 @@ Apache-2.0), each judged by three people.  Pairs of one instruction are all for 
 """
 
 import hashlib
-import time
 from pathlib import Path
 from statistics import mean
-
-import numpy as np
 
 from benchmarks.recipes import frozen, judged
 from benchmarks.recipes.common import write_rows
@@ -68,15 +65,9 @@ def agreement(pairs: list[Pair]) -> dict[str, float | None]:
 
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
-    pairs, began = read(file), time.perf_counter()
-    learnt, test = judged.divide(pairs, lambda pair: pair.key, FOLDS, seed)
+    learnt, test = judged.divide(read(file), lambda pair: pair.key, FOLDS, seed)
     whole = judged.backbone(home, smoke, "smollm2")
-    base = frozen.shallow(whole, 1 if smoke else LAYERS)
-    texts = sorted(set(judged.texts_of(pairs)))
-    of_text = dict(zip(texts, judged.features(base, texts, home.parent), strict=True))
-    vectors = np.stack([of_text[text] for text in judged.texts_of(learnt)])
-    frozen.fit(home / "rm", base, learnt, vectors, STRENGTH)
-    found = judged.compare(home / "rm", learnt, test, time.perf_counter() - began)
+    found = frozen.compare(home, learnt, test, whole, 1 if smoke else LAYERS, STRENGTH)
     return found | {"people": agreement(test)}
 
 

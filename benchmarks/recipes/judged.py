@@ -145,13 +145,13 @@ def texts_of(pairs: Sequence[Pair]) -> list[Text]:
     return [(pair.prompt, text) for pair in pairs for text in (pair.first, pair.second)]
 
 
-def compare(folder: Path, learnt: list[Pair], test: list[Pair], seconds: float) -> dict:
-    """How often the reward model in `folder`, the longer text and TF-IDF find the side that most prefer.
+def compare(margins: Sequence[float], learnt: list[Pair], test: list[Pair], seconds: float) -> dict:
+    """How often the reward model's margins, the longer text and TF-IDF find the side that most prefer.
 
     Test pairs with as many votes for each side do not count.  The baselines read the same texts.  `seconds`
     are those that the reward model's training took.
     """
-    margins = {"reward model": minus(scores(folder, texts_of(test)))}
+    margins = {"reward model": margins}
     margins["TF-IDF + ridge"] = tfidf_margins(learnt, test)
     margins["longer text"] = [len(pair.first) - len(pair.second) for pair in test]
     shares = [pair.share for pair in test]
