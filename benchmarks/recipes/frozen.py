@@ -2,7 +2,7 @@
 
 shallow     a checkpoint of a model's first layers
 logistic    the weights of the head, by ridge-penalised Bradley-Terry regression
-fit         a reward model, as a checkpoint that every stage reads
+fit         a reward model, as a checkpoint
 compare     such a model beside the longer text and TF-IDF
 """
 
