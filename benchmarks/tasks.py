@@ -3,6 +3,7 @@
     python benchmarks/tasks.py arithmetic --seeds 1 2 3   # sums from scratch, rewarded for the right number
     python benchmarks/tasks.py code --seeds 1 2 3         # one-line functions from scratch, rewarded by their tests
     python benchmarks/tasks.py interface --seeds 1 2 3    # interface texts from scratch, rewarded by chrF
+    python benchmarks/tasks.py instructions --data testset-v1.json --seeds 1 2 3     # reads data of others
     python benchmarks/tasks.py safety --data test.jsonl.gz --seeds 1 2 3             # reads data of others
     python benchmarks/tasks.py arithmetic --smoke         # seconds, to see that it runs; writes no results
     python benchmarks/tasks.py arithmetic --tables        # trains nothing: prints the tables of the committed results
@@ -27,7 +28,7 @@ from minirlhf.support import cli  # noqa: E402
 RECIPES = sorted(
     file.stem
     for file in (ROOT / "benchmarks/recipes").glob("*.py")
-    if file.stem not in ("__init__", "common", "judged")
+    if file.stem not in ("__init__", "common", "frozen", "judged")
 )
 
 

@@ -13,8 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import tasks
-from benchmarks.recipes import arithmetic, code, common, interface, judged, safety, translation
-from minirlhf import UserError, rewards
+from benchmarks.recipes import (
+    arithmetic,
+    code,
+    common,
+    frozen,
+    instructions,
+    interface,
+    judged,
+    safety,
+    translation,
+)
+from minirlhf import UserError, checkpoint, rewards
 from minirlhf.measure import baselines
 from minirlhf.measure.program import Limits, judge
 from minirlhf.support.rows import OwnRow
@@ -41,7 +51,10 @@ def test_every_recipe_runs(name, in_process, tmp_path):
     in_process.setattr("sys.argv", ["tasks.py", name, "--smoke", "--home", str(tmp_path)])
     tasks.main()
     stages = list((tmp_path / f"{name}-smoke").glob("*/config.json"))
-    assert len(stages) == 2 and all(json.loads(file.read_text())["complete"] for file in stages)
+    assert len(stages) == 2 + (
+        name in ("instructions", "safety")
+    )  # whose frozen layers are a checkpoint of their own
+    assert all(json.loads(file.read_text())["complete"] for file in stages)
     after = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
     assert before == after and recipe.__doc__ and recipe.tables
 
@@ -166,7 +179,7 @@ def test_wheels_are_verified(monkeypatch, tmp_path):
         interface.wheels(tmp_path / "wheels")
 
 
-FORMS = (safety, translation)  # the recipes that read files of other people
+FORMS = (safety, instructions, translation)  # the recipes that read files of other people
 
 
 @pytest.mark.parametrize("recipe", FORMS)
@@ -256,6 +269,39 @@ def test_ratings_against_the_mean_of_the_segment():
     assert [row["text"] for row in rows] == ["t0", "t1", "alone"]
 
 
+def test_votes_on_instructions(tmp_path):
+    row = {"instruction": "Is it so?", "input": "It is.", "response1": True, "response2": "No"}
+    file = tmp_path / "testset.json"
+    file.write_text(json.dumps([row | {"annotator1": 1, "annotator2": 0, "annotator3": 2}]))
+    (pair,) = instructions.read(file)
+    prompt = "\n\nHuman: Is it so?\nIt is.\n\nAssistant:"
+    assert pair == judged.Pair("Is it so?", prompt, "True", "No", ("a", "tie", "b")) and pair.share == 0.5
+    assert pair.prompt.messages == ({"role": "user", "content": "Is it so?\nIt is."},)
+    file.write_text(json.dumps([row | {"input": "", "annotator1": 1, "annotator2": 1, "annotator3": 1}]))
+    assert instructions.read(file)[0].prompt.messages[0]["content"] == "Is it so?"
+    for wrong, reason in (
+        ({"annotator1": 3}, "annotator1: want 1, 2 or 0 for a tie, found 3"),
+        ({"response2": 4}, "response2: want a text, found 4"),
+    ):
+        votes = {"annotator1": 1, "annotator2": 0, "annotator3": 2}
+        file.write_text(json.dumps([row | votes, row | votes | wrong]))
+        with pytest.raises(UserError, match=rf"testset.json:2: {reason}"):
+            instructions.read(file)
+    file.write_text("[]")
+    with pytest.raises(UserError, match="testset.json"):
+        instructions.read(file)
+
+
+def test_people_agree_with_people():
+    pair = lambda *votes: judged.Pair("k", "p", "x", "y", votes)
+    found = instructions.agreement([pair("a", "a", "a"), pair("b", "b", "b")])
+    assert found == {"alpha": 1.0, "one person": 1.0}
+    # the third person against two who agree is wrong; each of the two against "a" and "b" has no majority
+    assert instructions.agreement([pair("a", "a", "b")] * 2 + [pair("b", "b", "b")])["one person"] == (
+        pytest.approx((1 + 1 + 1 / 3) / 3)
+    )
+
+
 def test_beginnings_of_texts():
     assert judged.begin("one two three", 2) == "one two ..." and judged.begin("one  two", 2) == "one  two"
 
@@ -340,6 +386,41 @@ def test_the_nearest_to_the_mean_of_the_segment():
     items = translations(*[(0, 0, 0)] * 3)
     encoded = {"t0": np.array([0.0, 0.0]), "t1": np.array([1.0, 0.0]), "t2": np.array([5.0, 0.0])}
     assert translation.nearest(items, encoded) == [-2.0, -1.0, -3.0]
+
+
+def test_logistic_regression_is_at_its_least():
+    rng = np.random.default_rng(0)
+    x, shares = rng.normal(size=(60, 3)), rng.choice([0.0, 1 / 3, 0.5, 2 / 3, 1.0], 60)
+
+    def loss(w):
+        return np.mean(np.logaddexp(0, x @ w) - shares * (x @ w)) + 0.1 / 2 * w @ w
+
+    w = frozen.logistic(x, shares, 0.1)
+    assert all(loss(w) < loss(w + step) for step in 1e-3 * np.vstack([np.eye(3), -np.eye(3)]))
+    assert np.allclose(frozen.logistic(-x, 1 - shares, 0.1), w)  # pairs turned round
+    one = frozen.logistic(np.ones((4, 1)), np.array([1.0, 1.0, 1.0, 0.0]), 0.0)
+    assert one == pytest.approx(np.log(3))  # three of four
+
+
+def test_a_head_on_frozen_layers(in_process, tmp_path):
+    """What the checkpoint says of texts is the regression's; its backbone is the base's first layers."""
+    texts = common.write_rows(tmp_path / "t.jsonl", [{"text": f"number {i} is there"} for i in range(80)])
+    common.stage("train_sft.py", tmp_path / "base", 1, "--data", texts, *judged.TINY, "--n-layer", 2)
+    base = frozen.shallow(tmp_path / "base", 1)
+    whole, first = checkpoint.load_gpt(tmp_path / "base"), checkpoint.load_gpt(base)
+    assert len(first.blocks) == 1 and frozen.shallow(tmp_path / "base", 1) == base
+    before = whole.state_dict()
+    assert all((before[name] == tensor).all() for name, tensor in first.state_dict().items())
+
+    pairs = [judged.Pair(f"{i}", "Say it: ", f"yes {i}", f"no {i}", ("a", "a", "b")) for i in range(9)]
+    read = judged.texts_of(pairs)
+    vectors = judged.features(base, read, tmp_path)
+    frozen.fit(tmp_path / "rm", base, pairs, vectors, 1e-3)
+    scores = judged.scores(tmp_path / "rm", read)
+    assert abs(scores.mean()) < 1e-4 and (judged.minus(scores) > 0).all()
+    scale = vectors.std(0) * np.sqrt(vectors.shape[1])
+    w = frozen.logistic(judged.minus(vectors) / scale, np.full(9, 2 / 3), 1e-3)
+    assert judged.minus(scores) == pytest.approx(judged.minus(vectors) / scale @ w, rel=0.01)
 
 
 def test_margins_of_pairs():

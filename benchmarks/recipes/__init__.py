@@ -10,5 +10,6 @@ and a docstring, whose first line says what the task is.  A recipe that reads fi
     DATA                                     what they are, in the order of --data
     made_up(home: Path) -> list[Path]        small ones of the same form, which a smoke run reads
 
-common.py holds what recipes share, judged.py what those with people's judgements share.
+common.py holds what recipes share, judged.py what those with people's judgements share, frozen.py how a
+reward model is fitted to a language model that is not trained.
 """

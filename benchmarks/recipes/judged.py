@@ -3,6 +3,7 @@
 Pair       two responses to a prompt, and each person's vote
 divide     the items of some keys (prompts, documents) for the test, all others for training
 train      a reward model, by train_rm.py, from MiniLM; scores: what it says of texts
+features   the mean hidden states of texts, of a model that is not trained (frozen.py fits a head to them)
 compare    a reward model of pairs beside the longer text and TF-IDF, on the same unseen pairs
 """
 
@@ -79,17 +80,17 @@ def divide(
     return [x for x in items if key(x) not in held_out], [x for x in items if key(x) in held_out]
 
 
-def encoder(home: Path, smoke: bool) -> Path:
-    """The checkpoint that reward models start from: MiniLM, imported once; for a smoke run a tiny GPT."""
+def backbone(home: Path, smoke: bool, name: str = "minilm") -> Path:
+    """The checkpoint that reward models start from, imported once; for a smoke run a tiny GPT."""
     if smoke:
         texts = [{"text": f"{word} number {i} is there"} for i in range(80) for word in ("one", "two")]
         common.stage(
             "train_sft.py", home / "base", 1, "--data", common.write_rows(home / "base.jsonl", texts), *TINY
         )
         return home / "base"
-    base = ROOT / "runs/minilm/base"
+    base = ROOT / f"runs/{name}/base"
     if not (base / "latest").exists():
-        common.command("-m", "minirlhf.checkpoint", "import", "minilm", base)
+        common.command("-m", "minirlhf.checkpoint", "import", name, base)
     return base
 
 
@@ -114,10 +115,11 @@ def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iter
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
     reader = RewardReader.load(folder, "train it first")
-    found = np.zeros(len(texts))
-    for places, tokens, mask in by_length(reader.tokenizer, reader.context, texts):
+    once = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text may be in several pairs
+    found = np.zeros(len(once))
+    for places, tokens, mask in by_length(reader.tokenizer, reader.context, list(once)):
         found[places] = reader.model.each(tokens, mask).mean(0).numpy()
-    return found
+    return found[[once[text] for text in texts]]
 
 
 @torch.no_grad()
@@ -133,20 +135,23 @@ def features(base: Path, texts: Sequence[Text], cache: Path) -> np.ndarray:
     found = np.zeros((len(texts), model.config.n_embd))
     for places, tokens, mask in by_length(tokenizer, model.config.context, texts):
         found[places] = (model(tokens, mask).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    cache.mkdir(parents=True, exist_ok=True)
     np.save(file, found)
     return found
 
 
-def compare(
-    home: Path, learnt: list[Pair], test: list[Pair], base: Path, seed: int, options: Sequence
-) -> dict:
-    """How often a reward model, the longer text and TF-IDF find the side that most people prefer.
+def texts_of(pairs: Sequence[Pair]) -> list[Text]:
+    """The first pair's two texts, the second pair's ..."""
+    return [(pair.prompt, text) for pair in pairs for text in (pair.first, pair.second)]
 
-    Test pairs with as many votes for each side do not count.  The baselines read the same texts.
+
+def compare(margins: Sequence[float], learnt: list[Pair], test: list[Pair], seconds: float) -> dict:
+    """How often the reward model's margins, the longer text and TF-IDF find the side that most prefer.
+
+    Test pairs with as many votes for each side do not count.  The baselines read the same texts.  `seconds`
+    are those that the reward model's training took.
     """
-    seconds = train(home / "rm", [pair.row for pair in learnt], base, seed, options)
-    texts = [(pair.prompt, text) for pair in test for text in (pair.first, pair.second)]
-    margins = {"reward model": minus(scores(home / "rm", texts))}
+    margins = {"reward model": margins}
     margins["TF-IDF + ridge"] = tfidf_margins(learnt, test)
     margins["longer text"] = [len(pair.first) - len(pair.second) for pair in test]
     shares = [pair.share for pair in test]

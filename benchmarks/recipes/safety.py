@@ -8,7 +8,7 @@ prompt are all for training or all for the test, so that no conversation is in b
 import re
 from pathlib import Path
 
-from benchmarks.recipes import judged
+from benchmarks.recipes import frozen, judged
 from benchmarks.recipes.common import write_rows
 from benchmarks.recipes.judged import Pair, begin
 from minirlhf import UserError, data
@@ -17,7 +17,7 @@ DATA = ("harmless-base/test.jsonl.gz of Anthropic's HH-RLHF",)
 FOLDS = 5  # a fifth of the first prompts is for the test
 TURN, ANSWER = "\n\nHuman:", "\n\nAssistant:"
 PROMPT_WORDS, ANSWER_WORDS = 30, 60
-OPTIONS = ("--train-layers", 2, "--epochs", 1, "--batch", 16, "--warmup", 10)  # else the preset minilm
+LAYERS, STRENGTH = 12, 1e-3  # of SmolLM2's 30, and the ridge penalty: chosen on seed 1's training pairs
 
 
 def read(file: Path) -> list[Pair]:
@@ -39,8 +39,8 @@ def read(file: Path) -> list[Pair]:
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     learnt, test = judged.divide(read(file), lambda pair: pair.key, FOLDS, seed)
-    options = judged.BRIEFLY if smoke else OPTIONS
-    return judged.compare(home, learnt, test, judged.encoder(home, smoke), seed, options)
+    whole = judged.backbone(home, smoke, "smollm2")
+    return frozen.compare(home, learnt, test, whole, 1 if smoke else LAYERS, STRENGTH)
 
 
 def made_up(home: Path) -> list[Path]:

@@ -322,7 +322,7 @@ def readable(items: Sequence[Translation], base: Path) -> float:
 
 
 def run(home: Path, seed: int, smoke: bool, wmt: Path, ted: Path) -> dict:
-    base, options = judged.encoder(home, smoke), judged.BRIEFLY if smoke else OPTIONS
+    base, options = judged.backbone(home, smoke), judged.BRIEFLY if smoke else OPTIONS
     items, talks = read(wmt), [item for item in read(ted) if item.system not in PEOPLE]
     learnt, test = judged.divide(items, document_of, FOLDS, seed)
     talks_learnt, talks_test = judged.divide(talks, document_of, FOLDS, seed)

@@ -1,0 +1,102 @@
+"""Reward models on a language model that is not trained: its first layers, and a linear head fitted to pairs.
+
+shallow     a checkpoint of a model's first layers
+logistic    the weights of the head, by ridge-penalised Bradley-Terry regression
+fit         a reward model, as a checkpoint
+compare     such a model beside the longer text and TF-IDF
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.recipes import judged
+from benchmarks.recipes.judged import Pair, features, minus, texts_of
+from minirlhf import checkpoint
+from minirlhf.model import RewardEnsemble
+from minirlhf.support.about import describe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What config.json records of such a model."""
+
+    base: str  # the checkpoint of the whole language model
+    layers: int  # how many of its first layers are kept
+    strength: float | None = None  # of the ridge penalty; None: there is no head
+
+
+def shallow(base: Path, layers: int) -> Path:
+    """A checkpoint beside `base` with the first layers of its model; what follows the layers stays."""
+    out = base.parent / f"first-{layers}"
+    if (out / "latest").exists():
+        return out
+    model, tokenizer = checkpoint.load_gpt(base), checkpoint.tokenizer_of(base)
+    later = tuple(f"blocks.{i}." for i in range(layers, model.config.n_layer))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(later)}
+    shape = replace(model.config, n_layer=layers)
+    settings = Settings(str(base), layers)
+    checkpoint.save(out, 0, state, describe("import", shape, settings, 0, True, tokenizer), tokenizer)
+    return out
+
+
+def logistic(x: np.ndarray, shares: np.ndarray, strength: float, steps: int = 50) -> np.ndarray:
+    """The weights w [C] with the least mean(log(1 + exp(m)) - share m) + strength / 2 |w|^2, m = x w [N].
+
+    x [N, C]: features of a pair's first text minus those of its second.  By Newton's method: convex, and
+    without an intercept, so that a pair turned round has minus its margin.
+    """
+    w = np.zeros(x.shape[1])
+    for _ in range(steps):
+        p = 1 / (1 + np.exp(-x @ w))
+        gradient = x.T @ (p - shares) / len(x) + strength * w
+        hessian = (x.T * (p * (1 - p))) @ x / len(x) + strength * np.eye(len(w))
+        step = np.linalg.solve(hessian, gradient)
+        w = w - step
+        if np.abs(step).max() < 1e-9:
+            break
+    return w
+
+
+def compare(
+    home: Path, learnt: list[Pair], test: list[Pair], whole: Path, layers: int, strength: float
+) -> dict:
+    """judged.compare of a reward model in `home`/rm, on the first layers of the model in `whole`.
+
+    The states of all texts are kept beside `home`, since all seeds read the same texts.  Test pairs are
+    scored from them, as the checkpoint would score the texts.
+    """
+    began = time.perf_counter()
+    base, texts = shallow(whole, layers), sorted(set(texts_of([*learnt, *test])))
+    vectors = dict(zip(texts, features(base, texts, home.parent), strict=True))
+    states = lambda pairs: np.stack([vectors[text] for text in texts_of(pairs)]).astype(float)
+    weight = fit(home / "rm", base, learnt, states(learnt), strength)
+    return judged.compare(minus(states(test)) @ weight, learnt, test, time.perf_counter() - began)
+
+
+def fit(folder: Path, base: Path, pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> np.ndarray:
+    """Make `folder` a reward model: `base`, unchanged, the mean over the text, and a linear head [C].
+
+    vectors [2 pairs, C]: `features` of the pairs' texts, in the order of texts_of.  They are standardised,
+    so that the mean score is 0, and divided by sqrt(C), so that a `strength` suits models of any width.
+    """
+    middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(vectors.shape[1])
+    shares = np.array([pair.share for pair in pairs])
+    weight = logistic(minus(vectors) / spread, shares, strength) / spread
+
+    backbone, tokenizer = checkpoint.load_gpt(base), checkpoint.tokenizer_of(base)
+    head = {"pooling": "mean", "members": 1, "mlp": False}
+    model = RewardEnsemble(backbone.config, **head)
+    (member,) = model.members
+    member.backbone.load_state_dict(backbone.state_dict())
+    with torch.no_grad():
+        member.out.weight.copy_(torch.from_numpy(weight)[None])
+        member.out.bias.fill_(float(-middle @ weight))
+    settings = Settings(str(base), backbone.config.n_layer, strength)
+    about = describe("rm", backbone.config, settings, 0, True, tokenizer, head=head)
+    checkpoint.save(folder, 0, model.state_dict(), about, tokenizer)
+    return weight
