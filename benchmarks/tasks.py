@@ -1,6 +1,7 @@
 """A task from its data to its table: what the SFT model can do, and what it can do after practice.
 
     python benchmarks/tasks.py arithmetic --seeds 1 2 3   # sums from scratch, rewarded for the right number
+    python benchmarks/tasks.py words --seeds 1 2 3        # word problems, SmolLM2, for the number
     python benchmarks/tasks.py code --seeds 1 2 3         # one-line functions from scratch, rewarded by their tests
     python benchmarks/tasks.py interface --seeds 1 2 3    # interface texts from scratch, rewarded by chrF
     python benchmarks/tasks.py instructions --data testset-v1.json --seeds 1 2 3     # reads data of others

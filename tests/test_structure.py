@@ -133,6 +133,7 @@ TABLES = {  # the page that holds each benchmark's tables (None: printed only), 
     "tasks interface": ("tasks", 2),
     "tasks safety": ("tasks", 1),
     "tasks translation": ("tasks", 2),
+    "tasks words": ("tasks", 3),
 }
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import zipfile
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from benchmarks.recipes import (
     judged,
     safety,
     translation,
+    words,
 )
 from minirlhf import UserError, checkpoint, rewards
 from minirlhf.measure import baselines
@@ -95,21 +97,31 @@ def test_functions_are_different_and_examples_have_faults(monkeypatch):
 
 def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_path):
     texts = {f"text {i}": [f"texte {i}"] for i in range(5000)}
-    in_process.setattr(interface, "wheels", lambda folder: [])
+    problems = [
+        {"prompt": f"{i}\nAnswer:", "answer": str(i), "working": f"{i}+0={i}" if i % 2 else None}
+        for i in range(1000)
+    ]
+    in_process.setattr(interface, "wheels", lambda folder, pins: [])
+    in_process.setattr(common, "wheels", lambda folder, pins: [None])
     in_process.setattr(interface, "read", lambda files: texts)
+    in_process.setattr(words, "read", lambda wheel: list(problems))
 
     def stop(*arguments):
         raise KeyboardInterrupt
 
     in_process.setattr(common, "command", stop)
-    for recipe in (arithmetic, code, interface):
+    for recipe in (arithmetic, code, interface, words):
         home = tmp_path / recipe.__name__
         with pytest.raises(KeyboardInterrupt):
             recipe.run(home, 1, smoke=False)
-        files = {n: (home / f"{n}.jsonl").read_text().splitlines() for n in ("sft", "prompts", "test")}
+        practice = "practice" if recipe is words else "prompts"
+        files = {n: (home / f"{n}.jsonl").read_text().splitlines() for n in ("sft", practice, "test")}
         rows = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
-        assert not any("completion" in row for row in rows["prompts"]) and len(rows["sft"]) == recipe.TAUGHT
-        seen = {row["prompt"] for name in ("sft", "prompts") for row in rows[name]}
+        assert (
+            not any({"completion", "working"} & {*row} for row in rows[practice])
+            and len(rows["sft"]) == recipe.TAUGHT
+        )
+        seen = {row["prompt"] for name in ("sft", practice) for row in rows[name]}
         assert len(rows["test"]) == recipe.TEST and not seen & {row["prompt"] for row in rows["test"]}
 
 
@@ -166,17 +178,109 @@ def test_short_plain_texts_of_common_words_are_kept(monkeypatch, tmp_path):
 
 
 def test_wheels_are_verified(monkeypatch, tmp_path):
-    monkeypatch.setattr(interface, "WHEELS", {"some_texts-1.0-py3": "00"})
-    pins = {}
-    monkeypatch.setattr(
-        interface, "download", lambda folder, wanted, *options: pins.update(wanted) or "no way"
-    )
+    wanted, asked = {"some_texts-1.0-py3": "00"}, {}
+    monkeypatch.setattr(common, "download", lambda folder, pins, *options: asked.update(pins) or "no way")
     with pytest.raises(UserError, match=r"some_texts-1.0-.*: cannot be fetched \(no way\): put it there"):
-        interface.wheels(tmp_path / "wheels")
-    assert pins == {"some_texts==1.0": "00"}
+        common.wheels(tmp_path / "wheels", wanted)
+    assert asked == {"some_texts==1.0": "00"}
     (tmp_path / "wheels/some_texts-1.0-py3-none-any.whl").write_text("")
     with pytest.raises(UserError, match="sha256 is not 00: delete it"):
-        interface.wheels(tmp_path / "wheels")
+        common.wheels(tmp_path / "wheels", wanted)
+
+
+def asdiv(path, *problems):
+    """A wheel with (passage, question, answer) as ASDiv's lines."""
+    lines = [json.dumps(dict(zip(("passage", "question", "answer"), row, strict=True))) for row in problems]
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(words.MEMBER, "\n".join(lines))
+    return path
+
+
+def test_short_problems_with_a_plain_number_are_kept_once(tmp_path):
+    rows = words.read(
+        asdiv(
+            tmp_path / "wheel",
+            ("Al has 7 jam  jars and breaks two.", "How many are whole? ", "5 jars"),
+            ("Al has 7 jam jars and breaks two.", "How many are whole?", "5"),
+            ("A plot of 1,200 acres costs $2.50 per acre.", "What does it cost?", "3,000.00 dollars"),
+            *(
+                ("It is late.", f"When is it, {i}?", answer)
+                for i, answer in enumerate(("6th", "5:45", "3; 4", "Bo"))
+            ),
+            ("word " * words.WORDS, "How many words?", "30"),
+        )
+    )
+    assert rows == [
+        {
+            "prompt": "Al has 7 jam jars and breaks two. How many are whole?\nAnswer:",
+            "answer": "5",
+            "working": "7-2=5",
+        },
+        {
+            "prompt": "A plot of 1,200 acres costs $2.50 per acre. What does it cost?\nAnswer:",
+            "answer": "3000",
+            "working": "1200*2.5=3000",
+        },
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "working"),
+    [
+        ("Sixty-eight and eighty-nine", 21, "89-68=21"),
+        ("Twenty ducks with 1 nest", 20, None),  # 20*1, or 20/1
+        ("2 and 2", 4, None),
+        ("two, 6 and 6", 14, "2+6=8 8+6=14"),  # any order of a sum is the same sum
+        ("3 packs of 4, and 5 eaten", 7, "3*4=12 12-5=7"),
+        ("10 for 3 and 2 more", Fraction(16, 3), None),
+        ("half of 12", 6, None),
+        ("1 2 3 4", 10, None),
+        ("someone has 5 of 8 phones", 3, "8-5=3"),
+    ],
+)
+def test_working_is_found_where_only_one_leads_to_the_answer(text, answer, working):
+    assert words.worked(text, Fraction(answer)) == working
+
+
+def test_problems_that_are_always_or_never_solved_are_left_out(monkeypatch, tmp_path):
+    rows = [{"prompt": f"{i}", "answer": "1"} for i in range(4)]
+    scores = [[float(k < solved) for solved in (0, 1, 3, words.TRIES)] for k in range(words.TRIES)]
+    tried = common.Asked([row["prompt"] for row in rows], rows, [[""] * 4] * words.TRIES, scores, 7.0)
+    monkeypatch.setattr(words, "ask", lambda *asked: tried)
+    chosen, seconds = words.within_reach(tmp_path, tmp_path / "practice.jsonl")
+    assert seconds == 7.0 and [json.loads(line) for line in chosen.read_text().splitlines()] == rows[1:3]
+    monkeypatch.setattr(words, "ask", None)  # it is not asked again
+    assert words.within_reach(tmp_path, tmp_path / "practice.jsonl") == (chosen, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("response", "score", "verdict"),
+    [
+        (" 16-7=9", 1.0, "right"),
+        (" 16-7=8", 0.0, "wrong sum"),
+        (" 16+7=23", 0.0, "wrong problem"),
+        (" 3*4=12 12-5=8", 0.0, "wrong sum"),
+        (" 3*4=12 12+5=17", 0.0, "wrong problem"),
+        (" 10/3=3.33", 0.0, "wrong problem"),
+        (" 10/3=3.34", 0.0, "wrong sum"),
+        (" 5/0=5", 0.0, "wrong sum"),
+        (" 1.2.3+1=2", 0.0, "wrong sum"),
+        (" nine", 0.0, "other"),
+        ("", 0.0, "other"),
+    ],
+)
+def test_why_an_answer_is_wrong(response, score, verdict):
+    assert words.verdict(response, score) == verdict
+    asked = common.Asked(["p"], [{}], [[response]], [[score]], 0.0)
+    assert words.verdicts(asked) == {name: float(name == verdict) for name in words.VERDICTS}
+
+
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=3), st.integers(1, 200))
+def test_the_reward_reads_the_answer_of_any_working(numbers, answer):
+    found = words.worked(" and ".join(map(str, numbers)), Fraction(answer))
+    if found:
+        assert rewards.numeric([""], [f" {found}"], [OwnRow({"answer": str(answer)})]) == [1.0]
+        assert all(eval(left) == float(right) for left, right in (step.split("=") for step in found.split()))
 
 
 FORMS = (safety, instructions, translation)  # the recipes that read files of other people
@@ -436,7 +540,7 @@ def test_margins_of_pairs():
 
 
 def test_a_recipe_says_which_files_it_needs(monkeypatch):
-    for name, words, message in (
+    for name, options, message in (
         (
             "safety",
             [],
@@ -449,7 +553,7 @@ def test_a_recipe_says_which_files_it_needs(monkeypatch):
         ),
         ("arithmetic", ["--data", "one"], "--data: arithmetic needs no file here"),
     ):
-        monkeypatch.setattr("sys.argv", ["tasks.py", name, *words])
+        monkeypatch.setattr("sys.argv", ["tasks.py", name, *options])
         with pytest.raises(UserError, match=message):
             tasks.main()
 

@@ -1,10 +1,11 @@
 """What recipes share: stages as commands, policies asked several times, and means with their errors."""
 
+import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.demo import command  # noqa: E402
-from minirlhf import checkpoint, data  # noqa: E402
+from minirlhf import UserError, checkpoint, data  # noqa: E402
+from minirlhf.interop.fetch import download  # noqa: E402
 from minirlhf.rewards import fields_read, load_rewards  # noqa: E402
 from minirlhf.support import functions  # noqa: E402
 from minirlhf.support.text import escaped  # noqa: E402
@@ -26,6 +28,25 @@ def write_rows(file: Path, rows: Iterable[Row]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def wheels(folder: Path, pins: Mapping[str, str]) -> list[Path]:
+    """Packages' wheels, from a folder or fetched into it; each hash is verified.  Raises UserError.
+
+    pins: {"name-version-python": sha256}.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {folder / f"{name}-none-any.whl": name for name in pins}
+    absent = [name for file, name in files.items() if not file.exists()]
+    missing = {"==".join(name.split("-")[:2]): pins[name] for name in absent}
+    options = "--only-binary", ":all:", "--ignore-requires-python"  # nothing of them will run
+    reason = download(folder, missing, *options) if missing else ""
+    for file, name in files.items():
+        if not file.exists():
+            raise UserError(f"{file}: cannot be fetched ({reason}): put it there")
+        if hashlib.sha256(file.read_bytes()).hexdigest() != pins[name]:
+            raise UserError(f"{file}: sha256 is not {pins[name]}: delete it")
+    return [*files]
 
 
 def stage(script: str, out: Path, seed: int, *options: object) -> float:

@@ -5,7 +5,6 @@ tiny GPT learns from 3,200 of them.  GRPO then practises on others, of whose tra
 through `minirlhf.rewards:chrf`.  Both are measured on texts that no stage saw.
 """
 
-import hashlib
 import random
 import re
 import struct
@@ -16,9 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.demo import table
-from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, write_rows
-from minirlhf import UserError
-from minirlhf.interop.fetch import download
+from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, wheels, write_rows
 
 WHEELS = {  # name-version-Python: sha256
     "django-5.2.19-py3": "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
@@ -46,22 +43,6 @@ Texts = dict[str, list[str]]  # English: its translations, the most frequent one
 
 
 # ---------------------------------------------------------------- data
-
-
-def wheels(folder: Path) -> list[Path]:
-    """The packages' wheels, from a folder or fetched into it; each hash is verified.  Raises UserError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / f"{name}-none-any.whl": name for name in WHEELS}
-    absent = [name for file, name in files.items() if not file.exists()]
-    missing = {"==".join(name.split("-")[:2]): WHEELS[name] for name in absent}
-    options = "--only-binary", ":all:", "--ignore-requires-python"  # nothing of them will run
-    reason = download(folder, missing, *options) if missing else ""
-    for file, name in files.items():
-        if not file.exists():
-            raise UserError(f"{file}: cannot be fetched ({reason}): put it there")
-        if hashlib.sha256(file.read_bytes()).hexdigest() != WHEELS[name]:
-            raise UserError(f"{file}: sha256 is not {WHEELS[name]}: delete it")
-    return [*files]
 
 
 def messages(catalogue: bytes) -> Iterator[tuple[str, str]]:
@@ -182,7 +163,7 @@ def bleu(responses: Sequence[str], rows: Sequence[Row]) -> float:
 
 
 def run(home: Path, seed: int, smoke: bool) -> dict:
-    texts = made_up() if smoke else read(wheels(home.parent / "wheels"))
+    texts = made_up() if smoke else read(wheels(home.parent / "wheels", WHEELS))
     rows = rows_of(texts, seed)
     n_test, n_taught, samples, sft_options, rl_options = TEST, TAUGHT, SAMPLES, SFT, RL
     if smoke:  # a smaller model, fewer steps
