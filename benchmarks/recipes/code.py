@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 from benchmarks.demo import table
 from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, write_rows
@@ -123,10 +124,13 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
     found = {"seconds": seconds, "test": len(test)}
     for name, policy, asked in (("before", "sft", before), ("after", "ppo", after)):
         likeliest = ask(home / policy, files["test"], REWARD, 1, TOKENS, temperature=0.0)
+        scores = zip(likeliest.prompts, likeliest.scores[0], strict=True)
+        differences = [score for prompt, score in scores if "difference" in prompt]
         found[name] = {
             "pass@1": asked.pass_at(1),
             f"pass@{K}": asked.pass_at(K),
             "likeliest": likeliest.pass_at(1),
+            "of differences": {"mean": mean(differences)} if differences else None,
             "verdicts": count(asked),
             "examples": asked.examples(4),
         }
@@ -134,12 +138,18 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 
 def tables(results: dict) -> list[str]:
-    head = ["% of programs for unseen sentences", "pass@1", f"pass@{K}", "likeliest program"]
+    head = [
+        "% of programs for unseen sentences",
+        "pass@1",
+        f"pass@{K}",
+        "likeliest program",
+        "... where a difference is asked for",
+    ]
     rows = []
     for name, label in (("before", "SFT"), ("after", "GRPO")):
         cells = [
             over_seeds(results, lambda found, n=name, m=measure: found[n][m]["mean"])
-            for measure in ("pass@1", f"pass@{K}", "likeliest")
+            for measure in ("pass@1", f"pass@{K}", "likeliest", "of differences")
         ]
         rows.append([label, *cells])
 
