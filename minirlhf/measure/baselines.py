@@ -46,6 +46,7 @@ def tfidf_ridge(
     try:
         from scipy.sparse import hstack
         from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import Ridge
     except ImportError:
         return None
     views = [TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)]
@@ -53,7 +54,8 @@ def tfidf_ridge(
         views += [TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)]
     train = hstack([view.fit_transform(train_texts) for view in views], format="csr")
     val, test = (hstack([view.transform(t) for view in views], format="csr") for t in (val_texts, test_texts))
-    return best_ridge(train, val, test, train_ratings, val_ratings, ALPHAS)
+    models = [Ridge(alpha=alpha) for alpha in ALPHAS]
+    return best_of(models, train, train_ratings, val, val_ratings, test)
 
 
 def ridge(
@@ -66,19 +68,18 @@ def ridge(
     """Predicted ratings of test [N, features], by ridge regression on standardised features; strength as
     above."""
     try:
+        from sklearn.linear_model import Ridge
         from sklearn.preprocessing import StandardScaler
     except ImportError:
         return None
     scaler = StandardScaler().fit(train)
+    models = [Ridge(alpha=strength * len(train)) for strength in STRENGTHS]
     parts = [scaler.transform(part) for part in (train, val, test)]
-    alphas = [strength * len(train) for strength in STRENGTHS]
-    return best_ridge(*parts, train_ratings, val_ratings, alphas)
+    return best_of(models, parts[0], train_ratings, parts[1], val_ratings, parts[2])
 
 
-def best_ridge(train, val, test, train_ratings, val_ratings, alphas: Sequence[float]) -> list[float]:
-    """Predictions for `test` of the ridge whose predictions for `val` have the best Pearson's r."""
-    from sklearn.linear_model import Ridge
-
-    models = [Ridge(alpha=alpha).fit(train, train_ratings) for alpha in alphas]
-    best = max(models, key=lambda model: pearson(model.predict(val), val_ratings))
+def best_of(models: list, train, train_ratings, val, val_ratings, test) -> list[float]:
+    """Predictions for `test` of the regression whose predictions for `val` have the best Pearson's r."""
+    fitted = [model.fit(train, train_ratings) for model in models]
+    best = max(fitted, key=lambda model: pearson(model.predict(val), val_ratings))
     return best.predict(test).tolist()
