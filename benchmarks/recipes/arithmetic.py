@@ -9,7 +9,7 @@ import random
 from pathlib import Path
 
 from benchmarks.demo import table
-from benchmarks.recipes.common import ask, over_seeds, shown, stage, write_rows
+from benchmarks.recipes.common import ask, before_and_after, means_of, side_by_side, stage, write_rows
 
 REWARD, TOKENS = "minirlhf.rewards:numeric", 32
 TEST, TAUGHT = 1000, 300  # problems that no stage sees; worked examples
@@ -72,14 +72,6 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 def tables(results: dict) -> list[str]:
     head = ["right, % of unseen problems", "pass@1", f"pass@{K}", "likeliest answer"]
-    rows = []
-    for name, label in (("before", "SFT"), ("after", "GRPO")):
-        cells = [
-            over_seeds(results, lambda found, n=name, m=measure: found[n][m]["mean"])
-            for measure in ("pass@1", f"pass@{K}", "likeliest")
-        ]
-        rows.append([label, *cells])
-    first = next(iter(results["seeds"].values()))
-    pairs = zip(first["before"]["examples"], first["after"]["examples"], strict=True)
-    samples = [[shown(s["prompt"]), shown(s["response"]), shown(p["response"])] for s, p in pairs]
+    rows = before_and_after(results, means_of("pass@1", f"pass@{K}", "likeliest"))[:2]
+    samples = side_by_side(results, lambda prompt: prompt)
     return [table(head, rows), table(["prompt", "SFT", "GRPO"], samples)]

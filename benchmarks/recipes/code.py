@@ -11,12 +11,22 @@ import dataclasses
 import random
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.demo import table
-from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, write_rows
+from benchmarks.recipes.common import (
+    Asked,
+    Row,
+    ask,
+    before_and_after,
+    means_of,
+    side_by_side,
+    stage,
+    write_rows,
+)
 from minirlhf.measure.program import verdicts
 
 REWARD, TOKENS = "minirlhf.rewards:tests", 32
@@ -107,7 +117,7 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
     test, others = rows[:TEST], rows[TEST:]
     samples, sft_options, rl_options = SAMPLES, SFT, RL
     if smoke:  # a smaller model, fewer steps
-        test = test[:8]
+        test = test[:24]  # some of which ask for a difference
         sft_options = (*SFT, "--n-layer", 1, "--n-embd", 32, "--epochs", 2)
         rl_options = (*RL, "--iterations", 2, "--batch", 16, "--minibatch", 16)
     without = [{k: v for k, v in row.items() if k != "completion"} for row in others[TAUGHT:]]
@@ -130,7 +140,7 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
             "pass@1": asked.pass_at(1),
             f"pass@{K}": asked.pass_at(K),
             "likeliest": likeliest.pass_at(1),
-            "of differences": {"mean": mean(differences)} if differences else None,
+            "of differences": {"mean": mean(differences)},
             "verdicts": count(asked),
             "examples": asked.examples(4),
         }
@@ -145,26 +155,14 @@ def tables(results: dict) -> list[str]:
         "likeliest program",
         "... where a difference is asked for",
     ]
-    rows = []
-    for name, label in (("before", "SFT"), ("after", "GRPO")):
-        cells = [
-            over_seeds(results, lambda found, n=name, m=measure: found[n][m]["mean"])
-            for measure in ("pass@1", f"pass@{K}", "likeliest", "of differences")
-        ]
-        rows.append([label, *cells])
+    rows = before_and_after(results, means_of("pass@1", f"pass@{K}", "likeliest", "of differences"))[:2]
 
-    def share(found: dict, name: str, verdict: str) -> float:
-        counts = found[name]["verdicts"]
+    def share(found: dict, verdict: str) -> float:
+        counts = found["verdicts"]
         return counts.get(verdict, 0) / sum(counts.get(v, 0) for v in VERDICTS)
 
-    became = [
-        [label, *(over_seeds(results, lambda f, n=name, v=v: share(f, n, v)) for v in VERDICTS)]
-        for name, label in (("before", "SFT"), ("after", "GRPO"))
-    ]
-    first = next(iter(results["seeds"].values()))
-    pairs = zip(first["before"]["examples"], first["after"]["examples"], strict=True)
-    cut = lambda s: shown(s["prompt"].partition("\n")[0].removeprefix("# "))
-    samples = [[cut(s), shown(s["response"].strip()), shown(p["response"].strip())] for s, p in pairs]
+    became = before_and_after(results, [partial(share, verdict=verdict) for verdict in VERDICTS])[:2]
+    samples = side_by_side(results, lambda prompt: prompt.partition("\n")[0].removeprefix("# "))
     return [
         table(head, rows),
         table(["%, by what became of them", *VERDICTS], became),

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -103,6 +103,35 @@ def over_seeds(results: dict, read: Callable[[dict], float], digits: int = 1, sc
     values = [scale * read(found) for found in results["seeds"].values()]
     error = f" ± {stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{error}"
+
+
+def before_and_after(
+    results: dict, reads: Sequence[Callable[[dict], float]], names: Sequence[str] = ("before", "after")
+) -> list[list[str]]:
+    """Rows of a table: the SFT model's numbers over seeds, GRPO's, and the difference of the two.
+
+    reads: one per column; each gets what a seed's results have under the first or the second of `names`."""
+    sft, grpo = names
+    lines = {
+        "SFT": lambda read: lambda found: read(found[sft]),
+        "GRPO": lambda read: lambda found: read(found[grpo]),
+        "the difference": lambda read: lambda found: read(found[grpo]) - read(found[sft]),
+    }
+    return [[label, *(over_seeds(results, of(read)) for read in reads)] for label, of in lines.items()]
+
+
+def means_of(*measures: str) -> list[Callable[[dict], float]]:
+    """For before_and_after: the means of {measure: {mean, se}}."""
+    return [lambda found, m=measure: found[m]["mean"] for measure in measures]
+
+
+def side_by_side(
+    results: dict, asked: Callable[[str], str], names: Sequence[str] = ("before", "after")
+) -> list[list[str]]:
+    """Rows of a table: the first seed's sample prompts, as `asked` shortens them, and both responses."""
+    first = next(iter(results["seeds"].values()))
+    pairs = zip(*(first[name]["examples"] for name in names), strict=True)
+    return [[shown(asked(x["prompt"])), *(shown(y["response"].strip()) for y in (x, z))] for x, z in pairs]
 
 
 def shown(text: str) -> str:

@@ -15,7 +15,16 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.demo import table
-from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, wheels, write_rows
+from benchmarks.recipes.common import (
+    Asked,
+    Row,
+    ask,
+    before_and_after,
+    side_by_side,
+    stage,
+    wheels,
+    write_rows,
+)
 
 WHEELS = {  # name-version-Python: sha256
     "django-5.2.19-py3": "5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
@@ -206,18 +215,7 @@ def tables(results: dict) -> list[str]:
         "length": "length",
         "French words": "words",
     }
-    rows = []
-    for name, label in (("sft", "SFT"), ("ppo", "GRPO")):
-        cells = [over_seeds(results, lambda f, n=name, m=measure: f[n][m]) for measure in columns.values()]
-        rows.append([label, *cells])
-    gain = [
-        over_seeds(results, lambda f, m=measure: f["ppo"][m] - f["sft"][m]) for measure in columns.values()
-    ]
-    rows.append(["the difference", *gain])
-    first = next(iter(results["seeds"].values()))
-    both = zip(first["sft"]["examples"], first["ppo"]["examples"], strict=True)
-    samples = [
-        [shown(s["prompt"].removesuffix(" =")), *(shown(x["response"].strip()) for x in (s, p))]
-        for s, p in both
-    ]
+    names = ("sft", "ppo")
+    rows = before_and_after(results, [lambda found, m=m: found[m] for m in columns.values()], names)
+    samples = side_by_side(results, lambda prompt: prompt.removesuffix(" ="), names)
     return [table(["%, of unseen texts", *columns], rows), table(["English", "SFT", "GRPO"], samples)]

