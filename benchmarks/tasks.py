@@ -29,7 +29,7 @@ from minirlhf.support import cli  # noqa: E402
 RECIPES = sorted(
     file.stem
     for file in (ROOT / "benchmarks/recipes").glob("*.py")
-    if file.stem not in ("__init__", "common", "frozen", "judged")
+    if file.stem not in ("__init__", "assistant", "common", "frozen", "judged")
 )
 
 

@@ -519,7 +519,7 @@ def test_a_head_on_frozen_layers(in_process, tmp_path):
     pairs = [judged.Pair(f"{i}", "Say it: ", f"yes {i}", f"no {i}", ("a", "a", "b")) for i in range(9)]
     read = judged.texts_of(pairs)
     vectors = judged.features(base, read, tmp_path)
-    frozen.fit(tmp_path / "rm", base, pairs, vectors, 1e-3)
+    frozen.save(tmp_path / "rm", base, frozen.fit(pairs, vectors, 1e-3), 1e-3)
     scores = judged.scores(tmp_path / "rm", read)
     assert abs(scores.mean()) < 1e-4 and (judged.minus(scores) > 0).all()
     scale = vectors.std(0) * np.sqrt(vectors.shape[1])

@@ -2,12 +2,12 @@
 
 shallow     a checkpoint of a model's first layers
 logistic    the weights of the head, by ridge-penalised Bradley-Terry regression
-fit         a reward model, as a checkpoint
+fit         a head; heads can be added, and save makes one a reward model's checkpoint
 compare     such a model beside the longer text and TF-IDF
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,23 @@ class Settings:
     base: str  # the checkpoint of the whole language model
     layers: int  # how many of its first layers are kept
     strength: float | None = None  # of the ridge penalty; None: there is no head
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear head: score = vector @ weight + bias, of vectors [..., C]."""
+
+    weight: np.ndarray  # [C]
+    bias: float
+    spread: float  # standard deviation of its scores of the texts that it was fitted to
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        return vectors @ self.weight + self.bias
+
+    def plus(self, other: "Head", factor: float) -> "Head":
+        """This head plus `factor` times the other, each over its spread."""
+        weight = self.weight / self.spread + factor * other.weight / other.spread
+        return Head(weight, self.bias / self.spread + factor * other.bias / other.spread, float("nan"))
 
 
 def shallow(base: Path, layers: int) -> Path:
@@ -62,6 +79,16 @@ def logistic(x: np.ndarray, shares: np.ndarray, strength: float, steps: int = 50
     return w
 
 
+def states_of(base: Path, pairs: Sequence[Pair], cache: Path) -> Callable[[Sequence[Pair]], np.ndarray]:
+    """A function that has the mean hidden states of pairs' texts, [2 pairs, C], in the order of texts_of.
+
+    They are computed for all `pairs` at once, and kept in the folder `cache`.
+    """
+    texts = sorted(set(texts_of(pairs)))
+    vectors = dict(zip(texts, features(base, texts, cache), strict=True))
+    return lambda some: np.stack([vectors[text] for text in texts_of(some)]).astype(float)
+
+
 def compare(
     home: Path, learnt: list[Pair], test: list[Pair], whole: Path, layers: int, strength: float
 ) -> dict:
@@ -71,32 +98,35 @@ def compare(
     scored from them, as the checkpoint would score the texts.
     """
     began = time.perf_counter()
-    base, texts = shallow(whole, layers), sorted(set(texts_of([*learnt, *test])))
-    vectors = dict(zip(texts, features(base, texts, home.parent), strict=True))
-    states = lambda pairs: np.stack([vectors[text] for text in texts_of(pairs)]).astype(float)
-    weight = fit(home / "rm", base, learnt, states(learnt), strength)
-    return judged.compare(minus(states(test)) @ weight, learnt, test, time.perf_counter() - began)
+    base = shallow(whole, layers)
+    states = states_of(base, [*learnt, *test], home.parent)
+    head = fit(learnt, states(learnt), strength)
+    save(home / "rm", base, head, strength)
+    return judged.compare(minus(head(states(test))), learnt, test, time.perf_counter() - began)
 
 
-def fit(folder: Path, base: Path, pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> np.ndarray:
-    """Make `folder` a reward model: `base`, unchanged, the mean over the text, and a linear head [C].
+def fit(pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> Head:
+    """The head of a reward model of `pairs`, whose mean score of their texts is 0.
 
-    vectors [2 pairs, C]: `features` of the pairs' texts, in the order of texts_of.  They are standardised,
-    so that the mean score is 0, and divided by sqrt(C), so that a `strength` suits models of any width.
+    vectors [2 pairs, C]: what states_of says of the pairs.  They are standardised and
+    divided by sqrt(C), so that a `strength` suits models of any width.
     """
     middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(vectors.shape[1])
     shares = np.array([pair.share for pair in pairs])
     weight = logistic(minus(vectors) / spread, shares, strength) / spread
+    return Head(weight, float(-middle @ weight), float((vectors @ weight).std()))
 
+
+def save(folder: Path, base: Path, head: Head, strength: float) -> None:
+    """Make `folder` a reward model: `base`, unchanged, the mean over the text, and a head."""
     backbone, tokenizer = checkpoint.load_gpt(base), checkpoint.tokenizer_of(base)
-    head = {"pooling": "mean", "members": 1, "mlp": False}
-    model = RewardEnsemble(backbone.config, **head)
+    shape = {"pooling": "mean", "members": 1, "mlp": False}
+    model = RewardEnsemble(backbone.config, **shape)
     (member,) = model.members
     member.backbone.load_state_dict(backbone.state_dict())
     with torch.no_grad():
-        member.out.weight.copy_(torch.from_numpy(weight)[None])
-        member.out.bias.fill_(float(-middle @ weight))
+        member.out.weight.copy_(torch.from_numpy(head.weight)[None])
+        member.out.bias.fill_(head.bias)
     settings = Settings(str(base), backbone.config.n_layer, strength)
-    about = describe("rm", backbone.config, settings, 0, True, tokenizer, head=head)
+    about = describe("rm", backbone.config, settings, 0, True, tokenizer, head=shape)
     checkpoint.save(folder, 0, model.state_dict(), about, tokenizer)
-    return weight

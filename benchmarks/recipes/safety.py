@@ -27,14 +27,23 @@ def read(file: Path) -> list[Pair]:
         raise UserError(f"{file}: {found.kind} rows: this recipe reads pairs, chosen and rejected")
     pairs = []
     for record in found.records:
-        first = record.prompt.removeprefix(TURN).partition(ANSWER)[0]
         last = record.prompt.rpartition(TURN)[2].removesuffix(ANSWER)
         prompt = f"Human: {begin(last.strip(), PROMPT_WORDS)} Assistant:"
         texts = [begin(text.strip(), ANSWER_WORDS) for text in (record.chosen, record.rejected)]
-        key = " ".join(re.findall(r"\w+", first.casefold())) or first
+        key = key_of(opening(record))
         if all(texts) and texts[0] != texts[1]:
             pairs.append(Pair(key, prompt, *texts, ("a",)))
     return pairs
+
+
+def opening(record: data.Preference) -> str:
+    """What the user says first in a dialogue."""
+    return record.prompt.removeprefix(TURN).partition(ANSWER)[0].strip()
+
+
+def key_of(text: str) -> str:
+    """A text's words alone, so that what differs in punctuation is one prompt."""
+    return " ".join(re.findall(r"\w+", text.casefold())) or text
 
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:

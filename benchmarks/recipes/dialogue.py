@@ -1,0 +1,136 @@
+"""Dialogue: SmolLM2-Instruct, tuned on what people prefer in answers to instructions, by DPO and by RLOO.
+
+The data are PandaLM's pairs, as in instructions.py.  A fifth of the instructions is for the test.  Half of the
+others trains DPO and the reward model that RLOO maximises; the other half trains the judge, which is never
+maximised.  Each policy's answers to the test's instructions are compared with those of SmolLM2-Instruct.
+"""
+
+from pathlib import Path
+
+from benchmarks.demo import table
+from benchmarks.recipes import assistant, frozen, instructions, judged
+from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, best_of, prompt_row
+from benchmarks.recipes.common import over_seeds, side_by_side, stage, write_rows
+from benchmarks.recipes.judged import Pair
+from minirlhf.measure.reward_report import sign_accuracy
+from minirlhf.rewards import RewardReader
+from minirlhf.support.conversation import Conversation
+
+DATA = instructions.DATA
+TOKENS = 64  # of the longest answer
+PROMPT_WORDS, ANSWER_WORDS = 60, 60  # of what is practised on and tested; of DPO's pairs: time chose both
+SAMPLES, BEST_OF = 4, 8
+DPO = ("--epochs", 2, "--batch", 8, "--lr", 2e-4, "--warmup", 3, "--beta", 0.1,
+       "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
+RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 16, "--batch", 64, "--minibatch", 32,
+      "--microbatch", 16, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--missing-eos-penalty", 0.5, "--temperature", TEMPERATURE,
+      "--response-tokens", TOKENS, "--save-every", 4)  # fmt: skip
+
+
+def scorer(folder: Path, base: Path, pairs: list[Pair], states, strength: float) -> RewardReader:
+    """A reward model with a linear head, made once, and what reads it."""
+    if not (folder / "latest").exists():
+        frozen.save(folder, base, frozen.fit(pairs, states(pairs), strength), strength)
+    return RewardReader.load(folder, "")
+
+
+def short_prompts(pairs: list[Pair]) -> list[Conversation]:
+    """The different prompts of pairs, without the long ones."""
+    return sorted({p.prompt for p in pairs if len(str(p.prompt).split()) <= PROMPT_WORDS}, key=str)
+
+
+def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
+    pairs = instructions.read(file)
+    learnt, test = judged.divide(pairs, lambda pair: pair.key, instructions.FOLDS, seed)
+    ours, others = judged.divide(learnt, lambda pair: pair.key, 2, seed)
+    start = judged.backbone(home, smoke, "smollm2")
+    layers, tokens, dpo_options, rl_options = instructions.LAYERS, TOKENS, DPO, RL
+    if smoke:
+        layers, tokens = 1, 8
+        few = ("--train-layers", 1, "--response-tokens", 8)
+        dpo_options = (*DPO, *few)
+        rl_options = (*RL, *few, "--iterations", 1, "--batch", 16, "--minibatch", 16)
+
+    base = frozen.shallow(start, layers)
+    states = frozen.states_of(base, pairs, home.parent)
+    readers = {
+        "reward model": scorer(home / "rm", base, ours, states, instructions.STRENGTH),
+        "judge": scorer(home / "judge", base, others, states, instructions.STRENGTH),
+    }
+    margins = judged.minus(judged.scores(home / "judge", judged.texts_of(test)))
+    accuracy = sign_accuracy(margins, [pair.share for pair in test])
+
+    choices = [
+        pair.row | prompt_row(pair.prompt)
+        for pair in ours
+        if pair.first != pair.second
+        and max(len(t.split()) for t in (pair.first, pair.second)) <= ANSWER_WORDS
+    ]
+    files = {
+        "dpo": write_rows(home / "pairs.jsonl", choices),
+        "practice": write_rows(home / "practice.jsonl", map(prompt_row, short_prompts(learnt))),
+        "test": write_rows(home / "test.jsonl", map(prompt_row, short_prompts(test))),
+    }
+    seconds = {"dpo": stage("train_dpo.py", home / "dpo", seed, "--init", start, "--data", files["dpo"],
+                            *ADAPTERS, *dpo_options)}  # fmt: skip
+    reward = ("--reward-model", home / "rm", "--monitor", home / "judge")
+    seconds["rl"] = stage("train_ppo.py", home / "ppo", seed, "--init", start, "--data", files["practice"],
+                          *reward, *ADAPTERS, *rl_options)  # fmt: skip
+
+    ask = lambda policy, samples: assistant.answer(policy, start, files["test"], samples, tokens, readers)
+    answers = ask(start, SAMPLES + BEST_OF)
+    untuned, more = answers[:SAMPLES], answers[SAMPLES:]
+    policies = {"untuned": untuned, "best": best_of(more, "reward model")}
+    policies |= {"dpo": ask(home / "dpo", SAMPLES), "rloo": ask(home / "ppo", SAMPLES)}
+    found = {
+        "seconds": seconds,
+        "pairs": len(choices),
+        "practised": len(short_prompts(learnt)),
+        "judge": accuracy,
+    }
+    for name, answers in policies.items():
+        found[name] = assistant.numbers(answers, untuned, "judge")
+        found[name] |= {"seconds": answers.seconds, "examples": assistant.examples(answers, 6)}
+    return found | {"test": len(untuned.prompts)}
+
+
+made_up = instructions.made_up
+
+
+def tables(results: dict) -> list[str]:
+    names = {
+        "SmolLM2-Instruct": "untuned",
+        f"best of {BEST_OF}": "best",
+        "DPO": "dpo",
+        "RLOO": "rloo",
+    }
+    measures = {
+        "wins": 100,
+        "even wins": 100,
+        "reward model": 1,
+        "judge": 1,
+        "tokens": 1,
+        "ended": 100,
+        "kl": 1,
+    }
+    rows = [
+        [label]
+        + [
+            over_seeds(results, lambda found, n=name, m=measure: found[n][m], 1 if scale == 100 else 2, scale)
+            for measure, scale in measures.items()
+        ]
+        for label, name in names.items()
+    ]
+    head = [
+        "",
+        "wins, %",
+        "wins at equal length, %",
+        "reward model",
+        "judge",
+        "tokens",
+        "ended, %",
+        "KL, nats",
+    ]
+    said = lambda prompt: prompt.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
+    samples = side_by_side(results, said, ("untuned", "rloo"))
+    return [table(head, rows), table(["instruction", "SmolLM2-Instruct", "RLOO"], samples)]
