@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from benchmarks import tasks
 from benchmarks.recipes import (
     arithmetic,
+    assistant,
     code,
     common,
     frozen,
     instructions,
     interface,
     judged,
+    refusals,
     safety,
     translation,
     words,
@@ -43,6 +45,10 @@ def in_process(run, monkeypatch):
     return monkeypatch
 
 
+# Checkpoints that a recipe's smoke run makes.  Frozen layers are one of their own.
+FOLDERS = {"instructions": 3, "safety": 3, "dialogue": 6, "refusals": 13}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", tasks.RECIPES)
 def test_every_recipe_runs(name, in_process, tmp_path):
@@ -52,10 +58,9 @@ def test_every_recipe_runs(name, in_process, tmp_path):
     before = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
     in_process.setattr("sys.argv", ["tasks.py", name, "--smoke", "--home", str(tmp_path)])
     tasks.main()
-    stages = list((tmp_path / f"{name}-smoke").glob("*/config.json"))
-    assert len(stages) == 2 + (
-        name in ("instructions", "safety")
-    )  # whose frozen layers are a checkpoint of their own
+    found = (tmp_path / f"{name}-smoke").rglob("config.json")
+    stages = [file for file in found if not file.parent.name.startswith(("step-", "latest"))]
+    assert len(stages) == FOLDERS.get(name, 2)
     assert all(json.loads(file.read_text())["complete"] for file in stages)
     after = tasks.results_of(name).read_bytes() if tasks.results_of(name).exists() else None
     assert before == after and recipe.__doc__ and recipe.tables
@@ -525,6 +530,81 @@ def test_a_head_on_frozen_layers(in_process, tmp_path):
     scale = vectors.std(0) * np.sqrt(vectors.shape[1])
     w = frozen.logistic(judged.minus(vectors) / scale, np.full(9, 2 / 3), 1e-3)
     assert judged.minus(scores) == pytest.approx(judged.minus(vectors) / scale @ w, rel=0.01)
+
+
+def test_heads_add_up():
+    """Each over its spread: a sum's scores are the sum of the scores in standard deviations."""
+    rng = np.random.default_rng(0)
+    vectors, weights = rng.normal(size=(40, 5)), rng.normal(size=(2, 5))
+    a, b = (frozen.Head(w, i, float((vectors @ w).std())) for i, w in enumerate(weights))
+    assert a(vectors).std() == pytest.approx(a.spread)
+    total = a.plus(b, 0.5)(vectors)
+    assert total == pytest.approx(a(vectors) / a.spread + 0.5 * b(vectors) / b.spread)
+    assert a.plus(b, 0.0)(vectors).std() == pytest.approx(1)
+
+
+def answers_of(scores, tokens):
+    """Answers with these scores and lengths, [samples, prompts]; a response is its place."""
+    scores, tokens = np.array(scores, float), np.array(tokens, float)
+    responses = np.array([[f"{i}{j}" for j in range(scores.shape[1])] for i in range(len(scores))])
+    same = {"ended": tokens > 0, "kl": 0 * tokens}
+    return assistant.Answers(
+        ["p", "q"], 1.0, responses=responses, tokens=tokens, scores={"j": scores}, **same
+    )
+
+
+def test_wins_are_over_all_pairs_of_samples():
+    a = answers_of([[1, 5], [3, 5]], [[1, 1], [1, 1]])
+    b = answers_of([[2, 5], [0, 6], [3, 7]], [[1, 1], [1, 1], [1, 1]])
+    assert assistant.wins(a, b, "j") == pytest.approx([(0 + 1 + 0 + 1 + 1 + 0.5) / 6, (0.5 + 0.5) / 6])
+    assert assistant.wins(b, a, "j") == pytest.approx(1 - assistant.wins(a, b, "j"))
+    assert assistant.wins(a, a, "j").mean() == 0.5
+    best = assistant.best_of(b, "j")
+    assert best.responses.tolist() == [["20", "21"]] and best.scores["j"].tolist() == [[3, 7]]
+    assert a[1:].scores["j"].tolist() == [[3, 5]]
+
+
+def test_wins_at_equal_length():
+    """A policy that wins by length alone wins half of the pairs at equal length; one that is better, more."""
+    rng = np.random.default_rng(0)
+    short, long = rng.integers(20, 60, (40, 2)), rng.integers(30, 70, (40, 2))
+    noise = lambda: rng.normal(0, 5, (40, 2))
+    before = answers_of(short + noise(), short)
+    longer = answers_of(long + noise(), long)
+    better = answers_of(long + noise() + 15, long)
+    assert assistant.wins(longer, before, "j").mean() > 0.65
+    assert assistant.even_wins(longer, before, "j") == pytest.approx(0.5, abs=0.05)
+    assert assistant.even_wins(better, before, "j") > 0.8
+    assert assistant.even_wins(before, before, "j") == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "text, refusal",
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I\u2019m sorry for any confusion, but I don\u2019t have the ability to do that.", True),
+        ("As an AI, I am not able to give medical advice.", True),
+        ("i cannot do that", True),
+        ("I'm unable to access your files.", True),
+        ("It's illegal to enter a house without permission.", True),
+        ("I'm sorry to hear that. Here is what you can do:", False),
+        ("I can help you with that. First, you cannot skip a step.", False),
+        ("You won't need a key.", False),
+        ("Sure! Here are three ways.", False),
+        ("", False),
+    ],
+)
+def test_what_a_refusal_is(text, refusal):
+    assert refusals.refuses(text) is refusal
+
+
+def test_each_row_names_the_reward_model_of_its_prompt(monkeypatch):
+    scores = {"a": lambda texts: np.array([10.0 + len(r) for _, r in texts]),
+              "b": lambda texts: np.array([20.0 + len(r) for _, r in texts])}  # fmt: skip
+    monkeypatch.setattr(judged, "scores", lambda folder, texts: scores[folder](texts))
+    rows = [{"judge": name} for name in "abba"]
+    assert refusals.by_row(["p"] * 4, ["", "x", "xx", "xxx"], rows) == [10, 21, 22, 13]
+    assert refusals.by_row.fields == ("judge",)
 
 
 def test_margins_of_pairs():

@@ -76,7 +76,9 @@ def answer(
         found["responses"].append(written)
         found["tokens"].append(texts.response_mask.sum(1).tolist())
         found["ended"].append(texts.ended(sampling.eos).tolist())
-        found["kl"].append(evaluate.nats(texts, model, reference, sampling)[0].tolist())
+        moved = policy != start
+        kl = evaluate.nats(texts, model, reference, sampling)[0].tolist() if moved else [0.0] * len(prompts)
+        found["kl"].append(kl)
         for name, reader in readers.items():
             scores[name].append(reader.scores(texts, tokenizer, 32)[0].tolist())
     arrays = {name: np.array(rows) for name, rows in found.items()}

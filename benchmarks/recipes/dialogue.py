@@ -20,9 +20,9 @@ DATA = instructions.DATA
 TOKENS = 64  # of the longest answer
 PROMPT_WORDS, ANSWER_WORDS = 60, 60  # of what is practised on and tested; of DPO's pairs: time chose both
 SAMPLES, BEST_OF = 4, 8
-DPO = ("--epochs", 2, "--batch", 8, "--lr", 2e-4, "--warmup", 3, "--beta", 0.1,
+DPO = ("--epochs", 1, "--batch", 8, "--lr", 2e-4, "--warmup", 3, "--beta", 0.1,
        "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
-RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 16, "--batch", 64, "--minibatch", 32,
+RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 14, "--batch", 64, "--minibatch", 32,
       "--microbatch", 16, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--missing-eos-penalty", 0.5, "--temperature", TEMPERATURE,
       "--response-tokens", TOKENS, "--save-every", 4)  # fmt: skip
 
@@ -73,7 +73,7 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     }
     seconds = {"dpo": stage("train_dpo.py", home / "dpo", seed, "--init", start, "--data", files["dpo"],
                             *ADAPTERS, *dpo_options)}  # fmt: skip
-    reward = ("--reward-model", home / "rm", "--monitor", home / "judge")
+    reward = ("--reward-model", home / "rm")
     seconds["rl"] = stage("train_ppo.py", home / "ppo", seed, "--init", start, "--data", files["practice"],
                           *reward, *ADAPTERS, *rl_options)  # fmt: skip
 
