@@ -441,6 +441,16 @@ def test_ratings_of_a_conversation_in_lower_case():
     assert lower(record).response == " b"
 
 
+def test_a_conversation_is_a_text_like_any_other():
+    """A reward function gets one as its prompt, and may do with it what strings can: no method is another's."""
+    text = "\n\nHuman: An apple\n\nAssistant:"
+    talk = Conversation(text, [user("An apple")])
+    assert talk.split() == text.split() and talk.split(":", 1) == text.split(":", 1)
+    assert talk.lower() == text.lower()
+    overridden = set(vars(Conversation)) & set(vars(str)) - {"__new__", "__doc__"}
+    assert overridden == {"lower"}
+
+
 def test_prompts_open_the_assistant_s_turn_and_are_shown_as_turns(tmp_path):
     given = (
         {"prompt": LONG[:4]},

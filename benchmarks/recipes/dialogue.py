@@ -36,7 +36,7 @@ def scorer(folder: Path, base: Path, pairs: list[Pair], states, strength: float)
 
 def short_prompts(pairs: list[Pair]) -> list[Conversation]:
     """The different prompts of pairs, without the long ones."""
-    return sorted({p.prompt for p in pairs if len(str(p.prompt).split()) <= PROMPT_WORDS}, key=str)
+    return sorted({p.prompt for p in pairs if len(p.prompt.split()) <= PROMPT_WORDS}, key=str)
 
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:

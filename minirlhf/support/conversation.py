@@ -34,7 +34,7 @@ class Conversation(str):
         new.messages, new.beside, new.learnt = tuple(messages), beside or {}, learnt
         return new
 
-    def split(self, first: int, learnt: bool = False) -> tuple[Conversation, Conversation]:
+    def parted(self, first: int, learnt: bool = False) -> tuple[Conversation, Conversation]:
         """(the messages before number `first` as a prompt, the others): `first` is an assistant's."""
         before, after = self.messages[:first], self.messages[first:]
         prompt = transcript(before, answer=True) if before else ""

@@ -175,7 +175,7 @@ def _pair(row: Row) -> Fields:
     nothing_shared = f"prompt: missing, and chosen and rejected share no {TURN!r} to split at"
     if isinstance(chosen, Conversation) and isinstance(rejected, Conversation):
         check(first := shared_messages(chosen, rejected), nothing_shared)
-        (prompt, chosen), (_, rejected) = chosen.split(first), rejected.split(first)
+        (prompt, chosen), (_, rejected) = chosen.parted(first), rejected.parted(first)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     cut = os.path.commonprefix([chosen, rejected]).rfind(TURN) + len(TURN)
     check(cut >= len(TURN), nothing_shared)
@@ -245,7 +245,7 @@ def _conversation(row: Row, remarks: list[str]) -> Fields:
     for message in messages:
         weight = message.get("weight")
         check(weight in (None, 0, 1), f"messages: weight: expected 0 or 1, got {weight!r:.40}")
-    prompt, response = whole.split(len(messages) - 1, learnt=True)
+    prompt, response = whole.parted(len(messages) - 1, learnt=True)
     if sum(message["role"] == "assistant" for message in messages) > 1:
         remarks.append("earlier assistant turns: --learn says whether SFT learns them")
     if last.get("weight") == 0:

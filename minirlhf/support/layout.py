@@ -211,7 +211,7 @@ def _by_template(tok: Any, prompt: str, text: str, learn: Learn) -> LaidOut:
 def answered(text: Conversation) -> tuple[Conversation, Conversation]:
     """A whole conversation as (what stands before its last answer, the answer)."""
     answers = [i for i, message in enumerate(text.messages) if message["role"] == "assistant"]
-    return text.split(answers[-1] if answers else len(text.messages), learnt=True)
+    return text.parted(answers[-1] if answers else len(text.messages), learnt=True)
 
 
 def answer_messages(text: str) -> list[Message]:
