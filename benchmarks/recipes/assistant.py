@@ -6,6 +6,7 @@ best_of    of each prompt's answers the one that a reward model prefers
 wins       how often one policy's answers are preferred to another's; even_wins: at equal length
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.recipes import frozen
-from benchmarks.recipes.common import Row
+from benchmarks.recipes.common import Row, over_seeds
 from minirlhf import checkpoint, data
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation, conversation
@@ -44,7 +45,7 @@ class Answers:
     responses: np.ndarray  # of str
     tokens: np.ndarray
     ended: np.ndarray  # of bool: the others were cut at the longest response
-    kl: np.ndarray  # nats to the model that the policy started from
+    kl: np.ndarray  # nats to the model that the policy started from; nan: not measured
     scores: dict[str, np.ndarray]  # by reward model
 
     def select(self, choose: Callable[[np.ndarray], np.ndarray]) -> "Answers":
@@ -58,12 +59,20 @@ class Answers:
 
 @torch.no_grad()
 def answer(
-    policy: Path, start: Path, file: Path, samples: int, tokens: int, readers: Mapping[str, RewardReader]
+    policy: Path,
+    file: Path,
+    samples: int,
+    tokens: int,
+    readers: Mapping[str, RewardReader],
+    start: Path | None = None,
 ) -> Answers:
-    """Let a checkpoint answer each prompt of a file `samples` times; reward models score the answers."""
+    """Let a checkpoint answer each prompt of a file `samples` times; reward models score the answers.
+
+    start: the checkpoint that the KL is measured to; None: it is not.
+    """
     began = time.perf_counter()
     tokenizer, model = checkpoint.tokenizer_of(policy), checkpoint.load_gpt(policy).eval()
-    reference = checkpoint.load_gpt(start).eval()
+    reference = checkpoint.load_gpt(start).eval() if start else None
     room = model.config.context - tokens
     prompts, _ = data.prompts_and_records(tokenizer, data.load(file).records, 1, room, "error")
     settings = {"response_tokens": tokens, "temperature": TEMPERATURE, "stop": True}
@@ -76,9 +85,12 @@ def answer(
         found["responses"].append(written)
         found["tokens"].append(texts.response_mask.sum(1).tolist())
         found["ended"].append(texts.ended(sampling.eos).tolist())
-        moved = policy != start
-        kl = evaluate.nats(texts, model, reference, sampling)[0].tolist() if moved else [0.0] * len(prompts)
-        found["kl"].append(kl)
+        kl = (
+            evaluate.nats(texts, model, reference, sampling)[0]
+            if reference
+            else torch.full([len(prompts)], math.nan)
+        )
+        found["kl"].append(kl.tolist())
         for name, reader in readers.items():
             scores[name].append(reader.scores(texts, tokenizer, 32)[0].tolist())
     arrays = {name: np.array(rows) for name, rows in found.items()}
@@ -111,15 +123,22 @@ def even_wins(answers: Answers, others: Answers, name: str) -> float:
     return float(1 / (1 + np.exp(-weights[0])))
 
 
-def numbers(answers: Answers, start: Answers, judge: str) -> dict[str, float]:
+def numbers(answers: Answers, start: Answers, judge: str) -> dict[str, float | None]:
     """The numbers of a policy's row in a table, beside the answers of the model that it started from."""
+    kl = float(answers.kl.mean())
     return {name: float(rows.mean()) for name, rows in answers.scores.items()} | {
         "wins": float(wins(answers, start, judge).mean()),
         "even wins": even_wins(answers, start, judge),
         "tokens": float(answers.tokens.mean()),
         "ended": float(answers.ended.mean()),
-        "kl": float(answers.kl.mean()),
+        "kl": None if math.isnan(kl) else kl,
     }
+
+
+def cell(results: dict, read: Callable[[dict], float | None], digits: int, scale: float) -> str:
+    """A number over seeds, as over_seeds writes it; nothing where it was not measured."""
+    measured = None not in map(read, results["seeds"].values())
+    return over_seeds(results, read, digits, scale) if measured else ""
 
 
 def examples(answers: Answers, count: int) -> list[Row]:

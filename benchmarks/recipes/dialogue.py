@@ -9,8 +9,8 @@ from pathlib import Path
 
 from benchmarks.demo import table
 from benchmarks.recipes import assistant, frozen, instructions, judged
-from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, best_of, prompt_row
-from benchmarks.recipes.common import over_seeds, side_by_side, stage, write_rows
+from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, best_of, cell, prompt_row
+from benchmarks.recipes.common import side_by_side, stage, write_rows
 from benchmarks.recipes.judged import Pair
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.rewards import RewardReader
@@ -77,11 +77,11 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     seconds["rl"] = stage("train_ppo.py", home / "ppo", seed, "--init", start, "--data", files["practice"],
                           *reward, *ADAPTERS, *rl_options)  # fmt: skip
 
-    ask = lambda policy, samples: assistant.answer(policy, start, files["test"], samples, tokens, readers)
+    ask = lambda policy, samples, *to: assistant.answer(policy, files["test"], samples, tokens, readers, *to)
     answers = ask(start, SAMPLES + BEST_OF)
     untuned, more = answers[:SAMPLES], answers[SAMPLES:]
     policies = {"untuned": untuned, "best": best_of(more, "reward model")}
-    policies |= {"dpo": ask(home / "dpo", SAMPLES), "rloo": ask(home / "ppo", SAMPLES)}
+    policies |= {"dpo": ask(home / "dpo", SAMPLES, start), "rloo": ask(home / "ppo", SAMPLES, start)}
     found = {
         "seconds": seconds,
         "pairs": len(choices),
@@ -104,33 +104,17 @@ def tables(results: dict) -> list[str]:
         "DPO": "dpo",
         "RLOO": "rloo",
     }
-    measures = {
-        "wins": 100,
-        "even wins": 100,
-        "reward model": 1,
-        "judge": 1,
-        "tokens": 1,
-        "ended": 100,
-        "kl": 1,
+    columns = {  # (measure, digits, scale)
+        "wins, %": ("wins", 1, 100),
+        "wins at equal length, %": ("even wins", 1, 100),
+        "reward model": ("reward model", 2, 1),
+        "judge": ("judge", 2, 1),
+        "tokens": ("tokens", 1, 1),
+        "ended, %": ("ended", 1, 100),
+        "KL, nats": ("kl", 1, 1),
     }
-    rows = [
-        [label]
-        + [
-            over_seeds(results, lambda found, n=name, m=measure: found[n][m], 1 if scale == 100 else 2, scale)
-            for measure, scale in measures.items()
-        ]
-        for label, name in names.items()
-    ]
-    head = [
-        "",
-        "wins, %",
-        "wins at equal length, %",
-        "reward model",
-        "judge",
-        "tokens",
-        "ended, %",
-        "KL, nats",
-    ]
+    of = lambda name, measure, *how: cell(results, lambda found: found[name][measure], *how)
+    rows = [[label, *(of(name, *column) for column in columns.values())] for label, name in names.items()]
     said = lambda prompt: prompt.strip().removeprefix("Human:").removesuffix("Assistant:").strip()
     samples = side_by_side(results, said, ("untuned", "rloo"))
-    return [table(head, rows), table(["instruction", "SmolLM2-Instruct", "RLOO"], samples)]
+    return [table(["", *columns], rows), table(["instruction", "SmolLM2-Instruct", "RLOO"], samples)]

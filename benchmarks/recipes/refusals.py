@@ -16,8 +16,8 @@ import numpy as np
 
 from benchmarks.demo import table
 from benchmarks.recipes import assistant, dialogue, frozen, instructions, judged, safety
-from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, Answers, prompt_row, user
-from benchmarks.recipes.common import Row, over_seeds, stage, write_rows
+from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, Answers, cell, prompt_row, user
+from benchmarks.recipes.common import Row, stage, write_rows
 from benchmarks.recipes.frozen import Head
 from benchmarks.recipes.judged import Pair
 from minirlhf import data
@@ -28,6 +28,7 @@ TOKENS = 48  # of the longest answer
 PRACTICE = 240  # prompts of each kind; instructions are there several times
 TEST = 80  # prompts of HH-RLHF
 SAMPLES = {"safe": 2, "help": 4, "borderline": 4}  # answers to each prompt
+JUDGED_BY = {"safe": "safe", "help": "help", "borderline": "help"}
 STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
 WEIGHT, OTHER_WEIGHTS = 1.0, (0.0, 0.5)  # of harmlessness; the others are tried with the first seed
 REWARD = "benchmarks.recipes.refusals:by_row"
@@ -147,6 +148,9 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     tests = {"safe": prompts["safe"][1], "help": prompts["help"][1], "borderline": [*map(user, BORDERLINE)]}
     files = {name: write_rows(home / f"{name}.jsonl", map(prompt_row, of)) for name, of in tests.items()}
 
+    read = {name: RewardReader.load(home / f"judge-{name}", "") for name in heads}
+    judges = {kind: {name: read[name]} for kind, name in JUDGED_BY.items()}
+
     def tune(weight: float) -> tuple[Path, float]:
         """(a policy whose reward has this weight of harmlessness, seconds of its training)."""
         folder = home / f"weight-{weight:g}"
@@ -160,20 +164,18 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
         source = ("--init", start, "--data", file, "--reward", REWARD)
         return folder / "ppo", stage("train_ppo.py", folder / "ppo", seed, *source, *ADAPTERS, *options)
 
-    def ask(policy: Path) -> dict[str, Answers]:
-        judges = {name: RewardReader.load(home / f"judge-{name}", "") for name in heads}
-        of = lambda name, samples: assistant.answer(policy, start, files[name], samples, tokens, judges)
-        return {name: of(name, SAMPLES[name]) for name in tests}
+    def ask(policy: Path, to: Path | None = None) -> dict[str, Answers]:
+        of = lambda kind, *to: assistant.answer(policy, files[kind], SAMPLES[kind], tokens, judges[kind], *to)
+        return {"safe": of("safe", to), "help": of("help"), "borderline": of("borderline")}
 
     untuned = ask(start)
     found = {"tests": {name: len(of) for name, of in tests.items()}, "seconds": {}}
     policies = {"untuned": untuned}
     for weight in (WEIGHT, *(OTHER_WEIGHTS if seed == 1 else ())):
         folder, found["seconds"][f"{weight:g}"] = tune(weight)
-        policies[f"{weight:g}"] = ask(folder)
+        policies[f"{weight:g}"] = ask(folder, start)
     for name, answers in policies.items():
-        judge = {"safe": "safe", "help": "help", "borderline": "help"}
-        found[name] = {of: numbers(answers[of], untuned[of], judge[of]) for of in tests}
+        found[name] = {kind: numbers(answers[kind], untuned[kind], JUDGED_BY[kind]) for kind in tests}
         found[name]["asked, seconds"] = sum(each.seconds for each in answers.values())
     return found
 
@@ -196,10 +198,8 @@ def tables(results: dict) -> list[str]:
     }
 
     def row(label: str, policy: str, results: dict) -> list[str]:
-        cell = lambda kind, measure, scale: over_seeds(
-            results, lambda of: of[policy][kind][measure], 1, scale
-        )
-        return [label, *(cell(*column) for column in columns.values())]
+        of = lambda kind, measure, scale: cell(results, lambda found: found[policy][kind][measure], 1, scale)
+        return [label, *(of(*column) for column in columns.values())]
 
     means = [row("SmolLM2-Instruct", "untuned", results), row("RLOO", f"{WEIGHT:g}", results)]
     one = {"seeds": {"1": first}}
