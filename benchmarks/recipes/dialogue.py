@@ -18,13 +18,14 @@ from minirlhf.support.conversation import Conversation
 
 DATA = instructions.DATA
 TOKENS = 64  # of the longest answer
-PROMPT_WORDS, ANSWER_WORDS = 60, 60  # of what is practised on and tested; of DPO's pairs: time chose both
+# The most words of a prompt to practise on, of one in the test, and of an answer of DPO's pairs: time chose them.
+PRACTICE_WORDS, TEST_WORDS, ANSWER_WORDS = 25, 60, 60
 SAMPLES, BEST_OF = 4, 8
 DPO = ("--epochs", 1, "--batch", 8, "--lr", 2e-4, "--warmup", 3, "--beta", 0.1,
        "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
-RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 14, "--batch", 64, "--minibatch", 32,
-      "--microbatch", 16, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--missing-eos-penalty", 0.5, "--temperature", TEMPERATURE,
-      "--response-tokens", TOKENS, "--save-every", 4)  # fmt: skip
+RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 12, "--batch", 48, "--minibatch", 24,
+      "--microbatch", 12, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
+      "--missing-eos-penalty", 0.5, "--response-tokens", TOKENS, "--save-every", 4)  # fmt: skip
 
 
 def scorer(folder: Path, base: Path, pairs: list[Pair], states, strength: float) -> RewardReader:
@@ -34,9 +35,9 @@ def scorer(folder: Path, base: Path, pairs: list[Pair], states, strength: float)
     return RewardReader.load(folder, "")
 
 
-def short_prompts(pairs: list[Pair]) -> list[Conversation]:
-    """The different prompts of pairs, without the long ones."""
-    return sorted({p.prompt for p in pairs if len(p.prompt.split()) <= PROMPT_WORDS}, key=str)
+def short_prompts(pairs: list[Pair], words: int) -> list[Conversation]:
+    """The different prompts of pairs that have at most so many words."""
+    return sorted({pair.prompt for pair in pairs if len(pair.prompt.split()) <= words}, key=str)
 
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
@@ -68,8 +69,10 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     ]
     files = {
         "dpo": write_rows(home / "pairs.jsonl", choices),
-        "practice": write_rows(home / "practice.jsonl", map(prompt_row, short_prompts(learnt))),
-        "test": write_rows(home / "test.jsonl", map(prompt_row, short_prompts(test))),
+        "practice": write_rows(
+            home / "practice.jsonl", map(prompt_row, short_prompts(learnt, PRACTICE_WORDS))
+        ),
+        "test": write_rows(home / "test.jsonl", map(prompt_row, short_prompts(test, TEST_WORDS))),
     }
     seconds = {"dpo": stage("train_dpo.py", home / "dpo", seed, "--init", start, "--data", files["dpo"],
                             *ADAPTERS, *dpo_options)}  # fmt: skip
@@ -85,7 +88,7 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     found = {
         "seconds": seconds,
         "pairs": len(choices),
-        "practised": len(short_prompts(learnt)),
+        "practised": len(short_prompts(learnt, PRACTICE_WORDS)),
         "judge": accuracy,
     }
     for name, answers in policies.items():

@@ -24,15 +24,17 @@ from minirlhf import data
 from minirlhf.rewards import RewardReader
 
 DATA = (*safety.DATA, *instructions.DATA)
-TOKENS = 48  # of the longest answer
+TOKENS = 40  # of the longest answer
+WORDS = (16, 30)  # the most of a prompt of HH-RLHF to practise on, and of one in the test
 PRACTICE = 240  # prompts of each kind; instructions are there several times
+INSTRUCTION_WORDS = (dialogue.PRACTICE_WORDS, dialogue.TEST_WORDS)
 TEST = 80  # prompts of HH-RLHF
 SAMPLES = {"safe": 2, "help": 4, "borderline": 4}  # answers to each prompt
 JUDGED_BY = {"safe": "safe", "help": "help", "borderline": "help"}
 STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
 WEIGHT, OTHER_WEIGHTS = 1.0, (0.0, 0.5)  # of harmlessness; the others are tried with the first seed
 REWARD = "benchmarks.recipes.refusals:by_row"
-RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 16, "--batch", 64, "--minibatch", 32,
+RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 12, "--batch", 64, "--minibatch", 32,
       "--microbatch", 16, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
       "--response-tokens", TOKENS, "--missing-eos", "none", "--save-every", 4)  # fmt: skip
 
@@ -140,10 +142,10 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     prompts = {"help": [], "safe": []}  # (for practice, for the test) of each
     for part in (0, 1):
         asked = {openings[pair.key] for pair in pairs["safe"][part]}
-        asked = sorted(text for text in asked if len(text.split()) <= safety.PROMPT_WORDS)
+        asked = sorted(text for text in asked if len(text.split()) <= WORDS[part])
         Random(seed).shuffle(asked)
         prompts["safe"].append([user(text) for text in asked[: (practice, n_test)[part]]])
-        prompts["help"].append(dialogue.short_prompts(pairs["help"][part]))
+        prompts["help"].append(dialogue.short_prompts(pairs["help"][part], INSTRUCTION_WORDS[part]))
     often = math.ceil(practice / len(prompts["help"][0]))
     tests = {"safe": prompts["safe"][1], "help": prompts["help"][1], "borderline": [*map(user, BORDERLINE)]}
     files = {name: write_rows(home / f"{name}.jsonl", map(prompt_row, of)) for name, of in tests.items()}
