@@ -50,7 +50,7 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
         layers, tokens = 1, 8
         few = ("--train-layers", 1, "--response-tokens", 8)
         dpo_options = (*DPO, *few)
-        rl_options = (*RL, *few, "--iterations", 1, "--batch", 16, "--minibatch", 16)
+        rl_options = (*RL, *few, "--iterations", 1, "--batch", 16, "--minibatch", 16, "--microbatch", 8)
 
     base = frozen.shallow(start, layers)
     states = frozen.states_of(base, pairs, home.parent)
