@@ -11,5 +11,5 @@ and a docstring, whose first line says what the task is.  A recipe that reads fi
     made_up(home: Path) -> list[Path]        small ones of the same form, which a smoke run reads
 
 common.py holds what recipes share, judged.py what those with people's judgements share, frozen.py how a
-reward model is fitted to a language model that is not trained.
+reward model is fitted to a language model that is not trained, and assistant.py how SmolLM2-Instruct answers.
 """
