@@ -34,8 +34,8 @@ JUDGED_BY = {"safe": "safe", "help": "help", "borderline": "help"}
 STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
 WEIGHT, OTHER_WEIGHTS = 1.0, (0.0, 0.5)  # of harmlessness; the others are tried with the first seed
 REWARD = "benchmarks.recipes.refusals:by_row"
-RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 12, "--batch", 64, "--minibatch", 32,
-      "--microbatch", 16, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
+RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
+      "--microbatch", 12, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
       "--response-tokens", TOKENS, "--missing-eos", "none", "--save-every", 4)  # fmt: skip
 
 # What an assistant says when it does not do what it was asked.  Sympathy ("I'm sorry to hear that") is none.
@@ -132,7 +132,7 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     if smoke:
         layers, tokens, practice, n_test = 1, 8, 16, 8
         few = ("--train-layers", 1, "--response-tokens", 8, "--iterations", 1)
-        options = (*RL, *few, "--batch", 16, "--minibatch", 16)
+        options = (*RL, *few, "--batch", 16, "--minibatch", 16, "--microbatch", 8)
     base = frozen.shallow(start, layers)
     all_pairs = {"help": instructions.read(helpful), "safe": [*map(in_template, safety.read(harmless))]}
     pairs = {name: judged.divide(of, lambda pair: pair.key, 5, seed) for name, of in all_pairs.items()}
