@@ -46,7 +46,7 @@ def in_process(run, monkeypatch):
 
 
 # Checkpoints that a recipe's smoke run makes.  Frozen layers are one of their own.
-FOLDERS = {"instructions": 3, "safety": 3, "dialogue": 6, "refusals": 13}
+FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "dialogue": 6, "refusals": 13}
 
 
 @pytest.mark.slow
@@ -372,10 +372,19 @@ def test_ratings_against_the_mean_of_the_segment():
     items = translations((0, 0, 0), (1, 1, 1)) + [
         translation.Translation("s", "d", "2", "src", "alone", {"x": 3.0})
     ]
-    rows = translation.rows_of(items)
     half = math.log(2) / 2
-    assert [row["ratings"] for row in rows] == [[half] * 3, [-half] * 3, [0.0]]
-    assert [row["text"] for row in rows] == ["t0", "t1", "alone"]
+    assert translation.targets(items) == [[half] * 3, [-half] * 3, [0.0]]
+
+
+def test_a_rater_votes_for_the_translation_that_costs_less():
+    a, b, c = translations((0, 5, 1), (1, 0, 1), (0, 0, 0))
+    c.segment = "2"
+    (pair,) = translation.pairs_of([a, b, c])  # c has nothing to be compared with
+    assert pair == judged.Pair("d", "", "t0", "t1", ("a", "b", "tie")) and pair.share == 0.5
+    b.costs = {"x": 1, "w": 0}
+    assert translation.pairs_of([a, b])[0].votes == ("a",)
+    b.costs = {"w": 0}
+    assert translation.pairs_of([a, b]) == []
 
 
 def test_votes_on_instructions(tmp_path):
@@ -489,12 +498,6 @@ def test_what_there_is_to_learn_within_segments():
         del item.costs["c"]
     assert translation.within_segments(items)["raters"] == pytest.approx(1.0)
     assert translation.of_system(items, items[:2]) == [-(0.5 + 2) / 2, -(2 + 5) / 2]
-
-
-def test_the_nearest_to_the_mean_of_the_segment():
-    items = translations(*[(0, 0, 0)] * 3)
-    encoded = {"t0": np.array([0.0, 0.0]), "t1": np.array([1.0, 0.0]), "t2": np.array([5.0, 0.0])}
-    assert translation.nearest(items, encoded) == [-2.0, -1.0, -3.0]
 
 
 def test_logistic_regression_is_at_its_least():

@@ -23,8 +23,8 @@ PRACTICE_WORDS, TEST_WORDS, ANSWER_WORDS = 25, 60, 60
 SAMPLES, BEST_OF = 4, 8
 DPO = ("--epochs", 1, "--batch", 8, "--lr", 2e-4, "--warmup", 3, "--beta", 0.1,
        "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
-RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 12, "--batch", 48, "--minibatch", 24,
-      "--microbatch", 12, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
+RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
+      "--microbatch", 12, "--epochs", 1, "--lr", 1e-3, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
       "--missing-eos-penalty", 0.5, "--response-tokens", TOKENS, "--save-every", 4)  # fmt: skip
 
 

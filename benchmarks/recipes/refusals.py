@@ -35,7 +35,7 @@ STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
 WEIGHT, OTHER_WEIGHTS = 1.0, (0.0, 0.5)  # of harmlessness; the others are tried with the first seed
 REWARD = "benchmarks.recipes.refusals:by_row"
 RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
-      "--microbatch", 12, "--epochs", 1, "--lr", 3e-4, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
+      "--microbatch", 12, "--epochs", 1, "--lr", 1e-3, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
       "--response-tokens", TOKENS, "--missing-eos", "none", "--save-every", 4)  # fmt: skip
 
 # What an assistant says when it does not do what it was asked.  Sympathy ("I'm sorry to hear that") is none.
