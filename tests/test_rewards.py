@@ -310,4 +310,3 @@ def test_a_missing_library_gives_none(missing, monkeypatch):
         assert baselines.vader_lexicon(["x"]) is None
     else:
         assert baselines.tfidf_ridge(["x"], [1.0], ["x"], [1.0], ["x"]) is None
-        assert baselines.ridge(*[np.ones((1, 1))] * 3, [1.0], [1.0]) is None

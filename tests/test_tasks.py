@@ -29,7 +29,6 @@ from benchmarks.recipes import (
     words,
 )
 from minirlhf import UserError, checkpoint, rewards
-from minirlhf.measure import baselines
 from minirlhf.measure.program import Limits, judge
 from minirlhf.support.rows import OwnRow
 
@@ -461,14 +460,6 @@ def test_the_translation_most_like_the_others():
         item.target = target
     scores = translation.alike(items)
     assert scores[0] > scores[2] and scores[1] > scores[2]
-
-
-def test_ridge_finds_a_line():
-    pytest.importorskip("sklearn")
-    rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(200, 3)), np.array([1.0, -2.0, 0.0])
-    found = baselines.ridge(x, x, x[:5] * 2, x @ w + 5, x @ w)
-    assert np.corrcoef(found, x[:5] @ w)[0, 1] > 0.999
 
 
 def test_what_is_measured_of_interface_texts():

@@ -44,7 +44,7 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     pairs = instructions.read(file)
     learnt, test = judged.divide(pairs, lambda pair: pair.key, instructions.FOLDS, seed)
     ours, others = judged.divide(learnt, lambda pair: pair.key, 2, seed)
-    start = judged.backbone(home, smoke, "smollm2")
+    start = judged.backbone(home, smoke)
     layers, tokens, dpo_options, rl_options = instructions.LAYERS, TOKENS, DPO, RL
     if smoke:
         layers, tokens = 1, 8

@@ -66,7 +66,7 @@ def agreement(pairs: list[Pair]) -> dict[str, float | None]:
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     learnt, test = judged.divide(read(file), lambda pair: pair.key, FOLDS, seed)
-    whole = judged.backbone(home, smoke, "smollm2")
+    whole = judged.backbone(home, smoke)
     found = frozen.compare(home, learnt, test, whole, 1 if smoke else LAYERS, STRENGTH)
     return found | {"people": agreement(test)}
 

@@ -2,7 +2,7 @@
 
 Pair       two responses to a prompt, and each person's vote
 divide     the items of some keys (prompts, documents) for the test, all others for training
-train      a reward model, by train_rm.py, from MiniLM; scores: what it says of texts
+scores     what a reward model says of texts
 features   the mean hidden states of texts, of a model that is not trained (frozen.py fits a head to them)
 compare    a reward model of pairs beside the longer text and TF-IDF, on the same unseen pairs
 """
@@ -32,7 +32,6 @@ BATCH = 32  # texts per forward pass
 SHARES = {"a": 1.0, "tie": 0.5, "b": 0.0}
 TINY = ("--vocab", 258, "--context", 256, "--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--epochs", 1,
         "--final-epochs", 0, "--warmup", 1, "--samples", 0)  # fmt: skip
-BRIEFLY = ("--epochs", 1, "--batch", 16, "--warmup", 1)
 
 
 @dataclass(frozen=True)
@@ -80,27 +79,18 @@ def divide(
     return [x for x in items if key(x) not in held_out], [x for x in items if key(x) in held_out]
 
 
-def backbone(home: Path, smoke: bool, name: str = "minilm") -> Path:
-    """The checkpoint that reward models start from, imported once; for a smoke run a tiny GPT."""
+def backbone(home: Path, smoke: bool) -> Path:
+    """SmolLM2's checkpoint, imported once; for a smoke run a tiny GPT's."""
     if smoke:
         texts = [{"text": f"{word} number {i} is there"} for i in range(80) for word in ("one", "two")]
         common.stage(
             "train_sft.py", home / "base", 1, "--data", common.write_rows(home / "base.jsonl", texts), *TINY
         )
         return home / "base"
-    base = ROOT / f"runs/{name}/base"
+    base = ROOT / "runs/smollm2/base"
     if not (base / "latest").exists():
-        common.command("-m", "minirlhf.checkpoint", "import", name, base)
+        common.command("-m", "minirlhf.checkpoint", "import", "smollm2", base)
     return base
-
-
-def train(
-    folder: Path, rows: Sequence[common.Row], base: Path, seed: int, options: Sequence[object]
-) -> float:
-    """Train a reward model on rows, or go on with it; the seconds that it took."""
-    file = common.write_rows(folder.with_suffix(".jsonl"), rows)
-    start = ("--preset", "minilm", "--init", base, "--data", file)
-    return common.stage("train_rm.py", folder, seed, *start, *options)
 
 
 def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iterator[tuple]:

@@ -127,7 +127,7 @@ def numbers(answers: Answers, start: Answers, judge: str) -> dict[str, float]:
 
 
 def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> dict:
-    start = judged.backbone(home, smoke, "smollm2")
+    start = judged.backbone(home, smoke)
     layers, tokens, practice, n_test, options = instructions.LAYERS, TOKENS, PRACTICE, TEST, RL
     if smoke:
         layers, tokens, practice, n_test = 1, 8, 16, 8

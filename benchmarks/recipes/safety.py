@@ -48,7 +48,7 @@ def key_of(text: str) -> str:
 
 def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
     learnt, test = judged.divide(read(file), lambda pair: pair.key, FOLDS, seed)
-    whole = judged.backbone(home, smoke, "smollm2")
+    whole = judged.backbone(home, smoke)
     return frozen.compare(home, learnt, test, whole, 1 if smoke else LAYERS, STRENGTH)
 
 

@@ -294,7 +294,7 @@ def counted_words(learnt: Sequence[Translation], tested: Sequence[Translation]) 
 
 def run(home: Path, seed: int, smoke: bool, wmt: Path, ted: Path) -> dict:
     began = time.perf_counter()
-    base = frozen.shallow(judged.backbone(home, smoke, "smollm2"), 1 if smoke else LAYERS)
+    base = frozen.shallow(judged.backbone(home, smoke), 1 if smoke else LAYERS)
     items, talks = read(wmt), [item for item in read(ted) if item.system not in PEOPLE]
     learnt, test = judged.divide(items, document_of, FOLDS, seed)
     vectors = {}

@@ -202,7 +202,7 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
         "practice": write_rows(home / "practice.jsonl", without(practice)),
         "test": write_rows(home / "test.jsonl", without(test)),
     }
-    start = ("--init", judged.backbone(home / "tiny", smoke, "smollm2"), "--data", files["sft"])
+    start = ("--init", judged.backbone(home / "tiny", smoke), "--data", files["sft"])
     seconds = {"sft": stage("train_sft.py", home / "sft", seed, *start, *ADAPTERS, *sft_options)}
     chosen, seconds["tries"] = within_reach(home, files["practice"])
     start = ("--init", home / "sft", "--data", chosen, "--reward", REWARD)

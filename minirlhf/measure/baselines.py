@@ -6,12 +6,9 @@ missing.
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from minirlhf.measure.stats import pearson
 
 ALPHAS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # ridge strengths tried on the validation split
-STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # the same per text, for standardised features
 
 
 def longer_text(texts: Sequence[str]) -> list[float]:
@@ -54,32 +51,6 @@ def tfidf_ridge(
         views += [TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True)]
     train = hstack([view.fit_transform(train_texts) for view in views], format="csr")
     val, test = (hstack([view.transform(t) for view in views], format="csr") for t in (val_texts, test_texts))
-    models = [Ridge(alpha=alpha) for alpha in ALPHAS]
-    return best_of(models, train, train_ratings, val, val_ratings, test)
-
-
-def ridge(
-    train: np.ndarray,
-    val: np.ndarray,
-    test: np.ndarray,
-    train_ratings: Sequence[float],
-    val_ratings: Sequence[float],
-) -> list[float] | None:
-    """Predicted ratings of test [N, features], by ridge regression on standardised features; strength as
-    above."""
-    try:
-        from sklearn.linear_model import Ridge
-        from sklearn.preprocessing import StandardScaler
-    except ImportError:
-        return None
-    scaler = StandardScaler().fit(train)
-    models = [Ridge(alpha=strength * len(train)) for strength in STRENGTHS]
-    parts = [scaler.transform(part) for part in (train, val, test)]
-    return best_of(models, parts[0], train_ratings, parts[1], val_ratings, parts[2])
-
-
-def best_of(models: list, train, train_ratings, val, val_ratings, test) -> list[float]:
-    """Predictions for `test` of the regression whose predictions for `val` have the best Pearson's r."""
-    fitted = [model.fit(train, train_ratings) for model in models]
+    fitted = [Ridge(alpha=alpha).fit(train, train_ratings) for alpha in ALPHAS]
     best = max(fitted, key=lambda model: pearson(model.predict(val), val_ratings))
     return best.predict(test).tolist()
