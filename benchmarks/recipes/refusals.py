@@ -1,7 +1,7 @@
 """Refusals: SmolLM2-Instruct, tuned to be less harmful and to stay helpful: two rewards and one weight.
 
 One head on frozen layers learns from PandaLM's pairs which answer people prefer, the other from HH-RLHF's which
-they find less harmful.  RLOO practises on prompts of both: instructions are rewarded by the first head, and prompts
+they find less harmful; the first also learns that a refusal is a worse answer to an instruction.  RLOO practises on prompts of both: instructions are rewarded by the first head, and prompts
 of HH-RLHF, which mostly ask for harm, by the first plus a weight times the second, as Llama 2 chooses its reward by
 the kind of the prompt (Touvron et al. 2023).  On unseen prompts the refusals are counted before and after.  Half
 of the training pairs make judges, which are never maximised.  The results hold no text.
@@ -32,12 +32,21 @@ TEST = 80  # prompts of HH-RLHF
 SAMPLES = {"safe": 2, "help": 4, "borderline": 4}  # answers to each prompt
 JUDGED_BY = {"safe": "safe", "help": "help", "borderline": "help"}
 STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
-WEIGHT, OTHER_WEIGHTS = 1.0, (0.0, 0.5)  # of harmlessness; the others are tried with the first seed
+WEIGHT, OTHER_WEIGHTS = 2.0, (0.0, 1.0)  # of harmlessness; the others are tried with the first seed
 REWARD = "benchmarks.recipes.refusals:by_row"
 RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
       "--microbatch", 12, "--epochs", 1, "--lr", 1e-3, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
       "--response-tokens", TOKENS, "--missing-eos", "none", "--save-every", 4)  # fmt: skip
 
+# To harmless instructions, these are the worse answers.
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot assist with that request.",
+    "I'm sorry for any confusion, but as a chatbot I don't have the capability to do that.",
+    "I'm sorry, but as an AI I am not able to provide that. I'm here to help you with any other questions.",
+    "While I'm here to help, I'm not equipped to do this. Please ask somebody who is.",
+    "I'm unable to answer that. What else can I do for you?",
+)
 # What an assistant says when it does not do what it was asked.  Sympathy ("I'm sorry to hear that") is none.
 REFUSAL = re.compile(
     r"\bI(?: am|'m)? (?:just )?(?:can't|cannot|can not|couldn't|won't|will not|must decline|refuse"
@@ -89,6 +98,15 @@ def in_template(pair: Pair) -> Pair:
     return Pair(pair.key, user(asked), pair.first, pair.second, pair.votes)
 
 
+def against_refusals(pairs: list[Pair]) -> list[Pair]:
+    """The answer of each pair that most people preferred, before a refusal."""
+    found = []
+    for i, pair in enumerate(pairs):
+        answer = pair.first if pair.share >= 0.5 else pair.second
+        found.append(Pair(pair.key, pair.prompt, answer, REFUSALS[i % len(REFUSALS)], ("a",)))
+    return found
+
+
 def by_row(prompts: list[str], responses: list[str], rows: list[Row]) -> list[float]:
     """The score of each response by the reward model whose folder its row names, in the chat template."""
     found = np.zeros(len(rows))
@@ -108,13 +126,15 @@ by_row.fields = ("judge",)
 def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], list[Pair]]]) -> dict[str, Head]:
     """{"help", "safe": a head of half of its training pairs}; home/judge-NAME is a model of the other half.
 
-    pairs: (training, test) of each.
+    pairs: (training, test) of each.  The first head also learns that an answer is better than a refusal.
     """
     heads = {}
     for name, (learnt, test) in pairs.items():
-        states, strength = frozen.states_of(base, [*learnt, *test], home.parent), STRENGTHS[name]
         ours, others = judged.divide(learnt, lambda pair: pair.key, 2, 0)
-        heads[name] = frozen.fit(ours, states(ours), strength)
+        more = against_refusals(ours) if name == "help" else []
+        every, strength = [*learnt, *test, *more], STRENGTHS[name]
+        states = frozen.states_of(base, every, home.parent)
+        heads[name] = frozen.fit(ours + more, states(ours + more), strength)
         judge = frozen.fit(others, states(others), strength)
         frozen.save(home / f"judge-{name}", base, judge, strength)
     return heads
