@@ -1,10 +1,11 @@
 """Refusals: SmolLM2-Instruct, tuned to be less harmful and to stay helpful: two rewards and one weight.
 
 One head on frozen layers learns from PandaLM's pairs which answer people prefer, the other from HH-RLHF's which
-they find less harmful; the first also learns that a refusal is a worse answer to an instruction.  RLOO practises on prompts of both: instructions are rewarded by the first head, and prompts
-of HH-RLHF, which mostly ask for harm, by the first plus a weight times the second, as Llama 2 chooses its reward by
-the kind of the prompt (Touvron et al. 2023).  On unseen prompts the refusals are counted before and after.  Half
-of the training pairs make judges, which are never maximised.  The results hold no text.
+they find less harmful; the first also learns that a refusal is a worse answer to an instruction.  RLOO practises
+on prompts of both: instructions are rewarded by the first head, and prompts of HH-RLHF, which mostly ask for harm,
+by the first plus a weight times the second, as Llama 2 chooses its reward by the kind of the prompt (Touvron et al.
+2023).  On unseen prompts the refusals are counted before and after.  Half of the training pairs make judges, which
+are never maximised.  The results hold no text.
 """
 
 import math
@@ -131,11 +132,14 @@ def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], lis
     heads = {}
     for name, (learnt, test) in pairs.items():
         ours, others = judged.divide(learnt, lambda pair: pair.key, 2, 0)
-        more = against_refusals(ours) if name == "help" else []
-        every, strength = [*learnt, *test, *more], STRENGTHS[name]
-        states = frozen.states_of(base, every, home.parent)
-        heads[name] = frozen.fit(ours + more, states(ours + more), strength)
+        states, strength = frozen.states_of(base, [*learnt, *test], home.parent), STRENGTHS[name]
         judge = frozen.fit(others, states(others), strength)
+        vectors = states(ours)
+        if name == "help":
+            more = against_refusals(ours)
+            vectors = np.concatenate([vectors, frozen.states_of(base, more, home.parent)(more)])
+            ours = ours + more
+        heads[name] = frozen.fit(ours, vectors, strength)
         frozen.save(home / f"judge-{name}", base, judge, strength)
     return heads
 
