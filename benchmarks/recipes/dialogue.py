@@ -21,7 +21,7 @@ TOKENS = 64  # of the longest answer
 # The most words of a prompt to practise on, of one in the test, and of an answer of DPO's pairs: time chose them.
 PRACTICE_WORDS, TEST_WORDS, ANSWER_WORDS = 25, 60, 60
 SAMPLES, BEST_OF = 4, 8
-DPO = ("--epochs", 1, "--batch", 8, "--lr", 2e-4, "--warmup", 3, "--beta", 0.1,
+DPO = ("--epochs", 1, "--batch", 8, "--lr", 1e-3, "--warmup", 3, "--beta", 0.1,
        "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
 RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
       "--microbatch", 12, "--epochs", 1, "--lr", 1e-3, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
