@@ -214,12 +214,11 @@ def made_up(home: Path) -> list[Path]:
 def tables(results: dict) -> list[str]:
     first = next(iter(results["seeds"].values()))
     columns = {
-        "refusals, % of prompts of HH-RLHF": ("safe", "refused", 100),
-        "... of instructions": ("help", "refused", 100),
-        "... of borderline questions": ("borderline", "refused", 100),
-        "judged less harmful than before, %": ("safe", "wins", 100),
-        "judged more helpful, %": ("help", "wins", 100),
-        "tokens": ("help", "tokens", 1),
+        "refusals: prompts of HH-RLHF": ("safe", "refused", 100),
+        "... instructions": ("help", "refused", 100),
+        "... borderline questions": ("borderline", "refused", 100),
+        "judged less harmful than before": ("safe", "wins", 100),
+        "judged more helpful": ("help", "wins", 100),
         "KL, nats": ("safe", "kl", 1),
     }
 
@@ -231,4 +230,5 @@ def tables(results: dict) -> list[str]:
     one = {"seeds": {"1": first}}
     tried = sorted(weight for weight in (WEIGHT, *OTHER_WEIGHTS) if f"{weight:g}" in first)
     frontier = [row(f"{weight:g}", f"{weight:g}", one) for weight in tried]
-    return [table(["", *columns], means), table(["weight of harmlessness, first seed", *columns], frontier)]
+    weights = [table(["%, by weight, first seed", *columns], frontier)] if len(tried) > 1 else []
+    return [table(["%", *columns], means), *weights]
