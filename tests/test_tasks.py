@@ -48,8 +48,11 @@ def in_process(run, monkeypatch):
 FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "dialogue": 6, "refusals": 13}
 
 
+LONG = {"dialogue": pytest.mark.long, "refusals": pytest.mark.long}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", tasks.RECIPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG.get(n, ())) for n in tasks.RECIPES])
 def test_every_recipe_runs(name, in_process, tmp_path):
     recipe = importlib.import_module(f"benchmarks.recipes.{name}")
     if name == "interface":
