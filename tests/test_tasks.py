@@ -45,7 +45,7 @@ def in_process(run, monkeypatch):
 
 
 # Checkpoints that a recipe's smoke run makes.  Frozen layers are one of their own.
-FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "dialogue": 6, "refusals": 13}
+FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "words": 3, "dialogue": 6, "refusals": 13}
 
 
 LONG = {"dialogue": pytest.mark.long, "refusals": pytest.mark.long}
