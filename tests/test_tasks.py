@@ -598,7 +598,8 @@ def test_what_a_refusal_is(text, refusal):
 def test_each_row_names_the_reward_model_of_its_prompt(monkeypatch):
     scores = {"a": lambda texts: np.array([10.0 + len(r) for _, r in texts]),
               "b": lambda texts: np.array([20.0 + len(r) for _, r in texts])}  # fmt: skip
-    monkeypatch.setattr(judged, "scores", lambda folder, texts: scores[folder](texts))
+    monkeypatch.setattr(refusals, "reader_of", lambda folder: folder)
+    monkeypatch.setattr(judged, "scores_by", lambda folder, texts: scores[folder](texts))
     rows = [{"judge": name} for name in "abba"]
     assert refusals.by_row(["p"] * 4, ["", "x", "xx", "xxx"], rows) == [10, 21, 22, 13]
     assert refusals.by_row.fields == ("judge",)

@@ -104,10 +104,18 @@ def best_of(answers: Answers, name: str) -> Answers:
     return answers.select(lambda rows: np.take_along_axis(rows, chosen, 0))
 
 
+def preferred(answers: Answers, others: Answers, name: str) -> np.ndarray:
+    """1 where a reward model prefers an answer to one of the others, a tie is a half.
+
+    [samples, samples of the others, prompts].
+    """
+    a, b = answers.scores[name][:, None], others.scores[name][None]
+    return 0.5 * (np.sign(a - b) + 1)
+
+
 def wins(answers: Answers, others: Answers, name: str) -> np.ndarray:
-    """By prompt, how often an answer is preferred to one of the others, over all pairs; a tie is a half."""
-    a, b = answers.scores[name][:, None], others.scores[name][None]  # [samples, 1, prompts], [1, ...]
-    return (0.5 * (np.sign(a - b) + 1)).mean((0, 1))
+    """By prompt, how often an answer is preferred to one of the others, over all pairs."""
+    return preferred(answers, others, name).mean((0, 1))
 
 
 def even_wins(answers: Answers, others: Answers, name: str) -> float:
@@ -116,10 +124,9 @@ def even_wins(answers: Answers, others: Answers, name: str) -> float:
     After Dubois et al. 2024: the log-odds of a win are a constant plus a multiple of the difference in
     length, in tokens; this is the win rate of the constant.
     """
-    a, b = answers.scores[name][:, None], others.scores[name][None]
     longer = (answers.tokens[:, None] - others.tokens[None]).reshape(-1).astype(float)
     x = np.stack([np.ones_like(longer), longer / (longer.std() + 1e-6)], 1)
-    weights = frozen.logistic(x, (0.5 * (np.sign(a - b) + 1)).reshape(-1), 1e-6)
+    weights = frozen.logistic(x, preferred(answers, others, name).reshape(-1), 1e-6)
     return float(1 / (1 + np.exp(-weights[0])))
 
 

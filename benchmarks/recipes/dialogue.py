@@ -11,7 +11,7 @@ from benchmarks.demo import table
 from benchmarks.recipes import assistant, frozen, instructions, judged
 from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, best_of, cell, prompt_row
 from benchmarks.recipes.common import side_by_side, stage, write_rows
-from benchmarks.recipes.judged import Pair
+from benchmarks.recipes.judged import Pair, texts_of
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation
@@ -26,13 +26,6 @@ DPO = ("--epochs", 1, "--batch", 8, "--lr", 1e-3, "--warmup", 3, "--beta", 0.1,
 RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
       "--microbatch", 12, "--epochs", 1, "--lr", 1e-3, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
       "--missing-eos-penalty", 0.5, "--response-tokens", TOKENS, "--save-every", 4)  # fmt: skip
-
-
-def scorer(folder: Path, base: Path, pairs: list[Pair], states, strength: float) -> RewardReader:
-    """A reward model with a linear head, made once, and what reads it."""
-    if not (folder / "latest").exists():
-        frozen.save(folder, base, frozen.fit(pairs, states(pairs), strength), strength)
-    return RewardReader.load(folder, "")
 
 
 def short_prompts(pairs: list[Pair], words: int) -> list[Conversation]:
@@ -53,12 +46,16 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
         rl_options = (*RL, *few, "--iterations", 1, "--batch", 16, "--minibatch", 16, "--microbatch", 8)
 
     base = frozen.shallow(start, layers)
-    states = frozen.states_of(base, pairs, home.parent)
+    states, strength = frozen.states_of(base, texts_of(pairs), home.parent), instructions.STRENGTH
+    heads = {"rm": frozen.fit(ours, states(texts_of(ours)), strength)}
+    heads["judge"] = frozen.fit(others, states(texts_of(others)), strength)
+    for name, head in heads.items():
+        frozen.save(home / name, base, head, strength)
     readers = {
-        "reward model": scorer(home / "rm", base, ours, states, instructions.STRENGTH),
-        "judge": scorer(home / "judge", base, others, states, instructions.STRENGTH),
+        "reward model": RewardReader.load(home / "rm", ""),
+        "judge": RewardReader.load(home / "judge", ""),
     }
-    margins = judged.minus(judged.scores(home / "judge", judged.texts_of(test)))
+    margins = judged.minus(heads["judge"](states(texts_of(test))))
     accuracy = sign_accuracy(margins, [pair.share for pair in test])
 
     choices = [

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.recipes import judged
-from benchmarks.recipes.judged import Pair, features, minus, texts_of
+from benchmarks.recipes.judged import Pair, Text, features, minus, texts_of
 from minirlhf import checkpoint
 from minirlhf.model import RewardEnsemble
 from minirlhf.support.about import describe
@@ -79,14 +79,14 @@ def logistic(x: np.ndarray, shares: np.ndarray, strength: float, steps: int = 50
     return w
 
 
-def states_of(base: Path, pairs: Sequence[Pair], cache: Path) -> Callable[[Sequence[Pair]], np.ndarray]:
-    """A function that has the mean hidden states of pairs' texts, [2 pairs, C], in the order of texts_of.
+def states_of(base: Path, texts: Sequence[Text], cache: Path) -> Callable[[Sequence[Text]], np.ndarray]:
+    """A function that has the mean hidden states of texts, [texts, C].
 
-    They are computed for all `pairs` at once, and kept in the folder `cache`.
+    They are computed for all `texts` at once, and kept in the folder `cache`.
     """
-    texts = sorted(set(texts_of(pairs)))
-    vectors = dict(zip(texts, features(base, texts, cache), strict=True))
-    return lambda some: np.stack([vectors[text] for text in texts_of(some)]).astype(float)
+    once = sorted(set(texts))
+    vectors = dict(zip(once, features(base, once, cache), strict=True))
+    return lambda some: np.stack([vectors[text] for text in some]).astype(float)
 
 
 def compare(
@@ -99,16 +99,16 @@ def compare(
     """
     began = time.perf_counter()
     base = shallow(whole, layers)
-    states = states_of(base, [*learnt, *test], home.parent)
-    head = fit(learnt, states(learnt), strength)
+    states = states_of(base, texts_of([*learnt, *test]), home.parent)
+    head = fit(learnt, states(texts_of(learnt)), strength)
     save(home / "rm", base, head, strength)
-    return judged.compare(minus(head(states(test))), learnt, test, time.perf_counter() - began)
+    return judged.compare(minus(head(states(texts_of(test)))), learnt, test, time.perf_counter() - began)
 
 
 def fit(pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> Head:
     """The head of a reward model of `pairs`, whose mean score of their texts is 0.
 
-    vectors [2 pairs, C]: what states_of says of the pairs.  They are standardised and
+    vectors [2 pairs, C]: what states_of says of texts_of(pairs).  They are standardised and
     divided by sqrt(C), so that a `strength` suits models of any width.
     """
     middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(vectors.shape[1])

@@ -104,7 +104,12 @@ def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iter
 @torch.no_grad()
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
-    reader = RewardReader.load(folder, "train it first")
+    return scores_by(RewardReader.load(folder, "train it first"), texts)
+
+
+@torch.no_grad()
+def scores_by(reader: RewardReader, texts: Sequence[Text]) -> np.ndarray:
+    """The scores [len(texts)] by a reward model that is loaded."""
     once = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text may be in several pairs
     found = np.zeros(len(once))
     for places, tokens, mask in by_length(reader.tokenizer, reader.context, list(once)):

@@ -8,6 +8,7 @@ by the first plus a weight times the second, as Llama 2 chooses its reward by th
 are never maximised.  The results hold no text.
 """
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from benchmarks.recipes import assistant, dialogue, frozen, instructions, judged
 from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, Answers, cell, prompt_row, user
 from benchmarks.recipes.common import Row, stage, write_rows
 from benchmarks.recipes.frozen import Head
-from benchmarks.recipes.judged import Pair
+from benchmarks.recipes.judged import Pair, texts_of
 from minirlhf import data
 from minirlhf.rewards import RewardReader
 
@@ -108,13 +109,19 @@ def against_refusals(pairs: list[Pair]) -> list[Pair]:
     return found
 
 
+@functools.cache
+def reader_of(folder: str) -> RewardReader:
+    """A reward model, which is loaded once per run: by_row is called in every iteration."""
+    return RewardReader.load(folder, "")
+
+
 def by_row(prompts: list[str], responses: list[str], rows: list[Row]) -> list[float]:
     """The score of each response by the reward model whose folder its row names, in the chat template."""
     found = np.zeros(len(rows))
     for folder in {row["judge"] for row in rows}:
         places = [i for i, row in enumerate(rows) if row["judge"] == folder]
         texts = [(prompts[i], responses[i]) for i in places]
-        found[places] = judged.scores(folder, texts)
+        found[places] = judged.scores_by(reader_of(folder), texts)
     return found.tolist()
 
 
@@ -132,12 +139,13 @@ def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], lis
     heads = {}
     for name, (learnt, test) in pairs.items():
         ours, others = judged.divide(learnt, lambda pair: pair.key, 2, 0)
-        states, strength = frozen.states_of(base, [*learnt, *test], home.parent), STRENGTHS[name]
-        judge = frozen.fit(others, states(others), strength)
-        vectors = states(ours)
+        states, strength = frozen.states_of(base, texts_of([*learnt, *test]), home.parent), STRENGTHS[name]
+        judge = frozen.fit(others, states(texts_of(others)), strength)
+        vectors = states(texts_of(ours))
         if name == "help":
             more = against_refusals(ours)
-            vectors = np.concatenate([vectors, frozen.states_of(base, more, home.parent)(more)])
+            texts = texts_of(more)
+            vectors = np.concatenate([vectors, frozen.states_of(base, texts, home.parent)(texts)])
             ours = ours + more
         heads[name] = frozen.fit(ours, vectors, strength)
         frozen.save(home / f"judge-{name}", base, judge, strength)

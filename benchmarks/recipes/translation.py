@@ -297,11 +297,8 @@ def run(home: Path, seed: int, smoke: bool, wmt: Path, ted: Path) -> dict:
     base = frozen.shallow(judged.backbone(home, smoke), 1 if smoke else LAYERS)
     items, talks = read(wmt), [item for item in read(ted) if item.system not in PEOPLE]
     learnt, test = judged.divide(items, document_of, FOLDS, seed)
-    vectors = {}
-    for part in (items, talks):
-        texts = [("", item.target) for item in part]
-        vectors |= zip(texts, judged.features(base, texts, home.parent), strict=True)
-    states = lambda texts: np.stack([vectors[text] for text in texts]).astype(float)
+    texts = [("", item.target) for item in (*items, *talks)]
+    states = frozen.states_of(base, texts, home.parent)
     pairs = pairs_of(learnt)
     head = frozen.fit(pairs, states(judged.texts_of(pairs)), STRENGTH)
     frozen.save(home / "rm", base, head, STRENGTH)
