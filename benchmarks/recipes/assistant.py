@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from benchmarks.recipes import frozen
-from benchmarks.recipes.common import Row, over_seeds
-from minirlhf import checkpoint, data
+from benchmarks.recipes.common import Row, opened, over_seeds
+from minirlhf import checkpoint
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation, conversation
 from minirlhf.tools import evaluate
@@ -71,12 +71,8 @@ def answer(
     start: the checkpoint that the KL is measured to; None: it is not.
     """
     began = time.perf_counter()
-    tokenizer, model = checkpoint.tokenizer_of(policy), checkpoint.load_gpt(policy).eval()
+    model, tokenizer, prompts, _, sampling = opened(policy, file, tokens, TEMPERATURE)
     reference = checkpoint.load_gpt(start).eval() if start else None
-    room = model.config.context - tokens
-    prompts, _ = data.prompts_and_records(tokenizer, data.load(file).records, 1, room, "error")
-    settings = {"response_tokens": tokens, "temperature": TEMPERATURE, "stop": True}
-    sampling = evaluate.sampling_of(settings, tokenizer)
     found: dict[str, list] = {name: [] for name in ("responses", "tokens", "ended", "kl")}
     scores: dict[str, list] = {name: [] for name in readers}
     for k in range(samples):

@@ -18,6 +18,7 @@ from minirlhf import UserError, checkpoint, data  # noqa: E402
 from minirlhf.interop.fetch import download  # noqa: E402
 from minirlhf.rewards import fields_read, load_rewards  # noqa: E402
 from minirlhf.support import functions  # noqa: E402
+from minirlhf.support.rows import Reads  # noqa: E402
 from minirlhf.support.text import escaped  # noqa: E402
 from minirlhf.tools import evaluate  # noqa: E402
 
@@ -79,16 +80,23 @@ class Asked:
         return [{"prompt": p, "response": r, "score": s} for p, r, s in list(rows)[:count]]
 
 
+def opened(policy: Path, file: Path, tokens: int, temperature: float, reads: Reads = ()) -> tuple:
+    """(model, tokenizer, prompts in ids, their records, sampling): what it takes to let a checkpoint answer."""
+    tokenizer, model = checkpoint.tokenizer_of(policy), checkpoint.load_gpt(policy).eval()
+    room = model.config.context - tokens
+    source = data.load(file, reads=reads)
+    prompts, records = data.prompts_and_records(tokenizer, source.records, 1, room, "error")
+    settings = {"response_tokens": tokens, "temperature": temperature, "stop": True}
+    return model, tokenizer, prompts, records, evaluate.sampling_of(settings, tokenizer)
+
+
 def ask(policy: Path, file: Path, reward: str, samples: int, tokens: int, temperature: float = 1.0) -> Asked:
     """Let a checkpoint answer each prompt of a file `samples` times."""
     began = time.perf_counter()
     rewards = load_rewards([reward])
-    tokenizer, model = checkpoint.tokenizer_of(policy), checkpoint.load_gpt(policy).eval()
-    source = data.load(file, reads=fields_read(rewards))
-    room = model.config.context - tokens
-    prompts, records = data.prompts_and_records(tokenizer, source.records, 1, room, "error")
-    settings = {"response_tokens": tokens, "temperature": temperature, "stop": True}
-    sampling = evaluate.sampling_of(settings, tokenizer)
+    model, tokenizer, prompts, records, sampling = opened(
+        policy, file, tokens, temperature, fields_read(rewards)
+    )
     responses, scores = [], []
     for k in range(samples):
         shown, written = evaluate.write(model, prompts, sampling, 1000 + k).decode(tokenizer)
