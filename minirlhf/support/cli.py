@@ -338,8 +338,8 @@ def run_script(main: Callable[[], None]) -> None:
 def _end(message: str, code: int) -> typing.NoReturn:
     """One line, whatever names of files and texts of others stand in the message."""
     line = as_message(message)
-    elastic.tell(line)
     print(line, file=sys.stderr)
+    elastic.tell(line)
     sys.exit(code)
 
 

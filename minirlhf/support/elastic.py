@@ -105,11 +105,16 @@ def refuse_overwrite(overwrite: bool) -> None:
 
 
 def tell(message: str) -> None:
-    """Let torchrun's summary name why this process ends; nothing without torchrun."""
+    """Let torchrun's summary name why this process ends; nothing without torchrun.
+
+    The file is there whole or not at all: torchrun stops all processes when one has failed, at any moment,
+    and its own summary fails with an empty file (torch 2.13.0)."""
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
-            Path(place).write_text(json.dumps({"message": details}))
+            begun = Path(f"{place}.part")
+            begun.write_text(json.dumps({"message": details}))
+            begun.replace(place)
 
 
 def ended_elsewhere(error: Exception) -> str | None:
