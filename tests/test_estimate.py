@@ -123,7 +123,7 @@ def test_sizes_are_readable(n, said):
 
 # ----------------------------------------------------------------------------- the command
 
-SMALL = ["--batch", 16, "--minibatch", 8, "--response-tokens", 12]
+SMALL = ["--batch", 16, "--minibatch", 8, "--response-tokens", 12, "--precision", "fp32"]
 
 
 def told(run, capsys, *argv) -> dict[str, str]:
@@ -143,7 +143,7 @@ def in_bytes(text: str) -> float:
 
 def test_the_command_counts_what_ppo_holds(run, smoke, capsys):
     models = ["--reward-model", smoke / "rm", "--monitor", smoke / "judge"]
-    found = told(run, capsys, smoke / "sft", *models, *SMALL, "--precision", "fp32")
+    found = told(run, capsys, smoke / "sft", *models, *SMALL)
     policy = sum(p.numel() for p in checkpoint.load_gpt(smoke / "sft").parameters())
     critic = sum(p.numel() for p in checkpoint.load_reward(smoke / "rm")[0].parameters())
     for name, count, trained in (
@@ -167,7 +167,7 @@ def test_the_command_counts_what_ppo_holds(run, smoke, capsys):
 def test_without_a_critic_there_is_none_to_hold(run, smoke, capsys):
     said = []
     for algorithm in ("ppo", "grpo"):
-        assert run("minirlhf.estimate", smoke / "sft", "--algorithm", algorithm) == 0
+        assert run("minirlhf.estimate", smoke / "sft", *SMALL, "--algorithm", algorithm) == 0
         said.append(capsys.readouterr().out)
     assert "critic" in said[0] and "critic" not in said[1]
     weights = [float(re.search(r"weights +([\d.]+) MB", text)[1]) for text in said]

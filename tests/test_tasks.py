@@ -48,7 +48,7 @@ def in_process(run, monkeypatch):
 FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "words": 3, "dialogue": 6, "refusals": 13}
 
 
-LONG = {"dialogue": pytest.mark.long, "refusals": pytest.mark.long}
+LONG = dict.fromkeys(("code", "dialogue", "refusals"), pytest.mark.long)
 
 
 @pytest.mark.slow
@@ -593,6 +593,43 @@ def test_wins_at_equal_length():
 )
 def test_what_a_refusal_is(text, refusal):
     assert refusals.refuses(text) is refusal
+
+
+def test_questions_are_read_from_the_package(tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
+        lines = [json.dumps({"question": text, "answer": ["x"]}) for text in ("Who?", " Why? ", "Who?")]
+        wheel.writestr(refusals.QUESTIONS, "\n".join(lines))
+    assert refusals.questions(tmp_path / "some.whl") == ["Who?", "Why?"]
+
+
+def test_what_is_practised_on_is_not_in_the_test():
+    """A third of the practice is of each kind; nobody practises on borderline questions."""
+    long = " ".join(["word"] * 20)
+    openings = {f"k{i}": f"Number {i} {long if i % 3 == 0 else ''}".strip() for i in range(900)}
+    pair = lambda i, prompt: judged.Pair(f"k{i}", prompt, "a", "b", ("a",))
+    pairs = {
+        "safe": ([pair(i, "p") for i in range(600)], [pair(i, "p") for i in range(600, 900)]),
+        "help": (
+            [pair(i, assistant.user(f"Do {i}")) for i in range(9)],
+            [pair(i, assistant.user(f"Do {i}")) for i in range(9, 12)],
+        ),
+    }
+    asked = [f"Why {i}?" for i in range(300)]
+    practice, test = refusals.prompts_of(pairs, openings, asked, 1)
+    assert {kind: len(of) for kind, of in practice.items()} == dict.fromkeys(
+        ("safe", "help", "questions"), refusals.PRACTICE
+    )
+    assert {kind: len({*of}) for kind, of in test.items()} == {
+        "safe": 80,
+        "help": 3,
+        "questions": 40,
+        "borderline": 24,
+    }
+    assert not any({*practice[kind]} & {*test[kind]} for kind in practice)
+    assert not any(long in prompt for prompt in practice["safe"])  # short ones are practised on
+    assert any(long in prompt for prompt in test["safe"])
+    again, other = (refusals.prompts_of(pairs, openings, asked, seed)[1] for seed in (1, 2))
+    assert again == test != other
 
 
 def test_each_row_names_the_reward_model_of_its_prompt(monkeypatch):

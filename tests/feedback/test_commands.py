@@ -260,7 +260,7 @@ def test_a_store_with_damaged_pages_is_one_line(make_store, judge, tmp_path, run
     store.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     whole = store.path.read_bytes()
     refused = 0
-    for place in range(4096 + 10, len(whole), 4096 + 777):
+    for place in range(4096 + 10, len(whole), 2 * 4096 + 777):
         bad = tmp_path / "bad.db"
         bad.write_bytes(whole[:place] + bytes(range(64)) + whole[place + 64 :])
         for command in (["stats"], ["export", tmp_path / "out"]):

@@ -358,6 +358,7 @@ def test_without_triton_it_says_so():
 
 
 @needs_triton
+@pytest.mark.long
 def test_our_kernels_keep_their_bounds(tmp_path):
     done = audit("--check", "--targets", "cuda:90,hip:gfx942", "--json", tmp_path / "ours.json")
     assert done.returncode == 0, re.findall("MISSED.*", done.stdout) or done.stderr
