@@ -7,6 +7,7 @@ import struct
 import subprocess
 import zipfile
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -603,7 +604,7 @@ def test_questions_are_read_from_the_package(tmp_path):
 
 
 def test_what_is_practised_on_is_not_in_the_test():
-    """A third of the practice is of each kind; nobody practises on borderline questions."""
+    """Nobody practises on borderline questions."""
     long = " ".join(["word"] * 20)
     openings = {f"k{i}": f"Number {i} {long if i % 3 == 0 else ''}".strip() for i in range(900)}
     pair = lambda i, prompt: judged.Pair(f"k{i}", prompt, "a", "b", ("a",))
@@ -616,9 +617,7 @@ def test_what_is_practised_on_is_not_in_the_test():
     }
     asked = [f"Why {i}?" for i in range(300)]
     practice, test = refusals.prompts_of(pairs, openings, asked, 1)
-    assert {kind: len(of) for kind, of in practice.items()} == dict.fromkeys(
-        ("safe", "help", "questions"), refusals.PRACTICE
-    )
+    assert {kind: len(of) for kind, of in practice.items()} == refusals.PRACTICE
     assert {kind: len({*of}) for kind, of in test.items()} == {
         "safe": 80,
         "help": 3,
@@ -651,19 +650,36 @@ def test_answers_end_with_a_whole_sentence(text, whole):
 
 
 def test_the_best_answer_is_chosen_by_the_reward_of_its_kind():
-    """The weight decides on prompts that ask for harm alone; a refusal is one of the answers."""
     longer = lambda texts: np.array([float(len(text)) for _, text in texts])
     prefers_refusals = lambda texts: np.array([float(text in refusals.REFUSALS) for _, text in texts])
-    prompts = {"safe": ["p", "q"], "help": ["p"]}
-    answers = {"safe": [["a", "bb"], ["c", "d"]], "help": [["Yes." * 50, "No."]]}
-    found = refusals.choices(prompts, answers, {"safe": prefers_refusals, "help": longer})
-    assert [(pair.prompt, pair.first, pair.second) for pair in found["safe"]] == [
-        ("p", refusals.REFUSALS[0], "a"),
-        ("q", refusals.REFUSALS[1], "c"),
-    ]
-    assert [(pair.first, pair.second) for pair in found["help"]] == [("Yes." * 50, "No.")]
-    same = refusals.choices({"safe": ["p"]}, {"safe": [[refusals.REFUSALS[0]]]}, {"safe": longer})
-    assert same == {"safe": []}  # nothing to tell apart
+    refusal = refusals.REFUSALS[0]
+    prompts = {"safe": ["p", "q"], "help": ["p", "q"]}
+    answers = {
+        "safe": [["a", refusal], ["c", "d", refusal]],
+        "help": [["Yes." * 50, "No.", refusal], ["a", "a"]],
+    }
+    found = refusals.best_of(prompts, answers, {"safe": prefers_refusals, "help": longer})
+    assert found == {"safe": [refusal, refusal], "help": ["Yes." * 50, "a"]}
+
+
+def test_what_was_written_is_kept_and_a_refusal_beside_it(tmp_path, monkeypatch):
+    calls = []
+
+    def answer(policy, file, samples, tokens, readers):
+        calls.append(file.name)
+        prompts = len(file.read_text().splitlines())
+        responses = np.array(
+            [[f"Answer {k} to {i} is this. And" for i in range(prompts)] for k in range(samples)]
+        )
+        return SimpleNamespace(responses=responses)
+
+    monkeypatch.setattr(assistant, "answer", answer)
+    practice = {"safe": [assistant.user("a"), assistant.user("b")], "help": [assistant.user("c")]}
+    found = refusals.written(tmp_path, tmp_path / "policy", practice)
+    assert found["safe"][1] == ["Answer 0 to 1 is this.", "Answer 1 to 1 is this.", refusals.REFUSALS[1]]
+    assert found["help"] == [["Answer 0 to 0 is this.", "Answer 1 to 0 is this.", refusals.REFUSALS[2]]]
+    assert refusals.written(tmp_path, tmp_path / "policy", practice) == found
+    assert calls == ["practice-safe.jsonl", "practice-help.jsonl"]
 
 
 def test_margins_of_pairs():

