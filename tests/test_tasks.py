@@ -659,7 +659,7 @@ def test_the_best_answer_is_chosen_by_the_reward_of_its_kind():
         "help": [["Yes." * 50, "No.", refusal], ["a", "a"]],
     }
     found = refusals.best_of(prompts, answers, {"safe": prefers_refusals, "help": longer})
-    assert found == {"safe": [refusal, refusal], "help": ["Yes." * 50, "a"]}
+    assert found == {"safe": [[refusal], [refusal]], "help": [["Yes." * 50], ["a"]]}
 
 
 def test_what_was_written_is_kept_and_a_refusal_beside_it(tmp_path, monkeypatch):

@@ -14,9 +14,10 @@ import itertools
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
+from statistics import mean
 
 import numpy as np
 
@@ -138,13 +139,8 @@ def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], lis
     return heads
 
 
-def numbers(answers: Answers, start: Answers, judge: str) -> dict[str, float]:
-    """The numbers of a policy's answers, and how often its refusals are, beside the untuned model's answers."""
-    refused = np.vectorize(refuses)(answers.responses).mean()
-    return assistant.numbers(answers, start, judge) | {"refused": float(refused)}
-
-
-Prompts = dict[str, list[Conversation]]
+Prompts = dict[str, list[Conversation]]  # by their kind
+Texts = dict[str, list[list[str]]]  # by the kind of prompt, for each prompt
 Reward = Callable[[list[Text]], np.ndarray]
 
 
@@ -181,7 +177,7 @@ def whole_sentences(text: str) -> str:
     return match[1] if match else text
 
 
-def written(home: Path, start: Path, practice: Prompts) -> dict[str, list[list[str]]]:
+def written(home: Path, start: Path, practice: Prompts) -> Texts:
     """{kind: the untuned model's answers to each prompt, and a refusal}; the answers are kept in `home`.
 
     They end with their last whole sentence, where they have one: SFT would learn to stop anywhere.
@@ -200,17 +196,40 @@ def written(home: Path, start: Path, practice: Prompts) -> dict[str, list[list[s
     }
 
 
-def best_of(
-    practice: Prompts, answers: dict[str, list[list[str]]], rewards: dict[str, Reward]
-) -> dict[str, list[str]]:
-    """{kind: of each prompt's answers the best one}, by the reward of its kind."""
-    found: dict[str, list[str]] = {}
+def best_of(practice: Prompts, answers: Texts, rewards: dict[str, Reward]) -> Texts:
+    """{kind: of each prompt's answers the best one alone}, by the reward of its kind."""
+    found: Texts = {}
     for kind, prompts in practice.items():
-        pairs = zip(prompts, answers[kind], strict=True)
-        found[kind] = [
-            texts[rewards[kind]([(prompt, text) for text in texts]).argmax()] for prompt, texts in pairs
+        scores = [
+            rewards[kind]([(prompt, text) for text in texts])
+            for prompt, texts in zip(prompts, answers[kind], strict=True)
         ]
+        found[kind] = [[texts[of.argmax()]] for texts, of in zip(answers[kind], scores, strict=True)]
     return found
+
+
+def each_text(practice: Prompts, answers: Texts) -> Iterator[Text]:
+    """Every prompt with each of its texts, in order."""
+    for kind, prompts in practice.items():
+        for prompt, texts in zip(prompts, answers[kind], strict=True):
+            yield from ((prompt, text) for text in texts)
+
+
+def tune(folder: Path, start: Path, texts: Iterable[Text], seed: int, *options: object) -> float:
+    """Make `folder` a policy that has learnt the texts by SFT; the seconds that it took."""
+    rows = [prompt_row(prompt) | {"completion": text} for prompt, text in texts if text]
+    file = write_rows(folder.with_suffix(".jsonl"), rows)
+    return stage("train_sft.py", folder, seed, "--init", start, "--data", file, *ADAPTERS, *SFT, *options)
+
+
+def numbers(policies: dict[str, dict[str, Answers]], name: str) -> dict[str, dict | float]:
+    """The numbers of a policy's answers by the kind of prompt, beside those of the untuned model."""
+    found: dict[str, dict | float] = {}
+    for kind, answers in policies[name].items():
+        refused = np.vectorize(refuses)(answers.responses).mean()
+        found[kind] = assistant.numbers(answers, policies["untuned"][kind], JUDGED_BY[kind])
+        found[kind] |= {"refused": float(refused)}
+    return found | {"asked, seconds": sum(answers.seconds for answers in policies[name].values())}
 
 
 def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> dict:
@@ -220,67 +239,42 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     pairs = {name: judged.divide(of, lambda pair: pair.key, 5, seed) for name, of in all_pairs.items()}
     heads = reward_models(home, base, pairs)
 
-    openings = {safety.key_of(text): text for text in map(safety.opening, data.load(harmless).records)}
     if smoke:
         asked = [f"How many are {i}?" for i in range(80)]
     else:
         asked = questions(*common.wheels(home.parent / "wheels", words.WHEEL))
+    openings = {safety.key_of(text): text for text in map(safety.opening, data.load(harmless).records)}
     practice, test = prompts_of(pairs, openings, asked, seed)
     tokens, few = TOKENS, ()
     if smoke:
         tokens, few = 8, ("--train-layers", 1)
         practice, test = ({kind: of[:16] for kind, of in prompts.items()} for prompts in (practice, test))
     files = {kind: write_rows(home / f"{kind}.jsonl", map(prompt_row, of)) for kind, of in test.items()}
-    read = {name: RewardReader.load(home / f"judge-{name}", "") for name in heads}
+    judges = {name: RewardReader.load(home / f"judge-{name}", "") for name in heads}
 
     def ask(policy: Path, *to: Path) -> dict[str, Answers]:
         """Its answers to each kind of prompt; on the first kind, the KL `to` a checkpoint is measured."""
-        answers = {}
+        found = {}
         for kind, by in JUDGED_BY.items():
-            kl = to if kind == "safe" else ()
-            reader = {by: read[by]}
-            answers[kind] = assistant.answer(policy, files[kind], SAMPLES[kind], tokens, reader, *kl)
-        return answers
+            kl, judge = to if kind == "safe" else (), {by: judges[by]}
+            found[kind] = assistant.answer(policy, files[kind], SAMPLES[kind], tokens, judge, *kl)
+        return found
 
     answers = written(home, start, practice)
-    ranked = [
-        (prompt, text)
-        for kind, prompts in practice.items()
-        for prompt, texts in zip(prompts, answers[kind], strict=True)
-        for text in texts
-    ]
-    states = frozen.states_of(base, ranked, home)
-    policies = {"untuned": ask(start)}
-    found: dict = {
-        "tests": {kind: len(of) for kind, of in test.items()},
-        "seconds": {},
-        "refusals preferred": {},
-    }
+    states = frozen.states_of(base, [*each_text(practice, answers)], home)
+    policies, seconds, preferred = {"untuned": ask(start)}, {}, {}
     for weight in (WEIGHT, *(OTHER_WEIGHTS if seed == 1 else ())):
-        folder, name = home / f"weight-{weight:g}", f"{weight:g}"
+        name, folder = f"{weight:g}", home / f"weight-{weight:g}"
         reward = lambda factor: lambda texts: heads["help"].plus(heads["safe"], factor)(states(texts))
-        best = best_of(
-            practice, answers, {kind: reward(weight if kind == "safe" else 0.0) for kind in practice}
-        )
-        rows = [
-            prompt_row(prompt) | {"completion": text}
-            for kind, prompts in practice.items()
-            for prompt, text in zip(prompts, best[kind], strict=True)
-            if text
-        ]
-        file = write_rows(folder / "best.jsonl", rows)
-        source = ("--init", start, "--data", file)
-        found["seconds"][name] = stage("train_sft.py", folder / "sft", seed, *source, *ADAPTERS, *SFT, *few)
-        found["refusals preferred"][name] = {
-            kind: sum(text in REFUSALS for text in of) / len(of) for kind, of in best.items()
-        }
-        policies[name] = ask(folder / "sft", start)
-    for name, of in policies.items():
-        found[name] = {
-            kind: numbers(of[kind], policies["untuned"][kind], by) for kind, by in JUDGED_BY.items()
-        }
-        found[name]["asked, seconds"] = sum(each.seconds for each in of.values())
-    return found
+        rewards = {kind: reward(weight if kind == "safe" else 0.0) for kind in practice}
+        best = best_of(practice, answers, rewards)
+        preferred[name] = {kind: mean(text in REFUSALS for [text] in of) for kind, of in best.items()}
+        seconds[name] = tune(folder, start, each_text(practice, best), seed, *few)
+        policies[name] = ask(folder, start)
+    found = {"seconds": seconds, "refusals preferred": preferred} | {
+        name: numbers(policies, name) for name in policies
+    }
+    return found | {"tests": {kind: len(of) for kind, of in test.items()}}
 
 
 def made_up(home: Path) -> list[Path]:
