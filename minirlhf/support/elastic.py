@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf import UserError
+from minirlhf.support.files import write_atomically
 
 # What a rank sees of another one that has ended: from gloo, NCCL, and the store through which ranks meet.
 ENDED = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset) by peer|Broken pipe")
@@ -112,9 +113,7 @@ def tell(message: str) -> None:
     if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         details = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError):
-            begun = Path(f"{place}.part")
-            begun.write_text(json.dumps({"message": details}))
-            begun.replace(place)
+            write_atomically(Path(place), json.dumps({"message": details}))
 
 
 def ended_elsewhere(error: Exception) -> str | None:
