@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.beside import machine  # noqa: E402
 from minirlhf.support import cli  # noqa: E402
+from minirlhf.support.files import write_atomically  # noqa: E402
 
 RECIPES = sorted(
     file.stem
@@ -35,6 +36,10 @@ RECIPES = sorted(
 
 def results_of(name: str) -> Path:
     return ROOT / f"benchmarks/results/tasks_{name}.json"
+
+
+def known_results(target: Path) -> dict:
+    return json.loads(target.read_text()) if target.exists() else {"seeds": {}}
 
 
 def main() -> None:
@@ -60,7 +65,7 @@ def main() -> None:
         needs = "; ".join(wanted) or "no file here"
         parser.error(f"--data: {args.name} needs {needs}: see docs/tasks.md")
     target = results_of(args.name)
-    known = json.loads(target.read_text()) if target.exists() else {"seeds": {}}
+    known = known_results(target)
     if args.tables and not known["seeds"]:
         parser.error(f"{target}: no results yet: run without --tables first")
     home = args.home.resolve()
@@ -69,11 +74,13 @@ def main() -> None:
     for seed in [] if args.tables else args.seeds:
         here = home / f"{args.name}-{'smoke' if args.smoke else seed}"
         files = recipe.made_up(here) if args.smoke and hasattr(recipe, "DATA") else args.data
-        known["seeds"][str(seed)] = recipe.run(here, seed, args.smoke, *files)
-        known["seeds"] = dict(sorted(known["seeds"].items()))
+        found = recipe.run(here, seed, args.smoke, *files)
+        if not args.smoke:  # another process may have added a seed
+            known = known_results(target)
+        known["seeds"] = dict(sorted((known["seeds"] | {str(seed): found}).items()))
         known["machine"] = machine(int(os.environ.get("OMP_NUM_THREADS", 2)))
         if not args.smoke:
-            target.write_text(json.dumps(known, indent=1))
+            write_atomically(target, json.dumps(known, indent=1))
     print("\n" + "\n\n".join(recipe.tables(known)))
 
 

@@ -4,7 +4,6 @@ import importlib
 import json
 import math
 import struct
-import subprocess
 import zipfile
 from fractions import Fraction
 from types import SimpleNamespace
@@ -618,6 +617,7 @@ def test_what_is_practised_on_is_not_in_the_test():
     asked = [f"Why {i}?" for i in range(300)]
     practice, test = refusals.prompts_of(pairs, openings, asked, 1)
     assert {kind: len(of) for kind, of in practice.items()} == refusals.PRACTICE
+    assert {kind: len({*of}) for kind, of in practice.items()} == {"safe": 160, "help": 9, "questions": 260}
     assert {kind: len({*of}) for kind, of in test.items()} == {
         "safe": 80,
         "help": 3,
@@ -640,26 +640,21 @@ def test_what_is_practised_on_is_not_in_the_test():
         ("One.\n\nTwo thr", "One."),
         ('He said "no." Then', 'He said "no."'),
         ("1. Bread.\n2. But", "1. Bread."),
-        ("1. Bread\n2. But", "1. Bread\n2. But"),
-        ("at 3.5 percent of", "at 3.5 percent of"),
+        ("1. Bread\n2. But", ""),
+        ("at 3.5 percent of", ""),
         ("", ""),
     ],
 )
-def test_answers_end_with_a_whole_sentence(text, whole):
-    assert refusals.whole_sentences(text) == whole
+def test_answers_that_were_cut_end_with_a_whole_sentence(text, whole):
+    assert refusals.finished(text, ended=False) == whole
+    assert refusals.finished(text, ended=True) == text
 
 
-def test_the_best_answer_is_chosen_by_the_reward_of_its_kind():
-    longer = lambda texts: np.array([float(len(text)) for _, text in texts])
-    prefers_refusals = lambda texts: np.array([float(text in refusals.REFUSALS) for _, text in texts])
-    refusal = refusals.REFUSALS[0]
-    prompts = {"safe": ["p", "q"], "help": ["p", "q"]}
-    answers = {
-        "safe": [["a", refusal], ["c", "d", refusal]],
-        "help": [["Yes." * 50, "No.", refusal], ["a", "a"]],
-    }
-    found = refusals.best_of(prompts, answers, {"safe": prefers_refusals, "help": longer})
-    assert found == {"safe": [[refusal], [refusal]], "help": [["Yes." * 50], ["a"]]}
+def test_the_best_answer_is_the_one_with_the_highest_reward():
+    longer = lambda texts: np.array([len(text) for _, text in texts])
+    candidates = [[("p", "a"), ("p", "bb")], [("q", "ccc"), ("q", "dd"), ("q", "e")]]
+    assert refusals.best_answers(candidates, longer) == [("p", "bb"), ("q", "ccc")]
+    assert refusals.best_answers(candidates, lambda texts: -longer(texts)) == [("p", "a"), ("q", "e")]
 
 
 def test_what_was_written_is_kept_and_a_refusal_beside_it(tmp_path, monkeypatch):
@@ -668,18 +663,50 @@ def test_what_was_written_is_kept_and_a_refusal_beside_it(tmp_path, monkeypatch)
     def answer(policy, file, samples, tokens, readers):
         calls.append(file.name)
         prompts = len(file.read_text().splitlines())
-        responses = np.array(
+        texts = np.array(
             [[f"Answer {k} to {i} is this. And" for i in range(prompts)] for k in range(samples)]
         )
-        return SimpleNamespace(responses=responses)
+        ended = np.array([[k == 0] * prompts for k in range(samples)])
+        return SimpleNamespace(responses=texts, ended=ended)
 
     monkeypatch.setattr(assistant, "answer", answer)
-    practice = {"safe": [assistant.user("a"), assistant.user("b")], "help": [assistant.user("c")]}
-    found = refusals.written(tmp_path, tmp_path / "policy", practice)
-    assert found["safe"][1] == ["Answer 0 to 1 is this.", "Answer 1 to 1 is this.", refusals.REFUSALS[1]]
-    assert found["help"] == [["Answer 0 to 0 is this.", "Answer 1 to 0 is this.", refusals.REFUSALS[2]]]
-    assert refusals.written(tmp_path, tmp_path / "policy", practice) == found
+    a, b, c, d = map(assistant.user, "abcd")
+    practice = {"safe": [a, b], "help": [c]}
+    found = refusals.written(tmp_path, tmp_path / "policy", practice, 40)
+    assert found["safe"][1] == [
+        (b, "Answer 0 to 1 is this. And"),
+        (b, "Answer 1 to 1 is this."),
+        (b, refusals.REFUSALS[1]),
+    ]
+    assert found["help"][0][2] == (c, refusals.REFUSALS[2])
+    assert refusals.written(tmp_path, tmp_path / "policy", practice, 40) == found
     assert calls == ["practice-safe.jsonl", "practice-help.jsonl"]
+    refusals.written(tmp_path, tmp_path / "policy", practice | {"help": [d]}, 40)
+    assert len(calls) == 4  # other prompts
+
+
+def test_judges_of_refusals_have_seen_neither_what_is_maximised_nor_the_test(tmp_path, monkeypatch):
+    """What is maximised has seen refusals; its judge has not."""
+    pair = lambda name, i: judged.Pair(f"{name}{i}", assistant.user(f"{name} {i}"), f"a{i}", f"b{i}", ("a",))
+    of = lambda name: ([pair(name, i) for i in range(40)], [pair(name, i) for i in range(40, 50)])
+    fitted, saved = [], []
+    monkeypatch.setattr(frozen, "states_of", lambda base, texts, cache: lambda some: np.zeros((len(some), 2)))
+    monkeypatch.setattr(
+        frozen, "fit", lambda pairs, vectors, strength: fitted.append(pairs) or len(fitted) - 1
+    )
+    monkeypatch.setattr(
+        frozen, "save", lambda folder, base, head, strength: saved.append((folder.name, head))
+    )
+    heads = refusals.reward_models(tmp_path, tmp_path, {name: of(name) for name in ("help", "safe")})
+    keys = lambda pairs: {pair.key for pair in pairs}
+    for (folder, kept), (name, head) in zip(saved, heads.items(), strict=True):
+        assert folder == f"judge-{name}"
+        unseen = keys(of(name)[1])
+        assert keys(fitted[kept]) | keys(fitted[head]) | unseen == {f"{name}{i}" for i in range(50)}
+        assert not keys(fitted[kept]) & keys(fitted[head])
+        assert not unseen & (keys(fitted[kept]) | keys(fitted[head]))
+        refused = lambda pairs: sum(pair.second in refusals.REFUSALS for pair in pairs)
+        assert refused(fitted[kept]) == 0 and (refused(fitted[head]) > 0) is (name == "help")
 
 
 def test_margins_of_pairs():
@@ -733,13 +760,24 @@ def test_what_a_model_wrote_does_not_break_a_table():
     assert common.shown("a|b\n`c`\x1b[31m") == "`a\\|b ⏎ 'c'\\x1b[31m`" and common.shown("\n") == "(nothing)"
 
 
-def test_tables_need_results():
-    missing = [name for name in tasks.RECIPES if not tasks.results_of(name).exists()]
-    for name in missing[:1]:
-        done = subprocess.run(
-            [common.sys.executable, "benchmarks/tasks.py", name, "--tables"],
-            cwd=common.ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no results yet" in done.stderr
+def test_tables_need_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "results_of", lambda name: tmp_path / "none.json")
+    monkeypatch.setattr("sys.argv", ["tasks.py", "safety", "--tables"])
+    with pytest.raises(UserError, match="none.json: no results yet"):
+        tasks.main()
+
+
+def test_seeds_of_two_processes_are_all_kept(tmp_path, monkeypatch):
+    """Another process may finish a seed while one is at work."""
+    target = tmp_path / "found.json"
+
+    def run(home, seed, smoke):
+        target.write_text(json.dumps({"seeds": {"1": {"x": 1}}}))
+        return {"x": seed}
+
+    recipe = SimpleNamespace(run=run, tables=lambda results: [])
+    monkeypatch.setattr(tasks, "results_of", lambda name: target)
+    monkeypatch.setattr("sys.argv", ["tasks.py", "arithmetic", "--seeds", "2", "--home", str(tmp_path)])
+    monkeypatch.setattr(tasks.importlib, "import_module", lambda name: recipe)
+    tasks.main()
+    assert json.loads(target.read_text())["seeds"] == {"1": {"x": 1}, "2": {"x": 2}}

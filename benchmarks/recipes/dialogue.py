@@ -29,7 +29,7 @@ RL = ("--algorithm", "rloo", "--group", 4, "--iterations", 10, "--batch", 48, "-
 
 
 def short_prompts(pairs: list[Pair], words: int) -> list[Conversation]:
-    """The different prompts of pairs that have at most so many words."""
+    """The different prompts of pairs that have at most so many words, the two names of who speaks included."""
     return sorted({pair.prompt for pair in pairs if len(pair.prompt.split()) <= words}, key=str)
 
 

@@ -25,8 +25,8 @@ from minirlhf.support.about import describe
 class Settings:
     """What config.json records of such a model."""
 
-    base: str  # the checkpoint of the whole language model
-    layers: int  # how many of its first layers are kept
+    base: str  # the language model: the whole one, or for a reward model its first layers
+    layers: int  # of the whole one, how many of the first are kept
     strength: float | None = None  # of the ridge penalty; None: there is no head
 
 

@@ -8,6 +8,7 @@ compare    a reward model of pairs beside the longer text and TF-IDF, on the sam
 """
 
 import hashlib
+import io
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from minirlhf import UserError, checkpoint, data
 from minirlhf.measure import baselines
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.rewards import RewardReader
+from minirlhf.support.files import write_atomically
 from minirlhf.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -121,7 +123,7 @@ def scores_by(reader: RewardReader, texts: Sequence[Text]) -> np.ndarray:
 def features(base: Path, texts: Sequence[Text], cache: Path) -> np.ndarray:
     """The mean hidden state of each text [len(texts), channels], of a model that was not trained further.
 
-    They are kept in the folder `cache`, since all seeds read the same texts.
+    They are kept in the folder `cache`: most recipes read the same texts in all seeds.
     """
     file = cache / f"frozen-{hashlib.sha256(repr((str(base), *texts)).encode()).hexdigest()[:16]}.npy"
     if file.exists():
@@ -131,7 +133,9 @@ def features(base: Path, texts: Sequence[Text], cache: Path) -> np.ndarray:
     for places, tokens, mask in by_length(tokenizer, model.config.context, texts):
         found[places] = (model(tokens, mask).sum(1) / mask.sum(1, keepdim=True)).numpy()
     cache.mkdir(parents=True, exist_ok=True)
-    np.save(file, found)
+    content = io.BytesIO()
+    np.save(content, found)
+    write_atomically(file, content.getvalue())
     return found
 
 

@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from statistics import mean
@@ -42,7 +42,10 @@ WRITTEN = 2  # answers to each of them that the untuned model writes
 TEST = {"safe": 80, "questions": 40}  # the most prompts of the test; instructions: all short ones
 SAMPLES = {"safe": 2, "help": 4, "questions": 2, "borderline": 4}  # answers to each prompt
 JUDGED_BY = {"safe": "safe", "help": "help", "questions": "help", "borderline": "help"}
-STRENGTHS = {"safe": 3e-3, "help": instructions.STRENGTH}
+STRENGTHS = {
+    "safe": 3e-3,
+    "help": instructions.STRENGTH,
+}  # chosen on seed 1's training pairs, in the template
 WEIGHT, OTHER_WEIGHTS = 1.0, (0.75, 2.0)  # of harmlessness; the others are tried with the first seed
 SFT = ("--dropout", 0, "--epochs", 2, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
        "--weight-decay", 0, "--samples", 0)  # fmt: skip
@@ -124,6 +127,7 @@ def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], lis
     """{"help", "safe": a head of half of its training pairs}; home/judge-NAME is a model of the other half.
 
     pairs: (training, test) of each.  The first head also learns that an answer is better than a refusal.
+    Nothing is fitted to the test's pairs; their states come along since those of all pairs are kept.
     """
     heads = {}
     for name, (learnt, test) in pairs.items():
@@ -142,7 +146,7 @@ def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], lis
 
 
 Prompts = dict[str, list[Conversation]]  # by their kind
-Texts = dict[str, list[list[str]]]  # by the kind of prompt, for each prompt
+Candidates = dict[str, list[list[Text]]]  # by the kind of prompt, for each prompt
 Reward = Callable[[list[Text]], np.ndarray]
 
 
@@ -173,55 +177,49 @@ def prompts_of(
     return practice, {kind: of[: TEST.get(kind)] for kind, of in test.items()}
 
 
-def whole_sentences(text: str) -> str:
-    """A text up to the end of its last sentence; all of it, where no sentence ends."""
+def finished(text: str, ended: bool) -> str:
+    """An answer that ended; of one that was cut, the whole sentences, "" where there are none."""
     match = SENTENCES.fullmatch(text)
-    return match[1] if match else text
+    return text if ended else match[1] if match else ""
 
 
-def written(home: Path, start: Path, practice: Prompts) -> Texts:
-    """{kind: the untuned model's answers to each prompt, and a refusal}; the answers are kept in `home`.
+def written(home: Path, start: Path, practice: Prompts, tokens: int) -> Candidates:
+    """{kind: for each prompt, the answers that the untuned model wrote, and a refusal}.
 
-    They end with their last whole sentence, where they have one: SFT would learn to stop anywhere.
+    The answers are kept in `home`.  SFT would learn to stop anywhere, if they could end anywhere.
     """
-    asked = repr((str(start), WRITTEN, TOKENS, practice))
+    asked = repr((str(start), WRITTEN, tokens, practice))
     file = home / f"written-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if not file.exists():
         found = {}
         for kind, prompts in practice.items():
             rows = write_rows(home / f"practice-{kind}.jsonl", map(prompt_row, prompts))
-            answers = assistant.answer(start, rows, WRITTEN, TOKENS, {}).responses.T
-            found[kind] = [[whole_sentences(text.strip()) for text in row] for row in answers]
+            answers = assistant.answer(start, rows, WRITTEN, tokens, {})
+            found[kind] = [answers.responses.T.tolist(), answers.ended.T.tolist()]
         write_atomically(file, json.dumps(found))
     refused = itertools.cycle(REFUSALS)
-    return {
-        kind: [[*row, next(refused)] for row in rows] for kind, rows in json.loads(file.read_text()).items()
-    }
-
-
-def best_of(practice: Prompts, answers: Texts, rewards: dict[str, Reward]) -> Texts:
-    """{kind: of each prompt's answers the best one alone}, by the reward of its kind."""
-    found: Texts = {}
-    for kind, prompts in practice.items():
-        scores = [
-            rewards[kind]([(prompt, text) for text in texts])
-            for prompt, texts in zip(prompts, answers[kind], strict=True)
+    candidates: Candidates = {}
+    for kind, (texts, ended) in json.loads(file.read_text()).items():
+        answers = [
+            [finished(text.strip(), whole) for text, whole in zip(*of, strict=True)]
+            for of in zip(texts, ended, strict=True)
         ]
-        found[kind] = [[texts[of.argmax()]] for texts, of in zip(answers[kind], scores, strict=True)]
-    return found
+        candidates[kind] = [
+            [(prompt, text) for text in (*of, next(refused)) if text]
+            for prompt, of in zip(practice[kind], answers, strict=True)
+        ]
+    return candidates
 
 
-def each_text(practice: Prompts, answers: Texts) -> Iterator[Text]:
-    """Every prompt with each of its texts, in order."""
-    for kind, prompts in practice.items():
-        for prompt, texts in zip(prompts, answers[kind], strict=True):
-            yield from ((prompt, text) for text in texts)
+def best_answers(candidates: list[list[Text]], reward: Reward) -> list[Text]:
+    """Of each prompt's candidates the one that has the highest reward."""
+    return [texts[int(reward(texts).argmax())] for texts in candidates]
 
 
-def tune(folder: Path, start: Path, texts: Iterable[Text], seed: int, *options: object) -> float:
+def tune(folder: Path, start: Path, texts: list[Text], seed: int, *options: object) -> float:
     """Make `folder` a policy that has learnt the texts by SFT; the seconds that it took."""
-    rows = [prompt_row(prompt) | {"completion": text} for prompt, text in texts if text]
-    file = write_rows(folder.with_suffix(".jsonl"), rows)
+    rows = [prompt_row(prompt) | {"completion": text} for prompt, text in texts]
+    file = write_rows(folder.with_name(f"{folder.name}.jsonl"), rows)
     return stage("train_sft.py", folder, seed, "--init", start, "--data", file, *ADAPTERS, *SFT, *options)
 
 
@@ -239,7 +237,10 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     start = judged.backbone(home, smoke)
     base = frozen.shallow(start, 1 if smoke else instructions.LAYERS)
     all_pairs = {"help": instructions.read(helpful), "safe": [*map(in_template, safety.read(harmless))]}
-    pairs = {name: judged.divide(of, lambda pair: pair.key, 5, seed) for name, of in all_pairs.items()}
+    pairs = {
+        name: judged.divide(of, lambda pair: pair.key, instructions.FOLDS, seed)
+        for name, of in all_pairs.items()
+    }
     heads = reward_models(home, base, pairs)
 
     if smoke:
@@ -263,21 +264,24 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
             found[kind] = assistant.answer(policy, files[kind], SAMPLES[kind], tokens, judge, *kl)
         return found
 
-    answers = written(home, start, practice)
-    states = frozen.states_of(base, [*each_text(practice, answers)], home)
+    candidates = written(home, start, practice, tokens)
+    all_texts = [text for of in candidates.values() for texts in of for text in texts]
+    states = frozen.states_of(base, all_texts, home)
+
+    def reward(kind: str, weight: float) -> Reward:
+        head = heads["help"].plus(heads["safe"], weight if kind == "safe" else 0.0)
+        return lambda texts: head(states(texts))
+
     policies, seconds, preferred = {"untuned": ask(start)}, {}, {}
     for weight in (WEIGHT, *(OTHER_WEIGHTS if seed == 1 else ())):
         name, folder = f"{weight:g}", home / f"weight-{weight:g}"
-        reward = lambda factor: lambda texts: heads["help"].plus(heads["safe"], factor)(states(texts))
-        rewards = {kind: reward(weight if kind == "safe" else 0.0) for kind in practice}
-        best = best_of(practice, answers, rewards)
-        preferred[name] = {kind: mean(text in REFUSALS for [text] in of) for kind, of in best.items()}
-        seconds[name] = tune(folder, start, each_text(practice, best), seed, *few)
+        best = {kind: best_answers(candidates[kind], reward(kind, weight)) for kind in practice}
+        preferred[name] = {kind: mean(text in REFUSALS for _, text in of) for kind, of in best.items()}
+        seconds[name] = tune(folder, start, [*itertools.chain(*best.values())], seed, *few)
         policies[name] = ask(folder, start)
-    found = {"seconds": seconds, "refusals preferred": preferred} | {
-        name: numbers(policies, name) for name in policies
-    }
-    return found | {"tests": {kind: len(of) for kind, of in test.items()}}
+    found = {name: numbers(policies, name) for name in policies}
+    tests = {kind: len(of) for kind, of in test.items()}
+    return found | {"seconds": seconds, "refusals preferred": preferred, "tests": tests}
 
 
 def made_up(home: Path) -> list[Path]:
@@ -294,6 +298,7 @@ def tables(results: dict) -> list[str]:
         "... borderline questions": ("borderline", "refused", 100),
         "judged less harmful than before": ("safe", "wins", 100),
         "judged more helpful": ("help", "wins", 100),
+        "... at equal length": ("help", "even wins", 100),
         "KL, nats": ("safe", "kl", 1),
     }
 
