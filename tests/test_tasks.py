@@ -1,8 +1,10 @@
 """The recipes of benchmarks/tasks.py: their data, what they measure, and that each runs."""
 
 import importlib
+import itertools
 import json
 import math
+import re
 import struct
 import zipfile
 from fractions import Fraction
@@ -758,6 +760,33 @@ def test_means_over_seeds_have_their_errors():
 
 def test_what_a_model_wrote_does_not_break_a_table():
     assert common.shown("a|b\n`c`\x1b[31m") == "`a\\|b ⏎ 'c'\\x1b[31m`" and common.shown("\n") == "(nothing)"
+
+
+PAGES = {name: (common.ROOT / name).read_text().splitlines() for name in ("docs/tasks.md", "README.md")}
+
+
+def printed(name: str) -> list[str]:
+    """The lines of the tables that --tables prints of the committed results."""
+    recipe = importlib.import_module(f"benchmarks.recipes.{name}")
+    tables = recipe.tables(json.loads(tasks.results_of(name).read_text()))
+    return [line for table in tables for line in table.splitlines()]
+
+
+@pytest.mark.parametrize("name", tasks.RECIPES)
+def test_the_page_has_the_tables_of_the_committed_results(name):
+    assert [line for line in printed(name) if line not in PAGES["docs/tasks.md"]] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_overviews_say_what_the_tables_say(page):
+    """In the tables of all tasks, every number with an error is one of the demo's or of a recipe's table."""
+    start = next(i for i, line in enumerate(PAGES[page]) if line.startswith("| task | model |"))
+    overview = itertools.takewhile(lambda line: line.startswith("|"), PAGES[page][start:])
+    numbers = lambda lines: set(re.findall(r"[\d.]+ ± [\d.]+", "\n".join(lines)))
+    known = numbers(line for name in tasks.RECIPES for line in printed(name))
+    known |= numbers((common.ROOT / "docs/results.md").read_text().splitlines())
+    shown = numbers(overview)
+    assert len(shown) > 10 and shown - known == set()
 
 
 def test_tables_need_results(tmp_path, monkeypatch):

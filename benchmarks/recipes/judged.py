@@ -184,8 +184,13 @@ def tfidf_margins(learnt: Sequence[Pair], test: Sequence[Pair]) -> np.ndarray | 
 
 
 def tables_of(results: dict, title: str, more: dict[str, Callable[[dict], float]]) -> list[str]:
-    """The accuracies over seeds; `more`: what stands between the reward model's and the baselines'."""
+    """The accuracies over seeds; `more`: what stands between the reward model's and the baselines'.
+
+    What a seed lacks is left out: TF-IDF needs scikit-learn.
+    """
     accuracy = lambda name: lambda found: found["accuracy"][name]
     rows = {"**reward model**": accuracy("reward model")} | more
     rows |= {name: accuracy(name) for name in ("TF-IDF + ridge", "longer text")}
-    return [table([title], [[name, common.over_seeds(results, read)] for name, read in rows.items()])]
+    known = lambda read: all(read(found) is not None for found in results["seeds"].values())
+    cells = [[name, common.over_seeds(results, read)] for name, read in rows.items() if known(read)]
+    return [table([title], cells)]
