@@ -412,10 +412,14 @@ def test_select_by_split_and_genre():
     assert str(e.value) == f"toy: {message}, or add rows"
 
 
-def test_genres_are_a_choice_only_where_there_are_genres(tmp_path):
+def test_genres_are_a_choice_only_where_there_are_genres(tmp_path, monkeypatch):
     assert load("toy").genres_among(["tweets"]) == ["tweets"]
     plain = load(write(tmp_path / "x.jsonl", {"text": "a"}))
     assert plain.genres_among(["tweets"]) is None and plain.select(genres=None).records == plain.records
+    monkeypatch.setattr("sys.argv", ["train_sft.py", "--genre", "tweets"])
+    assert load("toy").genres_among(["tweets"]) == ["tweets"]
+    with pytest.raises(UserError, match="--genre has no effect with .*x.jsonl, whose rows have no genre"):
+        plain.genres_among(["tweets"])
 
 
 def test_D15_parts_cut_each_split_in_halves_by_prompt():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from minirlhf import UserError
+from minirlhf.support import cli
 from minirlhf.support.ledger import why_empty
 
 
@@ -53,8 +54,14 @@ class Dataset:
         return "; ".join([found, *self.remarks, f"sha256 {self.sha256[:12]}"])
 
     def genres_among(self, wanted: Sequence[str]) -> Sequence[str] | None:
-        """`wanted` where the rows have genres at all, else None: no choice to make."""
-        return wanted if any(_genre(r) for r in self.records) else None
+        """`wanted` where the rows have genres at all, else None: no choice to make.
+
+        Raises UserError where the command line makes one nevertheless.
+        """
+        if any(_genre(r) for r in self.records):
+            return wanted
+        cli.refuse_unread(("--genres", "--genre"), f"with {self.name}, whose rows have no genre")
+        return None
 
     def select(
         self, split: str | None = None, genres: Sequence[str] | None = None, part: str = "all"
