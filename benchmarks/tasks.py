@@ -17,6 +17,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -40,6 +41,12 @@ def results_of(name: str) -> Path:
 
 def known_results(target: Path) -> dict:
     return json.loads(target.read_text()) if target.exists() else {"seeds": {}}
+
+
+def peak_memory() -> float:
+    """The peak memory of this process and of its largest stage, together, in GB: those of all seeds so far."""
+    kinds = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return round(sum(resource.getrusage(kind).ru_maxrss for kind in kinds) * 1024 / 1e9, 2)  # KiB on Linux
 
 
 def main() -> None:
@@ -74,7 +81,7 @@ def main() -> None:
     for seed in [] if args.tables else args.seeds:
         here = home / f"{args.name}-{'smoke' if args.smoke else seed}"
         files = recipe.made_up(here) if args.smoke and hasattr(recipe, "DATA") else args.data
-        found = recipe.run(here, seed, args.smoke, *files)
+        found = recipe.run(here, seed, args.smoke, *files) | {"peak, GB": peak_memory()}
         if not args.smoke:  # another process may have added a seed
             known = known_results(target)
         known["seeds"] = dict(sorted((known["seeds"] | {str(seed): found}).items()))
