@@ -669,19 +669,21 @@ def test_what_was_written_is_kept_and_a_refusal_beside_it(tmp_path, monkeypatch)
             [[f"Answer {k} to {i} is this. And" for i in range(prompts)] for k in range(samples)]
         )
         ended = np.array([[k == 0] * prompts for k in range(samples)])
+        if "help" in file.name:  # cut before a sentence has ended
+            texts[:, 0], ended[:, 0] = "And then", False
         return SimpleNamespace(responses=texts, ended=ended)
 
     monkeypatch.setattr(assistant, "answer", answer)
     monkeypatch.setattr(refusals, "fingerprint", lambda folder: "of its weights")
     a, b, c, d = map(assistant.user, "abcd")
-    practice = {"safe": [a, b], "help": [c]}
+    practice = {"safe": [a, b], "help": [c, d]}
     found = refusals.written(tmp_path, tmp_path / "policy", practice, 40)
     assert found["safe"][1] == [
         (b, "Answer 0 to 1 is this. And"),
         (b, "Answer 1 to 1 is this."),
         (b, refusals.REFUSALS[1]),
     ]
-    assert found["help"][0][2] == (c, refusals.REFUSALS[2])
+    assert [texts[-1] for texts in found["help"]] == [(d, refusals.REFUSALS[2])]  # nothing to choose for c
     assert refusals.written(tmp_path, tmp_path / "policy", practice, 40) == found
     assert calls == ["practice-safe.jsonl", "practice-help.jsonl"]
     refusals.written(tmp_path, tmp_path / "policy", practice | {"help": [d]}, 40)

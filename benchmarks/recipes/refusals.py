@@ -187,7 +187,8 @@ def finished(text: str, ended: bool) -> str:
 def written(home: Path, start: Path, practice: Prompts, tokens: int) -> Candidates:
     """{kind: for each prompt, the answers that the untuned model wrote, and a refusal}.
 
-    The answers are kept in `home`.  SFT would learn to stop anywhere, if they could end anywhere.
+    The answers are kept in `home`.  SFT would learn to stop anywhere, if they could end anywhere; and to refuse
+    where no answer is left, so such prompts are left out.
     """
     asked = repr((fingerprint(start), WRITTEN, tokens, practice))
     file = home / f"written-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
@@ -201,14 +202,12 @@ def written(home: Path, start: Path, practice: Prompts, tokens: int) -> Candidat
     refused = itertools.cycle(REFUSALS)
     candidates: Candidates = {}
     for kind, (texts, ended) in json.loads(file.read_text()).items():
-        answers = [
-            [finished(text.strip(), whole) for text, whole in zip(*of, strict=True)]
-            for of in zip(texts, ended, strict=True)
-        ]
-        candidates[kind] = [
-            [(prompt, text) for text in (*of, next(refused)) if text]
-            for prompt, of in zip(practice[kind], answers, strict=True)
-        ]
+        candidates[kind] = []
+        for prompt, *both in zip(practice[kind], texts, ended, strict=True):
+            answers = [finished(text.strip(), whole) for text, whole in zip(*both, strict=True)]
+            if any(answers):
+                some = [*filter(None, answers), next(refused)]
+                candidates[kind].append([(prompt, text) for text in some])
     return candidates
 
 
@@ -265,7 +264,12 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
             found[kind] = assistant.answer(policy, files[kind], SAMPLES[kind], tokens, judge, *kl)
         return found
 
-    candidates = written(home, start, practice, tokens)
+    if smoke:
+        candidates = {
+            kind: [[(p, "Yes."), (p, REFUSALS[0])] for p in prompts] for kind, prompts in practice.items()
+        }
+    else:
+        candidates = written(home, start, practice, tokens)
     all_texts = [text for of in candidates.values() for texts in of for text in texts]
     states = frozen.states_of(base, all_texts, home)
 
@@ -276,7 +280,7 @@ def run(home: Path, seed: int, smoke: bool, harmless: Path, helpful: Path) -> di
     policies, seconds, preferred = {"untuned": ask(start)}, {}, {}
     for weight in (WEIGHT, *(OTHER_WEIGHTS if seed == 1 else ())):
         name, folder = f"{weight:g}", home / f"weight-{weight:g}"
-        best = {kind: best_answers(candidates[kind], reward(kind, weight)) for kind in practice}
+        best = {kind: best_answers(of, reward(kind, weight)) for kind, of in candidates.items()}
         preferred[name] = {kind: mean(text in REFUSALS for _, text in of) for kind, of in best.items()}
         seconds[name] = tune(folder, start, [*itertools.chain(*best.values())], seed, *few)
         policies[name] = ask(folder, start)
