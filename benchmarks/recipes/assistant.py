@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.recipes import frozen
-from benchmarks.recipes.common import Row, opened, over_seeds
+from benchmarks.recipes.common import Row, measured, opened, over_seeds
 from minirlhf import checkpoint
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation, conversation
@@ -140,8 +140,7 @@ def numbers(answers: Answers, start: Answers, judge: str) -> dict[str, float | N
 
 def cell(results: dict, read: Callable[[dict], float | None], digits: int, scale: float) -> str:
     """A number over seeds, as over_seeds writes it; nothing where it was not measured."""
-    measured = None not in map(read, results["seeds"].values())
-    return over_seeds(results, read, digits, scale) if measured else ""
+    return over_seeds(results, read, digits, scale) if measured(results, read) else ""
 
 
 def examples(answers: Answers, count: int) -> list[Row]:

@@ -106,6 +106,11 @@ def ask(policy: Path, file: Path, reward: str, samples: int, tokens: int, temper
     return Asked(shown, rows, responses, scores, time.perf_counter() - began)
 
 
+def measured(results: dict, read: Callable[[dict], float | None]) -> bool:
+    """Whether every seed has this number."""
+    return None not in map(read, results["seeds"].values())
+
+
 def over_seeds(results: dict, read: Callable[[dict], float], digits: int = 1, scale: float = 100) -> str:
     """ "96.2 ± 0.4": the mean of a number over seeds, and its standard error, which one seed does not have."""
     values = [scale * read(found) for found in results["seeds"].values()]

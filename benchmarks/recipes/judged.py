@@ -106,12 +106,7 @@ def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iter
 @torch.no_grad()
 def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     """A reward model's scores [len(texts)]."""
-    return scores_by(RewardReader.load(folder, "train it first"), texts)
-
-
-@torch.no_grad()
-def scores_by(reader: RewardReader, texts: Sequence[Text]) -> np.ndarray:
-    """The scores [len(texts)] by a reward model that is loaded."""
+    reader = RewardReader.load(folder, "train it first")
     once = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text may be in several pairs
     found = np.zeros(len(once))
     for places, tokens, mask in by_length(reader.tokenizer, reader.context, list(once)):
@@ -191,6 +186,5 @@ def tables_of(results: dict, title: str, more: dict[str, Callable[[dict], float]
     accuracy = lambda name: lambda found: found["accuracy"][name]
     rows = {"**reward model**": accuracy("reward model")} | more
     rows |= {name: accuracy(name) for name in ("TF-IDF + ridge", "longer text")}
-    known = lambda read: all(read(found) is not None for found in results["seeds"].values())
-    cells = [[name, common.over_seeds(results, read)] for name, read in rows.items() if known(read)]
-    return [table([title], cells)]
+    known = {name: read for name, read in rows.items() if common.measured(results, read)}
+    return [table([title], [[name, common.over_seeds(results, read)] for name, read in known.items()])]

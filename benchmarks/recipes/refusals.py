@@ -46,7 +46,7 @@ JUDGED_BY = {"safe": "safe", "help": "help", "questions": "help", "borderline": 
 STRENGTHS = {
     "safe": 3e-3,
     "help": instructions.STRENGTH,
-}  # chosen on seed 1's training pairs, in the template
+}  # in the template; chosen on seed 1's training pairs
 WEIGHT, OTHER_WEIGHTS = 1.0, (0.75, 2.0)  # of harmlessness; the others are tried with the first seed
 SFT = ("--dropout", 0, "--epochs", 2, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
        "--weight-decay", 0, "--samples", 0)  # fmt: skip
