@@ -47,7 +47,7 @@ def in_process(run, monkeypatch):
 
 
 # Checkpoints that a recipe's smoke run makes.  Frozen layers are one of their own.
-FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "words": 3, "dialogue": 6, "refusals": 7}
+FOLDERS = {"instructions": 3, "safety": 3, "translation": 3, "words": 4, "dialogue": 6, "refusals": 7}
 
 
 LONG = dict.fromkeys(("code", "dialogue", "refusals"), pytest.mark.long)
@@ -107,7 +107,7 @@ def test_functions_are_different_and_examples_have_faults(monkeypatch):
 def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_path):
     texts = {f"text {i}": [f"texte {i}"] for i in range(5000)}
     problems = [
-        {"prompt": f"{i}\nAnswer:", "answer": str(i), "working": f"{i}+0={i}" if i % 2 else None}
+        {"prompt": f"{i}\nAnswer:", "answer": str(i), "working": f"{i}+0" if i % 2 else None}
         for i in range(1000)
     ]
     in_process.setattr(interface, "wheels", lambda folder, pins: [])
@@ -223,12 +223,12 @@ def test_short_problems_with_a_plain_number_are_kept_once(tmp_path):
         {
             "prompt": "Al has 7 jam jars and breaks two. How many are whole?\nAnswer:",
             "answer": "5",
-            "working": "7-2=5",
+            "working": "7-2",
         },
         {
             "prompt": "A plot of 1,200 acres costs $2.50 per acre. What does it cost?\nAnswer:",
             "answer": "3000",
-            "working": "1200*2.5=3000",
+            "working": "1200*2.5",
         },
     ]
 
@@ -236,60 +236,69 @@ def test_short_problems_with_a_plain_number_are_kept_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "answer", "working"),
     [
-        ("Sixty-eight and eighty-nine", 21, "89-68=21"),
+        ("Sixty-eight and eighty-nine", 21, "89-68"),
         ("Twenty ducks with 1 nest", 20, None),  # 20*1, or 20/1
         ("2 and 2", 4, None),
-        ("two, 6 and 6", 14, "2+6=8 8+6=14"),  # any order of a sum is the same sum
-        ("3 packs of 4, and 5 eaten", 7, "3*4=12 12-5=7"),
-        ("10 for 3 and 2 more", Fraction(16, 3), None),
+        ("two, 6 and 6", 14, "2+6+6"),  # any order of a sum is the same sum
+        ("3 packs of 4, and 5 eaten", 7, "3*4-5"),
+        ("4 and 5, three times", 27, "(4+5)*3"),
+        ("10 for 3 and 2 more", Fraction(16, 3), "10/3+2"),
+        ("20 for 4 and 2", Fraction(10, 3), "20/(4+2)"),
+        ("2 of 3 leave 5", 4, None),  # 2+5-3, or 3-2... of three numbers
         ("half of 12", 6, None),
         ("1 2 3 4", 10, None),
-        ("someone has 5 of 8 phones", 3, "8-5=3"),
+        ("someone has 5 of 8 phones", 3, "8-5"),
     ],
 )
 def test_working_is_found_where_only_one_leads_to_the_answer(text, answer, working):
     assert words.worked(text, Fraction(answer)) == working
 
 
-def test_problems_that_are_always_or_never_solved_are_left_out(monkeypatch, tmp_path):
-    rows = [{"prompt": f"{i}", "answer": "1"} for i in range(4)]
-    scores = [[float(k < solved) for solved in (0, 1, 3, words.TRIES)] for k in range(words.TRIES)]
-    tried = common.Asked([row["prompt"] for row in rows], rows, [[""] * 4] * words.TRIES, scores, 7.0)
-    monkeypatch.setattr(words, "ask", lambda *asked: tried)
-    chosen, seconds = words.within_reach(tmp_path, tmp_path / "practice.jsonl")
-    assert seconds == 7.0 and [json.loads(line) for line in chosen.read_text().splitlines()] == rows[1:3]
-    monkeypatch.setattr(words, "ask", None)  # it is not asked again
-    assert words.within_reach(tmp_path, tmp_path / "practice.jsonl") == (chosen, 7.0)
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (" (12-4)*3", 24),
+        ("1.5*2/4", Fraction(3, 4)),
+        ("0.1+0.2", Fraction(3, 10)),  # exactly
+        (" 9 ", 9),
+        *((text, None) for text in ("", " ", "-5", "3+", "5/0", "2**3", "7//2", "3(4)", "1,200-5", "08+1")),
+        *((text, None) for text in ("...", "1.2.3", "nine", "1e9", "1_0", "9\n9", "3+4=7", "0x9", "f()")),
+        *((text, None) for text in ("(" * 5000, "9" * 5000, "9*" * 5000 + "9")),
+    ],
+)
+def test_a_calculator_reads_calculations_alone(text, value):
+    assert words.calculation(text) == value
+    assert words.calculated([""], [text], [OwnRow({"answer": "24"})]) == [float(value == 24)]
 
 
 @pytest.mark.parametrize(
     ("response", "score", "verdict"),
     [
-        (" 16-7=9", 1.0, "right"),
-        (" 16-7=8", 0.0, "wrong sum"),
-        (" 16+7=23", 0.0, "wrong problem"),
-        (" 3*4=12 12-5=8", 0.0, "wrong sum"),
-        (" 3*4=12 12+5=17", 0.0, "wrong problem"),
-        (" 10/3=3.33", 0.0, "wrong problem"),
-        (" 10/3=3.34", 0.0, "wrong sum"),
-        (" 5/0=5", 0.0, "wrong sum"),
-        (" 1.2.3+1=2", 0.0, "wrong sum"),
-        (" nine", 0.0, "other"),
-        ("", 0.0, "other"),
+        (" 16-7", 1.0, "right"),
+        (" 7+9", 1.0, "right"),  # whatever numbers
+        (" 16+7", 0.0, "wrong operations"),
+        (" 16", 0.0, "wrong operations"),
+        (" 7*16-7", 0.0, "wrong operations"),
+        (" 16-8", 0.0, "wrong numbers"),
+        (" 16-7=9", 0.0, "no calculation"),
+        (" 5/0", 0.0, "no calculation"),
+        ("", 0.0, "no calculation"),
     ],
 )
 def test_why_an_answer_is_wrong(response, score, verdict):
-    assert words.verdict(response, score) == verdict
-    asked = common.Asked(["p"], [{}], [[response]], [[score]], 0.0)
+    prompt = "Al has sixteen jars and breaks 7. How many are whole?\nAnswer:"
+    assert words.verdict(prompt, response, score) == verdict
+    asked = common.Asked([prompt], [{}], [[response]], [[score]], 0.0)
     assert words.verdicts(asked) == {name: float(name == verdict) for name in words.VERDICTS}
 
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=3), st.integers(1, 200))
-def test_the_reward_reads_the_answer_of_any_working(numbers, answer):
+def test_the_reward_reads_any_calculation_that_the_rule_finds(numbers, answer):
     found = words.worked(" and ".join(map(str, numbers)), Fraction(answer))
     if found:
-        assert rewards.numeric([""], [f" {found}"], [OwnRow({"answer": str(answer)})]) == [1.0]
-        assert all(eval(left) == float(right) for left, right in (step.split("=") for step in found.split()))
+        assert words.calculated([""], [f" {found}"], [OwnRow({"answer": str(answer)})]) == [1.0]
+        assert eval(found) == pytest.approx(answer)
+        assert sorted(map(int, re.findall(r"\d+", found))) == sorted(numbers)
 
 
 FORMS = (safety, instructions, translation)  # the recipes that read files of other people
@@ -383,12 +392,29 @@ def test_ratings_against_the_mean_of_the_segment():
 def test_a_rater_votes_for_the_translation_that_costs_less():
     a, b, c = translations((0, 5, 1), (1, 0, 1), (0, 0, 0))
     c.segment = "2"
-    (pair,) = translation.pairs_of([a, b, c])  # c has nothing to be compared with
-    assert pair == judged.Pair("d", "", "t0", "t1", ("a", "b", "tie")) and pair.share == 0.5
+    places, votes = translation.votes_of([a, b, c])  # c has nothing to be compared with
+    assert places == [0, 1] and votes == [{"x": 1.0, "y": 0.0, "z": 0.5}]
+    assert translation.shares_of(votes) == [0.5]
     b.costs = {"x": 1, "w": 0}
-    assert translation.pairs_of([a, b])[0].votes == ("a",)
+    assert translation.votes_of([a, b]) == ([0, 1], [{"x": 1.0}])
     b.costs = {"w": 0}
-    assert translation.pairs_of([a, b]) == []
+    assert translation.votes_of([a, b]) == ([], [])
+
+
+def test_a_rater_who_often_disagrees_counts_less():
+    votes = [{"x": float(i % 2), "y": float(i % 2), "z": float(i % 4 < 2)} for i in range(40)]
+    mean, weighed = (translation.shares_of(votes, raters) for raters in ("mean", "model"))
+    sure = [vote["x"] == 1 for vote in votes]
+    assert mean[sure].min() == pytest.approx(2 / 3) and weighed[sure].min() > 0.9
+
+
+def test_translations_are_read_beside_the_others():
+    items = translations((0, 0, 0), (0, 0, 0)) + [
+        translation.Translation("s", "d", "2", "src", "alone", {"x": 3.0})
+    ]
+    states = np.array([[1.0, 2.0], [3.0, 2.0], [9.0, 9.0]])
+    found = translation.beside_others(items, states, np.array([[0.0], [1.0], [5.0]]), [4.0, 2.0, 7.0])
+    assert found.tolist() == [[-1.0, 0.0, -0.5, 1.0], [1.0, 0.0, 0.5, -1.0], [0.0] * 4]
 
 
 def test_votes_on_instructions(tmp_path):
@@ -523,7 +549,7 @@ def test_a_head_on_frozen_layers(in_process, tmp_path):
     pairs = [judged.Pair(f"{i}", "Say it: ", f"yes {i}", f"no {i}", ("a", "a", "b")) for i in range(9)]
     read = judged.texts_of(pairs)
     vectors = judged.features(base, read, tmp_path)
-    frozen.save(tmp_path / "rm", base, frozen.fit(pairs, vectors, 1e-3), 1e-3)
+    frozen.save(tmp_path / "rm", base, frozen.fit(judged.shares_of(pairs), vectors, 1e-3), 1e-3)
     scores = judged.scores(tmp_path / "rm", read)
     assert abs(scores.mean()) < 1e-4 and (judged.minus(scores) > 0).all()
     scale = vectors.std(0) * np.sqrt(vectors.shape[1])

@@ -11,7 +11,7 @@ from benchmarks.demo import table
 from benchmarks.recipes import assistant, frozen, instructions, judged
 from benchmarks.recipes.assistant import ADAPTERS, TEMPERATURE, best_of, cell, prompt_row
 from benchmarks.recipes.common import side_by_side, stage, write_rows
-from benchmarks.recipes.judged import Pair, texts_of
+from benchmarks.recipes.judged import Pair, shares_of, texts_of
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation
@@ -47,8 +47,8 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
 
     base = frozen.shallow(start, layers)
     states, strength = frozen.states_of(base, texts_of(pairs), home.parent), instructions.STRENGTH
-    heads = {"rm": frozen.fit(ours, states(texts_of(ours)), strength)}
-    heads["judge"] = frozen.fit(others, states(texts_of(others)), strength)
+    heads = {"rm": frozen.fit(shares_of(ours), states(texts_of(ours)), strength)}
+    heads["judge"] = frozen.fit(shares_of(others), states(texts_of(others)), strength)
     for name, head in heads.items():
         frozen.save(home / name, base, head, strength)
     readers = {
@@ -56,7 +56,7 @@ def run(home: Path, seed: int, smoke: bool, file: Path) -> dict:
         "judge": RewardReader.load(home / "judge", ""),
     }
     margins = judged.minus(heads["judge"](states(texts_of(test))))
-    accuracy = sign_accuracy(margins, [pair.share for pair in test])
+    accuracy = sign_accuracy(margins, shares_of(test))
 
     choices = [
         pair.row | prompt_row(pair.prompt)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.recipes import judged
-from benchmarks.recipes.judged import Pair, Text, features, minus, texts_of
+from benchmarks.recipes.judged import Pair, Read, Text, features, mean_state, minus, shares_of, texts_of
 from minirlhf import checkpoint
 from minirlhf.model import RewardEnsemble
 from minirlhf.support.about import describe
@@ -83,13 +83,15 @@ def logistic(x: np.ndarray, shares: np.ndarray, strength: float, steps: int = 50
     return w
 
 
-def states_of(base: Path, texts: Sequence[Text], cache: Path) -> Callable[[Sequence[Text]], np.ndarray]:
-    """A function that has the mean hidden states of texts, [texts, C].
+def states_of(
+    base: Path, texts: Sequence[Text], cache: Path, read: Read = mean_state
+) -> Callable[[Sequence[Text]], np.ndarray]:
+    """A function that has the mean hidden states of texts, or what else `read` finds in them, [texts, C].
 
     They are computed for all `texts` at once, and kept in the folder `cache`.
     """
     once = sorted(set(texts))
-    vectors = dict(zip(once, features(base, once, cache), strict=True))
+    vectors = dict(zip(once, features(base, once, cache, read), strict=True))
     return lambda some: np.stack([vectors[text] for text in some]).astype(float)
 
 
@@ -104,20 +106,22 @@ def compare(
     began = time.perf_counter()
     base = shallow(whole, layers)
     states = states_of(base, texts_of([*learnt, *test]), home.parent)
-    head = fit(learnt, states(texts_of(learnt)), strength)
+    head = fit(shares_of(learnt), states(texts_of(learnt)), strength)
     save(home / "rm", base, head, strength)
     return judged.compare(minus(head(states(texts_of(test)))), learnt, test, time.perf_counter() - began)
 
 
-def fit(pairs: Sequence[Pair], vectors: np.ndarray, strength: float) -> Head:
-    """The head of a reward model of `pairs`, whose mean score of their texts is 0.
+def fit(shares: Sequence[float], vectors: np.ndarray, strength: float, alone: int = 0) -> Head:
+    """The head of a reward model of pairs, whose mean score of their texts is 0.
 
-    vectors [2 pairs, C]: what states_of says of texts_of(pairs).  They are standardised and
-    divided by sqrt(C), so that a `strength` suits models of any width.
+    shares [N]: of the votes for the first of each pair.  vectors [2 N, C]: what is known of (first, second,
+    first, second ...).  They are standardised and divided by sqrt(C), so that a `strength` suits models of any
+    width; the last `alone` columns are not divided: each weighs as much as all the others together.
     """
-    middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(vectors.shape[1])
-    shares = np.array([pair.share for pair in pairs])
-    weight = logistic(minus(vectors) / spread, shares, strength) / spread
+    width = np.full(vectors.shape[1], vectors.shape[1] - alone)
+    width[len(width) - alone :] = 1
+    middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(width)
+    weight = logistic(minus(vectors) / spread, np.array(shares), strength) / spread
     return Head(weight, float(-middle @ weight), float((vectors @ weight).std()))
 
 

@@ -3,7 +3,8 @@
 Pair       two responses to a prompt, and each person's vote
 divide     the items of some keys (prompts, documents) for the test, all others for training
 scores     what a reward model says of texts
-features   the mean hidden states of texts, of a model that is not trained (frozen.py fits a head to them)
+features   the mean hidden states of texts, or their likelihoods, by a model that is not trained (frozen.py fits a
+           head to them)
 compare    a reward model of pairs beside the longer text and TF-IDF, on the same unseen pairs
 """
 
@@ -18,18 +19,22 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.demo import ROOT, table
 from benchmarks.recipes import common
+from kernels import linear_token_logprobs
 from minirlhf import UserError, checkpoint, data
 from minirlhf.measure import baselines
 from minirlhf.measure.reward_report import sign_accuracy
+from minirlhf.model import GPT
 from minirlhf.rewards import RewardReader
 from minirlhf.support.files import write_atomically
 from minirlhf.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 Text = tuple[str, str]  # prompt, response
+Read = Callable[[GPT, Tensor, Tensor], Tensor]  # of tokens [B, T] and their mask, [B, columns]
 BATCH = 32  # texts per forward pass
 SHARES = {"a": 1.0, "tie": 0.5, "b": 0.0}
 TINY = ("--vocab", 258, "--context", 256, "--n-layer", 1, "--n-head", 2, "--n-embd", 32, "--epochs", 1,
@@ -114,19 +119,35 @@ def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
     return found[[once[text] for text in texts]]
 
 
+def mean_state(model: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean hidden state of each text [B, C]."""
+    return model(tokens, mask).sum(1) / mask.sum(1, keepdim=True)
+
+
+def mean_logprob(model: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The mean log-probability of each text's tokens [B, 1], but for the first, which nothing predicts."""
+    hidden, mask = model(tokens, mask)[:, :-1], mask[:, 1:]
+    logprobs, _ = linear_token_logprobs(hidden, model.head_weight, tokens[:, 1:], mask=mask)
+    return logprobs.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 @torch.no_grad()
-def features(base: Path, texts: Sequence[Text], cache: Path) -> np.ndarray:
-    """The mean hidden state of each text [len(texts), channels], of a model that was not trained further.
+def features(base: Path, texts: Sequence[Text], cache: Path, read: Read = mean_state) -> np.ndarray:
+    """What `read` finds in each text [len(texts), columns], by a model that was not trained further.
 
     They are kept in the folder `cache`: most recipes read the same texts in all seeds.
     """
-    file = cache / f"frozen-{hashlib.sha256(repr((str(base), *texts)).encode()).hexdigest()[:16]}.npy"
+    read_by = "" if read is mean_state else read.__name__
+    file = (
+        cache / f"frozen-{hashlib.sha256(repr((str(base), *texts, read_by)).encode()).hexdigest()[:16]}.npy"
+    )
     if file.exists():
         return np.load(file)
     tokenizer, model = checkpoint.tokenizer_of(base), checkpoint.load_gpt(base).eval()
-    found = np.zeros((len(texts), model.config.n_embd))
-    for places, tokens, mask in by_length(tokenizer, model.config.context, texts):
-        found[places] = (model(tokens, mask).sum(1) / mask.sum(1, keepdim=True)).numpy()
+    batches = [(at, read(model, *batch)) for at, *batch in by_length(tokenizer, model.config.context, texts)]
+    found = np.zeros((len(texts), batches[0][1].shape[1]))
+    for places, values in batches:
+        found[places] = values.numpy()
     cache.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     np.save(content, found)
@@ -139,6 +160,10 @@ def texts_of(pairs: Sequence[Pair]) -> list[Text]:
     return [(pair.prompt, text) for pair in pairs for text in (pair.first, pair.second)]
 
 
+def shares_of(pairs: Sequence[Pair]) -> list[float]:
+    return [pair.share for pair in pairs]
+
+
 def compare(margins: Sequence[float], learnt: list[Pair], test: list[Pair], seconds: float) -> dict:
     """How often the reward model's margins, the longer text and TF-IDF find the side that most prefer.
 
@@ -148,7 +173,7 @@ def compare(margins: Sequence[float], learnt: list[Pair], test: list[Pair], seco
     margins = {"reward model": margins}
     margins["TF-IDF + ridge"] = tfidf_margins(learnt, test)
     margins["longer text"] = [len(pair.first) - len(pair.second) for pair in test]
-    shares = [pair.share for pair in test]
+    shares = shares_of(test)
     accuracy = {name: None if m is None else sign_accuracy(m, shares) for name, m in margins.items()}
     decided = sum(share != 0.5 for share in shares)
     return {

@@ -27,7 +27,7 @@ from benchmarks.recipes import assistant, common, dialogue, frozen, instructions
 from benchmarks.recipes.assistant import ADAPTERS, Answers, cell, prompt_row, user
 from benchmarks.recipes.common import stage, write_rows
 from benchmarks.recipes.frozen import Head
-from benchmarks.recipes.judged import Pair, Text, texts_of
+from benchmarks.recipes.judged import Pair, Text, shares_of, texts_of
 from minirlhf import data
 from minirlhf.rewards import RewardReader
 from minirlhf.support.conversation import Conversation
@@ -134,14 +134,14 @@ def reward_models(home: Path, base: Path, pairs: dict[str, tuple[list[Pair], lis
     for name, (learnt, test) in pairs.items():
         ours, others = judged.divide(learnt, lambda pair: pair.key, 2, 0)
         states, strength = frozen.states_of(base, texts_of([*learnt, *test]), home.parent), STRENGTHS[name]
-        judge = frozen.fit(others, states(texts_of(others)), strength)
+        judge = frozen.fit(shares_of(others), states(texts_of(others)), strength)
         vectors = states(texts_of(ours))
         if name == "help":
             more = against_refusals(ours)
             texts = texts_of(more)
             vectors = np.concatenate([vectors, frozen.states_of(base, texts, home.parent)(texts)])
             ours = ours + more
-        heads[name] = frozen.fit(ours, vectors, strength)
+        heads[name] = frozen.fit(shares_of(ours), vectors, strength)
         frozen.save(home / f"judge-{name}", base, judge, strength)
     return heads
 

@@ -17,7 +17,7 @@ DATA = ("harmless-base/test.jsonl.gz of Anthropic's HH-RLHF",)
 FOLDS = 5  # a fifth of the first prompts is for the test
 TURN, ANSWER = "\n\nHuman:", "\n\nAssistant:"
 PROMPT_WORDS, ANSWER_WORDS = 30, 60
-LAYERS, STRENGTH = 12, 1e-3  # of SmolLM2's 30, and the ridge penalty: chosen on seed 1's training pairs
+LAYERS, STRENGTH = 18, 1e-3  # of SmolLM2's 30, and the ridge penalty: chosen on seed 1's training pairs
 
 
 def read(file: Path) -> list[Pair]:

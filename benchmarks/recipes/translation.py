@@ -3,7 +3,8 @@
 The data are Google's MQM ratings (Freitag et al. 2021, Apache-2.0), tables with one row per error: WMT 2023
 (ten systems, three raters per translation) and TED talks (one rater, references).  A translation costs what
 its errors add up to.  Of WMT, documents are for training or for the test as a whole; the talks are all for the
-test.  The reward model, a linear head on SmolLM2's first layers, sees the translation alone.
+test.  A reward model, a linear head on SmolLM2's first layers, sees the translation alone.  Another compares it with
+the other systems' translations of the segment.
 """
 
 import hashlib
@@ -21,8 +22,8 @@ import numpy as np
 from benchmarks.demo import table
 from benchmarks.recipes import frozen, judged
 from benchmarks.recipes.common import over_seeds
-from benchmarks.recipes.judged import Pair
 from minirlhf import UserError
+from minirlhf.feedback.raters import combine_raters
 from minirlhf.measure import baselines
 from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.measure.stats import pearson
@@ -31,7 +32,7 @@ from minirlhf.support.sources import lines_of
 Scores = Sequence[float] | None  # higher is better; None where a library is missing
 DATA = ("WMT 2023's Chinese-English table of wmt-mqm-human-evaluation", "that of the TED talks")
 FOLDS = 3  # a third of the documents is for the test
-LAYERS, STRENGTH = 12, 1e-2  # of SmolLM2's 30, and the ridge penalty: chosen on seed 1's training documents
+LAYERS, STRENGTH = 16, 1e-2  # of SmolLM2's 30, and the ridge penalty: chosen on seed 1's training documents
 NEEDED = ("system", "doc", "rater", "source", "target", "category", "severity")
 SEGMENTS = ("globalSegId", "seg_id")  # the two spellings of the column that numbers segments
 PEOPLE = ("ref", "refA", "refB")  # translations by people among the systems
@@ -138,16 +139,25 @@ def targets(items: Sequence[Translation]) -> list[list[float]]:
     return found
 
 
-def pairs_of(items: Sequence[Translation]) -> list[Pair]:
-    """Each two translations of a segment; a rater of both votes for the one whose errors cost less."""
-    found = []
+def votes_of(items: Sequence[Translation]) -> tuple[list[int], list[dict[str, float]]]:
+    """Each two translations of a segment that a rater judged both: their places, one after the other, and the votes.
+
+    A rater votes 1 for the first if its errors cost less, 0 if the second's do, else .5.
+    """
+    places, votes = [], []
     for group in groups_of(items):
-        for a, b in itertools.combinations([items[i] for i in group], 2):
-            signs = [np.sign(b.costs[rater] - a.costs[rater]) for rater in a.costs if rater in b.costs]
-            votes = tuple({1: "a", 0: "tie", -1: "b"}[sign] for sign in signs)
-            if votes:
-                found.append(Pair(a.document, "", a.target, b.target, votes))
-    return found
+        for i, j in itertools.combinations(group, 2):
+            a, b = items[i].costs, items[j].costs
+            if found := {rater: float(1 + np.sign(b[rater] - a[rater])) / 2 for rater in a if rater in b}:
+                places += [i, j]
+                votes.append(found)
+    return places, votes
+
+
+def shares_of(votes: Sequence[dict[str, float]], raters: str = "mean") -> np.ndarray:
+    """The first one's share of each pair's votes; with "model" raters count by their reliability."""
+    values, names = [list(vote.values()) for vote in votes], [list(vote) for vote in votes]
+    return combine_raters(values, names, raters, votes=True)[0]
 
 
 # ---------------------------------------------------------------- what is measured
@@ -237,6 +247,14 @@ def longer(items: Sequence[Translation]) -> list[float]:
     return [float(len(item.target)) for item in items]
 
 
+def beside_others(items: Sequence[Translation], states: np.ndarray, *more: Sequence[float]) -> np.ndarray:
+    """[items, C + more]: mean hidden states [items, C] and further numbers, minus the mean over the segment."""
+    found = np.column_stack([states, *more])
+    for group in groups_of(items):
+        found[group] -= found[group].mean(0)
+    return found
+
+
 def similarity(texts: Sequence[str], references: Sequence[str]) -> Scores:
     """chrF of each text with its reference (Popovic 2015); None without sacrebleu."""
     try:
@@ -294,28 +312,46 @@ def counted_words(learnt: Sequence[Translation], tested: Sequence[Translation]) 
 
 def run(home: Path, seed: int, smoke: bool, wmt: Path, ted: Path) -> dict:
     began = time.perf_counter()
-    base = frozen.shallow(judged.backbone(home, smoke), 1 if smoke else LAYERS)
+    whole = judged.backbone(home, smoke)
+    base = frozen.shallow(whole, 1 if smoke else LAYERS)
     items, talks = read(wmt), [item for item in read(ted) if item.system not in PEOPLE]
     learnt, test = judged.divide(items, document_of, FOLDS, seed)
-    texts = [("", item.target) for item in (*items, *talks)]
-    states = frozen.states_of(base, texts, home.parent)
-    pairs = pairs_of(learnt)
-    head = frozen.fit(pairs, states(judged.texts_of(pairs)), STRENGTH)
-    frozen.save(home / "rm", base, head, STRENGTH)
-    seconds = time.perf_counter() - began
+    parts = learnt, test, talks
+    texts = [[("", item.target) for item in part] for part in parts]
+    states = frozen.states_of(base, list(itertools.chain(*texts)), home.parent)
+    fluency = frozen.states_of(whole, list(itertools.chain(*texts)), home.parent, judged.mean_logprob)
 
-    score = lambda items: head(states([("", item.target) for item in items])).tolist()
-    by = {"reward model": score(test), "TF-IDF + ridge": counted_words(learnt, test)}
-    by |= {"longer text": longer(test), "most like the others (chrF)": alike(test)}
-    by |= {"its system's mean in training": of_system(learnt, test)}
-    of_talks = {"reward model": score(talks), "chrF with a reference": against_reference(talks, ted)}
-    of_talks |= {"longer text": longer(talks)}
+    places, votes = votes_of(learnt)
+    alone, likeness, together = [states(part) for part in texts], [alike(part) for part in parts], None
+    head = frozen.fit(shares_of(votes), alone[0][places], STRENGTH)
+    frozen.save(home / "rm", base, head, STRENGTH)
+    if None not in likeness:
+        known = zip(parts, alone, map(fluency, texts), likeness, strict=True)
+        together = [beside_others(part, *numbers) for part, *numbers in known]
+
+    def compared(raters: str) -> list[Scores]:
+        """The scores of test and talks by a head that reads each translation beside the others."""
+        if together is None:
+            return [None, None]
+        head = frozen.fit(shares_of(votes, raters), together[0][places], STRENGTH, alone=2)
+        return [head(vectors).tolist() for vectors in together[1:]]
+
+    by = {
+        "reward model": [head(vectors).tolist() for vectors in alone[1:]],
+        "reward model, beside the others": compared("mean"),
+        "the same, raters weighed": compared("model"),
+        "TF-IDF + ridge": [counted_words(learnt, test), None],
+        "longer text": [longer(test), longer(talks)],
+        "most like the others (chrF)": likeness[1:],
+        "its system's mean in training": [of_system(learnt, test), None],
+        "chrF with a reference": [None, against_reference(talks, ted)],
+    }
     return {
-        "seconds": seconds,
-        "learnt": [len(learnt), len(pairs)],
+        "seconds": time.perf_counter() - began,
+        "learnt": [len(learnt), len(votes)],
         "test": [len(test), len(talks)],
-        "wmt": {name: measured(scores, test) for name, scores in by.items()},
-        "ted": {name: measured(scores, talks) for name, scores in of_talks.items()},
+        "wmt": {name: measured(scores, test) for name, (scores, _) in by.items()},
+        "ted": {name: measured(scores, talks) for name, (_, scores) in by.items()},
         "people": one_rater(test),
         "within": within_segments(items),
         "systems": systems_of(learnt, test),
@@ -369,7 +405,7 @@ def tables(results: dict) -> list[str]:
         of = lambda found: found[part] if scorer is None else found[part][scorer]
         return [label, *(over_seeds(results, lambda f, m=m: of(f)[m], *columns[m]) for m in measures)]
 
-    bold = lambda name: f"**{name}**" if name == "reward model" else name
+    bold = lambda name: f"**{name}**" if name.startswith("reward model") else name
     wmt = [row(bold(name), "wmt", name) for name, found in first["wmt"].items() if found]
     wmt.append(row("one rater, against the other two", "people", None))
     for name, label in (("any", "any system"), ("oracle", "the best of the ten")):

