@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ from benchmarks.recipes import (
 )
 from minirlhf import UserError, checkpoint, rewards
 from minirlhf.measure.program import Limits, judge
+from minirlhf.rewards import RewardReader
 from minirlhf.support.rows import OwnRow
 
 
@@ -550,11 +552,37 @@ def test_a_head_on_frozen_layers(in_process, tmp_path):
     read = judged.texts_of(pairs)
     vectors = judged.features(base, read, tmp_path)
     frozen.save(tmp_path / "rm", base, frozen.fit(judged.shares_of(pairs), vectors, 1e-3), 1e-3)
-    scores = judged.scores(tmp_path / "rm", read)
+    reader, scores = RewardReader.load(tmp_path / "rm", ""), np.zeros(len(read))
+    for places, *batch in judged.by_length(reader.tokenizer, reader.context, read):
+        scores[places] = reader.model.each(*batch)[0].detach()
     assert abs(scores.mean()) < 1e-4 and (judged.minus(scores) > 0).all()
     scale = vectors.std(0) * np.sqrt(vectors.shape[1])
     w = frozen.logistic(judged.minus(vectors) / scale, np.full(9, 2 / 3), 1e-3)
     assert judged.minus(scores) == pytest.approx(judged.minus(vectors) / scale @ w, rel=0.01)
+
+
+def test_how_likely_a_language_model_finds_texts(in_process, tmp_path):
+    texts = common.write_rows(tmp_path / "t.jsonl", [{"text": f"number {i} is there"} for i in range(80)])
+    common.stage("train_sft.py", tmp_path / "base", 1, "--data", texts, *judged.TINY)
+    base = tmp_path / "base"
+    tokenizer, model = checkpoint.tokenizer_of(base), checkpoint.load_gpt(base).eval()
+    read = [("", "number 3 is there"), ("", "a"), ("", "number")]
+    found = judged.features(base, read, tmp_path, judged.mean_logprob)
+    for text, value in zip(read, found, strict=True):
+        ((_, ids, mask),) = judged.by_length(tokenizer, 256, [text])  # without padding
+        with torch.no_grad():
+            logprobs = model.logits(model(ids, mask)).log_softmax(-1)[0]
+        each = [logprobs[i, token].item() for i, token in enumerate(ids[0, 1:].tolist())]
+        assert value == pytest.approx(np.mean(each), rel=1e-4)
+    assert judged.features(base, read, tmp_path).shape == (3, 32)  # kept under another name
+
+
+def test_numbers_that_stand_alone_weigh_as_much_as_all_states():
+    rng = np.random.default_rng(0)
+    vectors, shares = rng.normal(size=(40, 5)), rng.random(20)
+    scale = (vectors.std(0) + 1e-6) * np.sqrt([3, 3, 3, 1, 1])
+    w = frozen.logistic(judged.minus(vectors) / scale, shares, 0.1) / scale
+    assert frozen.fit(shares, vectors, 0.1, alone=2).weight == pytest.approx(w)
 
 
 def test_heads_add_up():

@@ -1,8 +1,7 @@
-"""What the recipes with people's judgements share: folds, reward models, and their scores of unseen texts.
+"""What the recipes with people's judgements share: folds, and what models say of texts.
 
 Pair       two responses to a prompt, and each person's vote
 divide     the items of some keys (prompts, documents) for the test, all others for training
-scores     what a reward model says of texts
 features   the mean hidden states of texts, or their likelihoods, by a model that is not trained (frozen.py fits a
            head to them)
 compare    a reward model of pairs beside the longer text and TF-IDF, on the same unseen pairs
@@ -28,7 +27,6 @@ from minirlhf import UserError, checkpoint, data
 from minirlhf.measure import baselines
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.model import GPT
-from minirlhf.rewards import RewardReader
 from minirlhf.support.files import write_atomically
 from minirlhf.tokenizer import Tokenizer
 
@@ -106,17 +104,6 @@ def by_length(tokenizer: Tokenizer, context: int, texts: Sequence[Text]) -> Iter
     ids = [data.encode_pair(tokenizer, record, context, "cut").ids for record in records]
     for places in data.batches(len(ids), BATCH, 0, 0, [len(row) for row in ids]):
         yield places, *data.collate([ids[i] for i in places], tokenizer.pad)
-
-
-@torch.no_grad()
-def scores(folder: Path, texts: Sequence[Text]) -> np.ndarray:
-    """A reward model's scores [len(texts)]."""
-    reader = RewardReader.load(folder, "train it first")
-    once = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # a text may be in several pairs
-    found = np.zeros(len(once))
-    for places, tokens, mask in by_length(reader.tokenizer, reader.context, list(once)):
-        found[places] = reader.model.each(tokens, mask).mean(0).numpy()
-    return found[[once[text] for text in texts]]
 
 
 def mean_state(model: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
