@@ -111,15 +111,15 @@ def compare(
     return judged.compare(minus(head(states(texts_of(test)))), learnt, test, time.perf_counter() - began)
 
 
-def fit(shares: Sequence[float], vectors: np.ndarray, strength: float, alone: int = 0) -> Head:
+def fit(shares: Sequence[float], vectors: np.ndarray, strength: float, unscaled: int = 0) -> Head:
     """The head of a reward model of pairs, whose mean score of their texts is 0.
 
     shares [N]: of the votes for the first of each pair.  vectors [2 N, C]: what is known of (first, second,
     first, second ...).  They are standardised and divided by sqrt(C), so that a `strength` suits models of any
-    width; the last `alone` columns are not divided: each weighs as much as all the others together.
+    width; the last `unscaled` columns are not divided: the penalty leaves each as much room as all the others.
     """
-    width = np.full(vectors.shape[1], vectors.shape[1] - alone)
-    width[len(width) - alone :] = 1
+    width = np.full(vectors.shape[1], vectors.shape[1] - unscaled)
+    width[len(width) - unscaled :] = 1
     middle, spread = vectors.mean(0), (vectors.std(0) + 1e-6) * np.sqrt(width)
     weight = logistic(minus(vectors) / spread, np.array(shares), strength) / spread
     return Head(weight, float(-middle @ weight), float((vectors @ weight).std()))

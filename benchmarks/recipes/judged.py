@@ -28,6 +28,7 @@ from minirlhf.measure import baselines
 from minirlhf.measure.reward_report import sign_accuracy
 from minirlhf.model import GPT
 from minirlhf.support.files import write_atomically
+from minirlhf.support.weights import fingerprint
 from minirlhf.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -112,7 +113,7 @@ def mean_state(model: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_logprob(model: GPT, tokens: Tensor, mask: Tensor) -> Tensor:
-    """The mean log-probability of each text's tokens [B, 1], but for the first, which nothing predicts."""
+    """The mean log-probability of each text's tokens and of its end [B, 1]; nothing predicts its first token."""
     hidden, mask = model(tokens, mask)[:, :-1], mask[:, 1:]
     logprobs, _ = linear_token_logprobs(hidden, model.head_weight, tokens[:, 1:], mask=mask)
     return logprobs.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
@@ -124,10 +125,8 @@ def features(base: Path, texts: Sequence[Text], cache: Path, read: Read = mean_s
 
     They are kept in the folder `cache`: most recipes read the same texts in all seeds.
     """
-    read_by = "" if read is mean_state else read.__name__
-    file = (
-        cache / f"frozen-{hashlib.sha256(repr((str(base), *texts, read_by)).encode()).hexdigest()[:16]}.npy"
-    )
+    key = repr((fingerprint(base), read.__qualname__, *texts))
+    file = cache / f"{read.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
     if file.exists():
         return np.load(file)
     tokenizer, model = checkpoint.tokenizer_of(base), checkpoint.load_gpt(base).eval()

@@ -29,6 +29,7 @@ from minirlhf.measure.agreement import krippendorff_alpha
 from minirlhf.measure.stats import pearson
 from minirlhf.support.sources import lines_of
 
+BESIDE = "reward model, beside the others"
 Scores = Sequence[float] | None  # higher is better; None where a library is missing
 DATA = ("WMT 2023's Chinese-English table of wmt-mqm-human-evaluation", "that of the TED talks")
 FOLDS = 3  # a third of the documents is for the test
@@ -274,7 +275,7 @@ def alike(items: Sequence[Translation]) -> Scores:
         for i in group:
             others = [items[j].target for j in group if j != i]
             found[i] = similarity([items[i].target] * len(others), others)
-    return None if None in found.values() else [mean(found[i]) for i in range(len(items))]
+    return None if None in found.values() else [mean(found[i] or [0.0]) for i in range(len(items))]
 
 
 def of_system(learnt: Sequence[Translation], items: Sequence[Translation]) -> list[float]:
@@ -318,28 +319,29 @@ def run(home: Path, seed: int, smoke: bool, wmt: Path, ted: Path) -> dict:
     learnt, test = judged.divide(items, document_of, FOLDS, seed)
     parts = learnt, test, talks
     texts = [[("", item.target) for item in part] for part in parts]
-    states = frozen.states_of(base, list(itertools.chain(*texts)), home.parent)
-    fluency = frozen.states_of(whole, list(itertools.chain(*texts)), home.parent, judged.mean_logprob)
+    everything = [*itertools.chain(*texts)]
+    states = frozen.states_of(base, everything, home.parent)
+    fluency = frozen.states_of(whole, everything, home.parent, judged.mean_logprob)
 
     places, votes = votes_of(learnt)
-    alone, likeness, together = [states(part) for part in texts], [alike(part) for part in parts], None
-    head = frozen.fit(shares_of(votes), alone[0][places], STRENGTH)
+    vectors, likeness, compared = [states(part) for part in texts], [alike(part) for part in parts], None
+    head = frozen.fit(shares_of(votes), vectors[0][places], STRENGTH)
     frozen.save(home / "rm", base, head, STRENGTH)
     if None not in likeness:
-        known = zip(parts, alone, map(fluency, texts), likeness, strict=True)
-        together = [beside_others(part, *numbers) for part, *numbers in known]
+        columns = zip(parts, vectors, map(fluency, texts), likeness, strict=True)
+        compared = [beside_others(part, *numbers) for part, *numbers in columns]
 
-    def compared(raters: str) -> list[Scores]:
+    def beside(raters: str) -> list[Scores]:
         """The scores of test and talks by a head that reads each translation beside the others."""
-        if together is None:
+        if compared is None:
             return [None, None]
-        head = frozen.fit(shares_of(votes, raters), together[0][places], STRENGTH, alone=2)
-        return [head(vectors).tolist() for vectors in together[1:]]
+        head = frozen.fit(shares_of(votes, raters), compared[0][places], STRENGTH, unscaled=2)
+        return [head(part).tolist() for part in compared[1:]]
 
     by = {
-        "reward model": [head(vectors).tolist() for vectors in alone[1:]],
-        "reward model, beside the others": compared("mean"),
-        "the same, raters weighed": compared("model"),
+        "reward model": [head(part).tolist() for part in vectors[1:]],
+        BESIDE: beside("mean"),
+        f"{BESIDE}, raters weighed": beside("model"),
         "TF-IDF + ridge": [counted_words(learnt, test), None],
         "longer text": [longer(test), longer(talks)],
         "most like the others (chrF)": likeness[1:],
@@ -405,12 +407,20 @@ def tables(results: dict) -> list[str]:
         of = lambda found: found[part] if scorer is None else found[part][scorer]
         return [label, *(over_seeds(results, lambda f, m=m: of(f)[m], *columns[m]) for m in measures)]
 
-    bold = lambda name: f"**{name}**" if name.startswith("reward model") else name
-    wmt = [row(bold(name), "wmt", name) for name, found in first["wmt"].items() if found]
+    def scorers(part: str, *measures: str) -> list[list[str]]:
+        rows = []
+        for name in (name for name, found in first[part].items() if found):
+            label = f"**{name}**" if name.startswith("reward model") else name
+            rows.append(row(label, part, name, measures))
+            if name.startswith(BESIDE):
+                rows[-1][2] = ""  # r: these scores have a mean of 0 in each segment
+        return rows
+
+    wmt = scorers("wmt", *columns)
     wmt.append(row("one rater, against the other two", "people", None))
     for name, label in (("any", "any system"), ("oracle", "the best of the ten")):
         wmt.append([label, "", "", over_seeds(results, lambda f, n=name: f["systems"][n], 2, 1)])
-    ted = [row(bold(name), "ted", name, ("pairs", "r")) for name, found in first["ted"].items() if found]
+    ted = scorers("ted", "pairs", "r")
     return [
         table(["WMT 2023", "pairs right, %", "r", "MQM of the choice"], wmt),
         table(["TED talks", "pairs right, %", "r"], ted),

