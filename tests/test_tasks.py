@@ -758,6 +758,7 @@ def test_judges_of_refusals_have_seen_neither_what_is_maximised_nor_the_test(tmp
     of = lambda name: ([pair(name, i) for i in range(40)], [pair(name, i) for i in range(40, 50)])
     fitted, saved = [], []
     monkeypatch.setattr(frozen, "states_of", lambda base, texts, cache: lambda some: np.zeros((len(some), 2)))
+    monkeypatch.setattr(refusals, "shares_of", lambda pairs: pairs)
     monkeypatch.setattr(
         frozen, "fit", lambda pairs, vectors, strength: fitted.append(pairs) or len(fitted) - 1
     )
