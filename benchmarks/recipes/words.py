@@ -15,7 +15,7 @@ import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -69,11 +69,12 @@ POLICIES = {
     "taught longer": "sft-long",
     "taught all": "sft-all",
 }  # and folders
+CONTROLS = {"SFT, best of 24 passes": "taught longer", "SFT on every calculation": "taught all"}
 VERDICTS = ("right", "wrong operations", "wrong numbers", "no calculation")
 ADAPTERS = ("--lora", 16, "--train-layers", 14)
 SFT = ("--dropout", 0, "--epochs", 3, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
        "--weight-decay", 0, "--samples", 0)  # fmt: skip
-LONGER = ("--epochs", 24, "--patience", 24)  # as many updates as three passes over every calculation
+LONGER = ("--epochs", 24, "--patience", 24)  # as many updates as for every calculation; validation chooses
 RL = ("--algorithm", "grpo", "--kl", "none", "--iterations", 16, "--batch", 256, "--group", 4, "--minibatch", 64,
       "--microbatch", 32, "--epochs", 2, "--lr", 3e-4, "--missing-eos", "none", "--response-tokens", TOKENS,
       "--save-every", 4)  # fmt: skip
@@ -260,13 +261,19 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 
 def tables(results: dict) -> list[str]:
-    measures = means_of("pass@1", f"pass@{K}", "likeliest")
-    rows = before_and_after(results, measures)
-    for label, name in (("SFT, 24 passes", "taught longer"), ("SFT on every calculation", "taught all")):
-        of = lambda found, name=name: found[name]
-        rows.append([label, *(over_seeds(results, lambda found, r=r, of=of: r(of(found))) for r in measures)])
-    became = before_and_after(results, [lambda found, v=v: found["verdicts"][v] for v in VERDICTS])[:2]
+    def rows(reads: Sequence[Callable[[dict], float]]) -> list[list[str]]:
+        found = before_and_after(results, reads)
+        for label, name in CONTROLS.items():
+            of = lambda read, name=name: lambda found: read(found[name])
+            found.append([label, *(over_seeds(results, of(read)) for read in reads)])
+        return found
+
+    verdict_rows = rows([lambda found, v=v: found["verdicts"][v] for v in VERDICTS])
     samples = side_by_side(results, lambda prompt: prompt.removesuffix("\nAnswer:"))
     head = ["right, % of unseen problems", "pass@1", f"pass@{K}", "likeliest answer"]
     kinds = ["%, of eight samples per problem", *VERDICTS]
-    return [table(head, rows), table(kinds, became), table(["problem", "SFT", "GRPO"], samples)]
+    return [
+        table(head, rows(means_of("pass@1", f"pass@{K}", "likeliest"))),
+        table(kinds, [row for row in verdict_rows if row[0] != "the difference"]),
+        table(["problem", "SFT", "GRPO"], samples),
+    ]
