@@ -126,7 +126,7 @@ def test_practice_has_no_worked_answers_and_no_test_problems(in_process, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             recipe.run(home, 1, smoke=False)
         practice = "practice" if recipe is words else "prompts"
-        names = ["sft", practice, "test", *(["all"] if recipe is words else [])]
+        names = ["sft", practice, "test", *(["sft-all"] if recipe is words else [])]
         files = {n: (home / f"{n}.jsonl").read_text().splitlines() for n in names}
         rows = {name: [json.loads(line) for line in lines] for name, lines in files.items()}
         assert (

@@ -63,12 +63,12 @@ KINDS = dict(zip((ast.Add, ast.Sub, ast.Mult, ast.Div), OPERATIONS.values(), str
 REWARD, TOKENS = "benchmarks.recipes.words:calculated", 16
 TEST, TAUGHT = 120, 50  # problems that no stage sees; worked examples
 SAMPLES, K = 8, 8
-POLICIES = {
+POLICIES = {  # names in the results, and folders
     "before": "sft",
     "after": "ppo",
     "taught longer": "sft-long",
     "taught all": "sft-all",
-}  # and folders
+}
 CONTROLS = {"SFT, best of 24 passes": "taught longer", "SFT on every calculation": "taught all"}
 VERDICTS = ("right", "wrong operations", "wrong numbers", "no calculation")
 ADAPTERS = ("--lora", 16, "--train-layers", 14)
@@ -233,7 +233,7 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
     without = lambda rows: [{name: row[name] for name in ("prompt", "answer")} for row in rows]
     files = {
         "sft": write_rows(home / "sft.jsonl", examples[:n_taught]),
-        "sft-all": write_rows(home / "all.jsonl", examples),
+        "sft-all": write_rows(home / "sft-all.jsonl", examples),
         "practice": write_rows(home / "practice.jsonl", without(practice)),
         "test": write_rows(home / "test.jsonl", without(test)),
     }
