@@ -260,7 +260,7 @@ def main() -> None:
                 state |= {"best": bpb, "best_step": step + 1, "best_epoch": epoch}
             best = " (best)" if state["best_step"] == step + 1 else ""
             run.print(f"epoch {epoch + 1}: validation {bpb:.4f} bits per byte{best}")
-        run.log(step + 1, metrics, f"loss {{train/loss:.3f}} val {state['best']:.3f} bits/byte")
+        run.log(step + 1, metrics, "loss {train/loss:.3f}")
         run.checkpoint(step + 1, due=last_of_epoch, best=state["best_step"] == step + 1)
 
     # The best checkpoint becomes the stage's result.
