@@ -299,7 +299,7 @@ def test_why_an_answer_is_wrong(response, score, verdict):
 
 @given(st.lists(st.integers(1, 60), min_size=2, max_size=3), st.data())
 def test_the_reward_reads_any_calculation_that_the_rule_finds(numbers, data):
-    parts = [words.Part(str(n), Fraction(n), False) for n in numbers]
+    parts = [words.Part(str(n), Fraction(n)) for n in numbers]
     whole = parts[0]
     for part in parts[1:]:
         whole = data.draw(st.sampled_from([found for _, found in words.operations(whole, part)]))
@@ -569,9 +569,7 @@ def test_a_head_on_frozen_layers(in_process, tmp_path):
 
 
 def test_how_likely_a_language_model_finds_texts(in_process, tmp_path):
-    texts = common.write_rows(tmp_path / "t.jsonl", [{"text": f"number {i} is there"} for i in range(80)])
-    common.stage("train_sft.py", tmp_path / "base", 1, "--data", texts, *judged.TINY)
-    base = tmp_path / "base"
+    base = judged.backbone(tmp_path, smoke=True)
     tokenizer, model = checkpoint.tokenizer_of(base), checkpoint.load_gpt(base).eval()
     read = [("", "number 3 is there"), ("", "a"), ("", "number")]
     found = judged.features(base, read, tmp_path, judged.mean_logprob)

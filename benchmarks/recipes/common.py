@@ -119,17 +119,23 @@ def over_seeds(results: dict, read: Callable[[dict], float], digits: int = 1, sc
 
 
 def before_and_after(
-    results: dict, reads: Sequence[Callable[[dict], float]], names: Sequence[str] = ("before", "after")
+    results: dict,
+    reads: Sequence[Callable[[dict], float]],
+    names: Sequence[str] = ("before", "after"),
+    controls: Sequence[tuple[str, str]] = (),
 ) -> list[list[str]]:
-    """Rows of a table: the SFT model's numbers over seeds, GRPO's, and the difference of the two.
+    """Rows of a table: the SFT model's numbers over seeds, GRPO's, the difference of the two, and controls.
 
-    reads: one per column; each gets what a seed's results have under the first or the second of `names`."""
+    reads: one per column; each gets what a seed's results have under the first or the second of `names`, or
+    under the name of a control, (label, name)."""
     sft, grpo = names
+    of = lambda name: lambda read: lambda found: read(found[name])
     lines = {
-        "SFT": lambda read: lambda found: read(found[sft]),
-        "GRPO": lambda read: lambda found: read(found[grpo]),
+        "SFT": of(sft),
+        "GRPO": of(grpo),
         "the difference": lambda read: lambda found: read(found[grpo]) - read(found[sft]),
     }
+    lines |= {label: of(name) for label, name in controls}
     return [[label, *(over_seeds(results, of(read)) for read in reads)] for label, of in lines.items()]
 
 

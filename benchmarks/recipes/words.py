@@ -15,7 +15,7 @@ import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -28,7 +28,6 @@ from benchmarks.recipes.common import (
     ask,
     before_and_after,
     means_of,
-    over_seeds,
     side_by_side,
     stage,
     write_rows,
@@ -69,7 +68,7 @@ POLICIES = {  # names in the results, and folders
     "taught longer": "sft-long",
     "taught all": "sft-all",
 }
-CONTROLS = {"SFT, best of 24 passes": "taught longer", "SFT on every calculation": "taught all"}
+CONTROLS = (("SFT, best of 24 passes", "taught longer"), ("SFT on every calculation", "taught all"))
 VERDICTS = ("right", "wrong operations", "wrong numbers", "no calculation")
 ADAPTERS = ("--lora", 16, "--train-layers", 14)
 SFT = ("--dropout", 0, "--epochs", 3, "--final-epochs", 0, "--batch", 16, "--lr", 1e-3, "--warmup", 5,
@@ -99,22 +98,18 @@ class Part:
 
     written: str
     value: Fraction
-    compound: bool
+    compound: bool = False
 
 
 def operations(a: Part, b: Part) -> Iterator[tuple[str, Part]]:
     """(operator, the whole calculation) of the operations on two parts, - and / in either order."""
-    for sign, (x, y) in (
-        ("+", (a, b)),
-        ("*", (a, b)),
-        *((o, pair) for o in "-/" for pair in ((a, b), (b, a))),
-    ):
-        left, right = (f"({part.written})" if part.compound else part.written for part in (x, y))
-        if sign in "+-":
-            left = x.written
-        value = OPERATIONS[sign](x.value, y.value) if sign != "/" or y.value else None
-        if value is not None and value >= 0:
-            yield sign, Part(f"{left}{sign}{right}", value, True)
+    turned = ((sign, *pair) for sign in "-/" for pair in ((a, b), (b, a)))
+    for sign, x, y in (("+", a, b), ("*", a, b), *turned):
+        if (sign == "-" and x.value < y.value) or (sign == "/" and y.value == 0):
+            continue
+        left = f"({x.written})" if x.compound and sign in "*/" else x.written
+        right = f"({y.written})" if y.compound else y.written
+        yield sign, Part(f"{left}{sign}{right}", OPERATIONS[sign](x.value, y.value), True)
 
 
 def worked(text: str, answer: Fraction) -> str | None:
@@ -123,7 +118,7 @@ def worked(text: str, answer: Fraction) -> str | None:
     It uses each of them once and leads to the answer.  None where other operators would lead there, too.  A
     number in words is read alone: "two hundred" is 2, "one-third" is 1.
     """
-    parts = [Part(plain(value(number)), value(number), False) for number in NUMBER.findall(text)]
+    parts = [Part(plain(value(number)), value(number)) for number in NUMBER.findall(text)]
     found: dict[str, str] = {}  # operators: the first calculation with them
     if len(parts) == 2:
         for sign, whole in operations(*parts):
@@ -261,19 +256,14 @@ def run(home: Path, seed: int, smoke: bool) -> dict:
 
 
 def tables(results: dict) -> list[str]:
-    def rows(reads: Sequence[Callable[[dict], float]]) -> list[list[str]]:
-        found = before_and_after(results, reads)
-        for label, name in CONTROLS.items():
-            of = lambda read, name=name: lambda found: read(found[name])
-            found.append([label, *(over_seeds(results, of(read)) for read in reads)])
-        return found
-
-    verdict_rows = rows([lambda found, v=v: found["verdicts"][v] for v in VERDICTS])
+    rows = before_and_after(results, means_of("pass@1", f"pass@{K}", "likeliest"), controls=CONTROLS)
+    shares = [lambda found, v=v: found["verdicts"][v] for v in VERDICTS]
+    became = before_and_after(results, shares, controls=CONTROLS)
     samples = side_by_side(results, lambda prompt: prompt.removesuffix("\nAnswer:"))
     head = ["right, % of unseen problems", "pass@1", f"pass@{K}", "likeliest answer"]
     kinds = ["%, of eight samples per problem", *VERDICTS]
     return [
-        table(head, rows(means_of("pass@1", f"pass@{K}", "likeliest"))),
-        table(kinds, [row for row in verdict_rows if row[0] != "the difference"]),
+        table(head, rows),
+        table(kinds, [row for row in became if row[0] != "the difference"]),
         table(["problem", "SFT", "GRPO"], samples),
     ]
